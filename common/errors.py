@@ -1,0 +1,13 @@
+"""The two ways in which a program of this project ends badly on purpose: each is one sentence and an exit code."""
+
+
+class UserError(Exception):
+    """Something that the user gave is wrong: a flag, a path, a file, a world size. Exit code 2."""
+
+    exit_code = 2
+
+
+class TrainingError(Exception):
+    """The run itself failed, though everything given was right: a loss that is not finite, an image lost. Exit code 1."""
+
+    exit_code = 1

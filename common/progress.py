@@ -1,0 +1,36 @@
+"""What a person sees while something long runs: a bar on a terminal, a plain line now and then otherwise. All on stderr."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+T = TypeVar("T")
+
+
+def say(message: str) -> None:
+    """Print one line for people, on stderr (stdout carries results), above a progress bar if there is one."""
+    tqdm.write(message, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def track(items: Iterable[T], *, total: int, label: str, unit: str, weight: int = 1) -> Iterator[T]:
+    """Yield the items and show how far they are. total counts units; each item stands for `weight` of them."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True, file=sys.stderr) as bar:
+            for item in items:
+                yield item
+                bar.update(min(weight, total - bar.n))
+        return
+    started = last = time.monotonic()
+    for number, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES:
+            done = min(number * weight, total)
+            say(f"{label}: {done:,} of {total:,} {unit}, {done / (now - started):,.0f} {unit}/s")
+            last = now

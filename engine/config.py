@@ -1,0 +1,263 @@
+"""The configuration of a training run: one frozen dataclass, its field docstrings are the text of --help.
+
+Values come from, each overriding those before: the defaults below, the data set's defaults, the recipe, the flags.
+Nothing here imports torch, so that --help and a mistyped flag answer at once.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+import yaml
+
+from common.errors import UserError
+from common.files import replacing
+
+DIGITS = "digits"
+SYNTHETIC = "synthetic"
+
+
+def _default_data() -> str:
+    if folder := os.environ.get("VGG_DATA"):
+        return folder
+    return "data/imagenet" if Path("data/imagenet").is_dir() else DIGITS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a VGG network from image files. The last line on stdout is one line of JSON with the results."""
+
+    arch: Literal["A", "A-LRN", "B", "C", "D", "E"] = "D"
+    """Configuration of the paper's Table 1; D is VGG-16, E is VGG-19."""
+    data: str = dataclasses.field(default_factory=_default_data)
+    """A folder with train/<class>/* and val/<class>/*, `digits` (built in), or `synthetic` (one batch of noise on the
+    device, to measure the step alone). Default: $VGG_DATA, else data/imagenet where it exists, else digits."""
+    out: Path = Path("runs")
+    """Folder of the run: checkpoints, logs, configuration. Default: runs/<arch>-<data>."""
+    resume: str = "auto"
+    """`auto`: go on from OUT/last.pt where there is one. `never`: start anew, an earlier run in OUT is moved aside.
+    Or the path of a checkpoint to go on from."""
+    recipe: Path | None = None
+    """YAML file of defaults: keys are flags, unknown ones are refused. OUT/config.yaml of a run is one."""
+
+    train_scale: str = "256"
+    """Shorter side S of the rescaled training image in pixels: one number, or lowest-highest to draw one per image,
+    as 256-512. (digits: 36)"""
+    crop: int = 224
+    """Side of the network's input in pixels, a multiple of 32. (digits: 32)"""
+    batch_size: int = 256
+    """Images in one step over all ranks together; must divide by their number. (digits: 64)"""
+    micro_batch: int | None = None
+    """Images in one pass of one rank; below the rank's share, gradients are accumulated. Default: the share."""
+    epochs: int = 74
+    """Passes over the training images. (digits: 8)"""
+    steps: int | None = None
+    """Stop after so many steps, counted from the start of the training."""
+
+    lr: float = 0.01
+    """Learning rate at the start."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 5e-4
+    """L2 penalty on all weights and biases."""
+    dropout: float = 0.5
+    """Probability of dropping an activation of the first two fully-connected layers."""
+    schedule: Literal["plateau", "step", "cosine"] = "plateau"
+    """plateau: the paper's, lr / 10 when validation top-1 stops improving, three times, then stop. step: lr / 10 every
+    STEP_EPOCHS. cosine: linear warm-up, then a half cosine to 0."""
+    plateau_epochs: int = 5
+    """Epochs without a better top-1 that make a plateau."""
+    step_epochs: int = 30
+    """Epochs between two drops of the step schedule. (digits: 3)"""
+    warmup_epochs: float = 5.0
+    """Epochs of warm-up of the cosine schedule. (digits: 1)"""
+    init: Literal["xavier", "normal", "kaiming"] = "xavier"
+    """Initial weights: Glorot uniform, the paper's normal of variance 0.01, or He normal."""
+    seed: int = 0
+    """Of the initial weights, the order of the images, their augmentation and dropout."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPU where there is one."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of autocast. auto: bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; --compile and --no-compile are short for on and off. auto: on for CUDA."""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """Mode of torch.compile."""
+    grad_compression: Literal["none", "bf16", "fp16"] = "none"
+    """Precision in which gradients travel between ranks."""
+    deterministic: bool = False
+    """Deterministic kernels only: slower, and the same result to the last bit every time."""
+
+    decoder: Literal["auto", "gpu", "cpu"] = "auto"
+    """Where JPEGs are decoded. auto: where the network runs."""
+    threads: int | None = None
+    """DALI's CPU threads in each rank. Default: the rank's share of the cores."""
+    prefetch: int = 2
+    """Batches that DALI prepares in advance."""
+
+    checkpoint_minutes: float = 30.0
+    """Time between checkpoints within an epoch; 0: after every step. One is written after every epoch in any case."""
+    allow_changed_data: bool = False
+    """Resume although the data set is not the one that the checkpoint was trained on."""
+    log_every: int = 20
+    """Steps between two log lines; reading the loss waits for the device."""
+
+    @property
+    def scale(self) -> tuple[int, int]:
+        """Lowest and highest training scale S in pixels."""
+        lowest, _, highest = self.train_scale.partition("-")
+        return int(lowest), int(highest or lowest)
+
+    @property
+    def validation_scale(self) -> int:
+        """The paper's Q for one test scale (section 4.1): S, or the middle of its range."""
+        return sum(self.scale) // 2
+
+
+_DIGITS_DEFAULTS = {
+    "train_scale": "36",
+    "crop": 32,
+    "batch_size": 64,
+    "epochs": 8,
+    "step_epochs": 3,
+    "warmup_epochs": 1.0,
+}
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """The configuration that a command line asks for. Raises UserError; --help prints and exits."""
+    flags = _expand_compile(sys.argv[1:] if argv is None else argv)
+    first = _parse(flags, Config())
+    recipe_flags = read_recipe(first.recipe) if first.recipe else []
+    first = _parse(flags, _parse(recipe_flags, Config()))
+    base = dataclasses.replace(
+        Config(),
+        **(_DIGITS_DEFAULTS if first.data == DIGITS else {}),  # type: ignore[arg-type]
+        out=Path("runs") / f"{first.arch}-{Path(first.data).resolve().name}",
+    )
+    config = _parse(flags, _parse(recipe_flags, base))
+    _check(config)
+    return config
+
+
+def read_recipe(path: Path) -> list[str]:
+    """A YAML recipe as flags. Raises UserError: no such file, not a table of flags, an unknown key."""
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--recipe {path}: cannot be read ({getattr(error, 'strerror', None) or 'not text'})"
+        ) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--recipe {path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(entries, dict):
+        raise UserError(f"--recipe {path}: must be lines of the form `flag: value`")
+    known = {field.name: field for field in dataclasses.fields(Config) if field.name != "recipe"}
+    flags = []
+    for key, value in entries.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UserError(f"--recipe {path}: unknown key {key}; train.py --help lists the flags")
+        flag = name.replace("_", "-")
+        if value is None:
+            continue
+        if name == "compile" and isinstance(value, bool):  # YAML reads a bare on or off as a boolean
+            flags += ["--compile", "on" if value else "off"]
+        elif isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
+    return flags
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the configuration as a recipe. Raises OSError."""
+    with replacing(path) as file:
+        file.write(yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+
+
+def to_dict(config: Config) -> dict[str, str | int | float | bool | None]:
+    """The configuration as plain values, for checkpoints and logs."""
+    entries = dataclasses.asdict(config)
+    del entries["recipe"]  # its values are among the others
+    return {key: str(value) if isinstance(value, Path) else value for key, value in entries.items()}
+
+
+def _expand_compile(argv: list[str]) -> list[str]:
+    """--compile and --no-compile → --compile on and --compile off."""
+    expanded = []
+    for position, token in enumerate(argv):
+        if token in ("--no-compile", "--no_compile"):
+            expanded += ["--compile", "off"]
+        elif token == "--compile" and (argv[position + 1 : position + 2] or ["--"])[0].startswith("--"):
+            expanded += ["--compile", "on"]
+        else:
+            expanded.append(token)
+    return expanded
+
+
+def _parse(flags: list[str], default: Config) -> Config:
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(Config, args=flags, default=default, prog="train.py")
+    except SystemExit as exit:
+        if not exit.code:
+            raise  # --help
+        raise UserError(_one_sentence(messages.getvalue())) from None
+
+
+def _one_sentence(box: str) -> str:
+    """The first paragraph inside the frame that tyro draws round an error."""
+    words: list[str] = []
+    for line in box.splitlines():
+        line = line.strip().strip("│").strip()
+        if not line or line[0] in "╭╰":
+            continue
+        if line[0] == "─":
+            break
+        words += line.split()
+    return " ".join(words).rstrip(".") + "; train.py --help lists the flags"
+
+
+def _check(config: Config) -> None:
+    """Raise UserError for values that no world size and no machine could make good."""
+    try:
+        lowest, highest = config.scale
+    except ValueError:
+        raise UserError(
+            f"--train-scale {config.train_scale}: give one number of pixels, as 256, or a range, as 256-512"
+        ) from None
+    checks = {
+        f"--crop {config.crop}: must be a multiple of 32, as 224, since VGG halves its input five times": (
+            config.crop >= 32 and config.crop % 32 == 0
+        ),
+        f"--train-scale {config.train_scale}: the first number must not exceed the second": lowest <= highest,
+        f"--train-scale {config.train_scale}: must be at least the crop, {config.crop}": lowest >= config.crop,
+        f"--batch-size {config.batch_size}: must be at least 1": config.batch_size >= 1,
+        f"--micro-batch {config.micro_batch}: must be at least 1": config.micro_batch is None
+        or config.micro_batch >= 1,
+        f"--epochs {config.epochs}: must be at least 1": config.epochs >= 1,
+        f"--steps {config.steps}: must be at least 1": config.steps is None or config.steps >= 1,
+        f"--lr {config.lr}: must be above 0": config.lr > 0,
+        f"--momentum {config.momentum}: must be in [0, 1)": 0 <= config.momentum < 1,
+        f"--weight-decay {config.weight_decay}: must not be negative": config.weight_decay >= 0,
+        f"--dropout {config.dropout}: must be in [0, 1)": 0 <= config.dropout < 1,
+        f"--plateau-epochs {config.plateau_epochs}: must be at least 1": config.plateau_epochs >= 1,
+        f"--step-epochs {config.step_epochs}: must be at least 1": config.step_epochs >= 1,
+        f"--warmup-epochs {config.warmup_epochs}: must not be negative": config.warmup_epochs >= 0,
+        f"--seed {config.seed}: must be in [0, 2^63)": 0 <= config.seed < 2**63,
+        f"--threads {config.threads}: must be at least 1": config.threads is None or config.threads >= 1,
+        f"--prefetch {config.prefetch}: must be at least 1": config.prefetch >= 1,
+        f"--checkpoint-minutes {config.checkpoint_minutes}: must not be negative": config.checkpoint_minutes >= 0,
+        f"--log-every {config.log_every}: must be at least 1": config.log_every >= 1,
+    }
+    for message, holds in checks.items():
+        if not holds:
+            raise UserError(message)

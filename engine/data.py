@@ -1,0 +1,150 @@
+"""From --data to loaders: the one place where the configuration meets the pipeline."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.errors import UserError
+from engine.config import DIGITS, SYNTHETIC, Config
+from engine.distributed import Ranks, first_then_others
+from engine.precision import Precision
+from pipeline.digits import digits_folder
+from pipeline.loader import Batch, DaliLoader, SyntheticLoader
+from pipeline.manifest import Manifest, load_manifest, open_manifest
+from pipeline.plan import IMAGENET_MEAN_RGB, TrainPlan, ValidationPlan
+
+_SYNTHETIC_CLASSES = 1000
+_SYNTHETIC_IMAGES = 1_281_167  # ImageNet's, so that an epoch means the same
+
+# A rank's validation batch never depends on the number of ranks: kernels chosen for another batch size round otherwise,
+# and an image on the edge would count differently.
+_VALIDATION_BATCH = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A data set and the loaders over it."""
+
+    config: Config
+    ranks: Ranks
+    precision: Precision
+    micro_batch: int
+    """Images in one training pass of one rank."""
+    manifest: Manifest | None
+    """None for synthetic data."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.manifest.classes if self.manifest else tuple(str(label) for label in range(_SYNTHETIC_CLASSES))
+
+    @property
+    def train_images(self) -> int:
+        return len(self.manifest.train) if self.manifest else _SYNTHETIC_IMAGES
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint if self.manifest else SYNTHETIC
+
+    @property
+    def mean_rgb(self) -> tuple[float, float, float]:
+        return IMAGENET_MEAN_RGB
+
+    def train_batches(self, start: int) -> Iterator[Batch]:
+        """Micro-batches of this rank, endless, from sample number `start` on."""
+        if self.manifest is None:
+            return SyntheticLoader(
+                batch_size=self.micro_batch,
+                crop=self.config.crop,
+                classes=_SYNTHETIC_CLASSES,
+                device=self.ranks.device,
+                half=self.precision.half_images,
+                seed=self.ranks.rank,
+            )
+        plan = TrainPlan(
+            table=self.manifest.train,
+            batch_size=self.config.batch_size,
+            crop=self.config.crop,
+            scale=self.config.scale,
+            seed=self.config.seed,
+            mean_rgb=self.mean_rgb,
+        )
+        batches = plan.batches(
+            start=start, rank=self.ranks.rank, world_size=self.ranks.world_size, micro_batch=self.micro_batch
+        )
+        return self._loader(batches, self.micro_batch)
+
+    def validation_batches(self) -> tuple[Iterator[Batch], int] | None:
+        """Batches of this rank, endless, and how many make one pass over the validation set; None for synthetic data."""
+        if self.manifest is None:
+            return None
+        plan = ValidationPlan(
+            table=self.manifest.val,
+            crop=self.config.crop,
+            scale=self.config.validation_scale,
+            mean_rgb=self.mean_rgb,
+        )
+        size = min(self.config.batch_size, self.config.micro_batch or _VALIDATION_BATCH, _VALIDATION_BATCH)
+        batches = plan.batches(rank=self.ranks.rank, world_size=self.ranks.world_size, batch_size=size)
+        return self._loader(batches, size), plan.steps(world_size=self.ranks.world_size, batch_size=size)
+
+    def _loader(self, batches, batch_size: int) -> DaliLoader:
+        decoder = self.config.decoder
+        if decoder == "auto":
+            decoder = "gpu" if self.ranks.device.type == "cuda" else "cpu"
+        return DaliLoader(
+            batches,
+            batch_size=batch_size,
+            crop=self.config.crop,
+            device=self.ranks.device,
+            decoder=decoder,
+            half=self.precision.half_images,
+            threads=self.config.threads or self.ranks.cpu_share,
+            prefetch=self.config.prefetch,
+        )
+
+
+def open_data(config: Config, ranks: Ranks, precision: Precision) -> Data:
+    """Find or make the data set and check that its batches divide among the ranks. Raises UserError.
+
+    Rank 0 scans a new data set while the others wait; after that, every rank maps the same files. On a machine that does
+    not share rank 0's folders, its ranks make the manifest there: it must come out the same.
+    """
+    if config.decoder == "gpu" and ranks.device.type != "cuda":
+        raise UserError("--decoder gpu: needs a GPU; use --decoder cpu or auto")
+    data = Data(config=config, ranks=ranks, precision=precision, micro_batch=_micro_batch(config, ranks), manifest=None)
+    if config.data == SYNTHETIC:
+        return data
+    root, folder, fingerprint = first_then_others(
+        ranks, lambda: _open_first(config.data), lambda answer: _open_again(config.data, *answer)
+    )
+    manifest = load_manifest(root, folder)
+    if manifest.fingerprint != fingerprint:
+        raise UserError(
+            f"--data {config.data}: rank {ranks.rank} sees other images than rank 0; copy the data set anew"
+        )
+    return replace(data, manifest=manifest)
+
+
+def _open_first(data: str) -> tuple[Path, Path, str]:
+    manifest = open_manifest(digits_folder() if data == DIGITS else Path(data))
+    return manifest.root, manifest.folder, manifest.fingerprint
+
+
+def _open_again(data: str, root: Path, folder: Path, fingerprint: str) -> tuple[Path, Path, str]:
+    if (folder / "manifest.json").is_file():
+        return root, folder, fingerprint
+    own_root, own_folder, _ = _open_first(data)
+    return own_root, own_folder, fingerprint
+
+
+def _micro_batch(config: Config, ranks: Ranks) -> int:
+    share, remainder = divmod(config.batch_size, ranks.world_size)
+    if remainder:
+        raise UserError(
+            f"--batch-size {config.batch_size} does not divide among {ranks.world_size} ranks; "
+            f"take a multiple of {ranks.world_size}"
+        )
+    micro_batch = config.micro_batch or share
+    if share % micro_batch:
+        raise UserError(f"--micro-batch {micro_batch} does not divide each rank's share of the batch, {share} images")
+    return micro_batch

@@ -1,0 +1,140 @@
+"""Ranks, the process group, and the few things that ranks say to each other outside of DDP."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import TrainingError, UserError
+
+T = TypeVar("T")
+
+# How long ranks wait for the one that scans a data set for the first time: hours, for a large one on a slow disk.
+_PATIENCE = timedelta(days=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among all those of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Rank among the processes of this machine."""
+    local_world_size: int
+    device: torch.device
+    patient_group: dist.ProcessGroup | None
+    """A gloo group that waits for days; None in a run of one process without torchrun."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def cpu_share(self) -> int:
+        """Cores for this rank: those that this machine gives us, divided by the ranks on it."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
+
+@contextmanager
+def ranks_of_this_run(device: str) -> Iterator[Ranks]:
+    """Join the process group that torchrun describes in the environment; without torchrun, one rank and no group.
+
+    device: "auto", "cuda" or "cpu". Raises UserError: cuda without a GPU, fewer GPUs than processes on this machine.
+    """
+    rank, world_size, local_rank, local_world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    own_device = _own_device(device, local_rank, local_world_size)
+    launched = "RANK" in os.environ
+    patient_group: dist.ProcessGroup | None = None
+    if launched:
+        if own_device.type == "cuda":
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=own_device)
+        else:
+            dist.init_process_group("gloo")
+        patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]  # not for members
+    try:
+        yield Ranks(
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            local_world_size=local_world_size,
+            device=own_device,
+            patient_group=patient_group,
+        )
+    finally:
+        if launched:
+            dist.destroy_process_group()
+
+
+def _own_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here; check the driver with nvidia-smi, or use --device cpu")
+    if local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"{local_world_size} processes on this machine but {torch.cuda.device_count()} GPUs; "
+            "give torchrun --nproc_per_node the number of GPUs"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def first_then_others(ranks: Ranks, first: Callable[[], T], others: Callable[[T], T]) -> T:
+    """Rank 0 calls first() while the others wait, then each of them calls others(result of first).
+
+    A UserError or TrainingError of rank 0 is raised on every rank.
+    """
+    if ranks.patient_group is None:
+        return first()
+    message: list = [None, None]
+    if ranks.is_main:
+        try:
+            message[0] = first()
+        except (UserError, TrainingError) as error:
+            message[1] = error
+    dist.broadcast_object_list(message, src=0, group=ranks.patient_group)
+    result, failure = message
+    if failure is not None:
+        raise failure
+    return result if ranks.is_main else others(result)
+
+
+def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
+    """Add a small tensor up over all ranks, in place; returns it."""
+    if ranks.patient_group is not None:
+        dist.all_reduce(values)
+    return values
+
+
+def data_parallel(model: nn.Module, ranks: Ranks, *, accumulates: bool, grad_compression: str) -> nn.Module:
+    """Wrap a model (already compiled, so that its backward overlaps with the all-reduce) in DDP; alone, leave it be.
+
+    grad_compression: "none", "bf16" or "fp16".
+    """
+    if ranks.world_size == 1:
+        return model
+    parallel = DistributedDataParallel(
+        model,
+        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # With no_sync, a static graph fails in the first backward pass (pytorch issue 143580), or silently stops
+        # reducing (pull request 187732).
+        static_graph=not accumulates,
+    )
+    if grad_compression == "bf16":
+        parallel.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    elif grad_compression == "fp16":
+        parallel.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    return parallel

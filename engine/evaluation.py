@@ -1,0 +1,59 @@
+"""Exact loss, top-1 and top-5 over a validation set, on any number of ranks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.distributed import Ranks, sum_over_ranks
+from engine.precision import Precision
+from pipeline.loader import Batch
+from pipeline.plan import PADDING_LABEL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """The result of one pass over a validation set."""
+
+    loss: float
+    """Mean cross-entropy in nats."""
+    top1: float
+    """Share of images whose label has the largest logit, 0–1."""
+    top5: float
+    """Share of images whose label is among the five largest logits (all, where there are fewer classes), 0–1."""
+    images: int
+    """Images counted: each image of the set once."""
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterator[Batch], steps: int, *, ranks: Ranks, precision: Precision) -> Accuracy:
+    """Run `steps` batches of this rank's loader through the model; count on the device, add up over ranks, divide once.
+
+    Rows with PADDING_LABEL count for nothing. The model is in training mode again afterwards. One device sync, at the end.
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # loss, top-1, top-5, images
+    for _ in range(steps):
+        images, labels = next(batches)
+        with precision.autocast():
+            logits = model(images)
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        sums += torch.stack(
+            (
+                F.cross_entropy(logits, labels, ignore_index=PADDING_LABEL, reduction="sum").double(),
+                best[:, 0].sum().double(),
+                best.sum().double(),
+                (labels != PADDING_LABEL).sum().double(),
+            )
+        )
+    model.train()
+    loss, top1, top5, images_counted = sum_over_ranks(sums, ranks).tolist()
+    return Accuracy(
+        loss=loss / images_counted,
+        top1=top1 / images_counted,
+        top5=top5 / images_counted,
+        images=round(images_counted),
+    )

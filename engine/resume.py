@@ -1,0 +1,87 @@
+"""The run's folder, and which checkpoint the run goes on from."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from common.errors import UserError
+from common.progress import say
+from engine import checkpoint as checkpoints
+from engine.checkpoint import Checkpoint
+from engine.config import Config, save_config, to_dict
+from engine.data import Data
+from engine.distributed import Ranks, first_then_others
+
+# Settings that say how a run is carried out, not what it computes: free to change between a run and its resumption.
+_FREE_SETTINGS = {
+    "data", "out", "resume", "device", "micro_batch", "epochs", "steps", "threads", "prefetch", "decoder", "log_every",
+    "checkpoint_minutes", "allow_changed_data", "compile", "compile_mode",
+}  # fmt: skip
+
+
+def open_checkpoint(config: Config, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint that --resume names, None to start anew; changes nothing on the disk but makes the folder OUT.
+
+    Raises UserError: OUT cannot be written, the checkpoint cannot be read, or holds another network.
+    """
+    path = first_then_others(ranks, lambda: _find(config), lambda found: found)
+    if path is None:
+        return None
+    checkpoint = checkpoints.load(path)
+    for flag, theirs, ours in (("arch", checkpoint.arch, config.arch), ("crop", checkpoint.crop, config.crop)):
+        if theirs != ours:
+            raise UserError(
+                f"checkpoint {path} was trained with --{flag} {theirs}, this run asks for {ours}; "
+                "choose another --out, or --resume never to start anew"
+            )
+    if ranks.is_main:
+        say(f"going on from {path}: step {checkpoint.steps:,}, {checkpoint.samples_seen:,} images seen")
+        for setting, value in to_dict(config).items():
+            before = checkpoint.config.get(setting)
+            if setting not in _FREE_SETTINGS and before != value:
+                say(f"  note: {setting} was {before} until now and is {value} from here on")
+    return checkpoint
+
+
+def check_same_data(checkpoint: Checkpoint, data: Data, *, allow_changed: bool) -> None:
+    """Raise UserError where the checkpoint's classes are others, or its images, unless that is allowed."""
+    if tuple(checkpoint.classes) != data.classes:
+        raise UserError(
+            f"the checkpoint has {len(checkpoint.classes)} classes, the data set has {len(data.classes)} or others; "
+            "choose another --out, or --resume never to start anew"
+        )
+    if checkpoint.fingerprint != data.fingerprint and not allow_changed:
+        raise UserError(
+            "the data set changed since the checkpoint was written, so its epoch cannot be completed exactly; "
+            "restore the data, or give --allow-changed-data to go on with what is there"
+        )
+
+
+def claim_out(config: Config, checkpoint: Checkpoint | None) -> None:
+    """On rank 0, when all is known to be right: move an earlier run aside if this one starts anew, save the configuration."""
+    out = config.out
+    if checkpoint is None:
+        earlier = [entry for entry in out.iterdir() if not entry.name.startswith("earlier-")]
+        if any(entry.name == checkpoints.LAST for entry in earlier):
+            aside = next(out / f"earlier-{n}" for n in range(1, 10**6) if not (out / f"earlier-{n}").exists())
+            aside.mkdir()
+            for entry in earlier:
+                entry.rename(aside / entry.name)
+            say(f"the earlier run in {out} is now in {aside}")
+    save_config(config, out / "config.yaml")
+
+
+def _find(config: Config) -> Path | None:
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        descriptor, probe = tempfile.mkstemp(dir=config.out, prefix=".probe.")
+        os.close(descriptor)
+        os.unlink(probe)
+    except OSError as error:
+        raise UserError(f"--out {config.out}: cannot be written ({error.strerror}); choose another folder") from error
+    if config.resume == "never":
+        return None
+    if config.resume != "auto":
+        return Path(config.resume)
+    last = config.out / checkpoints.LAST
+    return last if last.exists() else None

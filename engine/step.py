@@ -1,0 +1,87 @@
+"""The training step: forward, backward, all-reduce, update. And what makes it fast: torch.compile."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.progress import say
+from engine.precision import Precision
+from pipeline.loader import Batch
+
+
+class TrainStep:
+    """One optimizer step over one global batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        precision: Precision,
+        passes: int,
+    ) -> None:
+        """model: the DDP module, or the bare one on a single rank. passes: micro-batches whose gradients are accumulated."""
+        self._model = model
+        self._optimizer = optimizer
+        self._scaler = scaler
+        self._precision = precision
+        self._passes = passes
+
+    def __call__(self, batches: Iterator[Batch]) -> Tensor:
+        """Take `passes` micro-batches and update the weights. Returns this rank's mean loss, a scalar on the device."""
+        losses = []
+        for number in range(1, self._passes + 1):
+            images, labels = next(batches)
+            with self._all_reduce(now=number == self._passes):
+                loss = self._loss(images, labels) / self._passes
+                self._scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        return torch.stack(losses).sum()
+
+    def warm_up(self, images: Tensor, labels: Tensor) -> None:
+        """Compile; run forward and backward once, without an update.
+
+        DDP chooses its buckets anew after the first backward pass. With that pass out of the way, every step of a run adds
+        gradients up in the same order, the first step after a resume too: a resumed run stays bit-identical.
+        """
+        self._loss(images, labels).backward()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with self._precision.autocast():
+            logits = self._model(images)
+        return F.cross_entropy(logits.float(), labels)
+
+    def _all_reduce(self, *, now: bool) -> AbstractContextManager:
+        if now or not isinstance(self._model, DistributedDataParallel):
+            return nullcontext()
+        return self._model.no_sync()
+
+
+def compile_model(model: nn.Module, *, choice: str, mode: str, device: torch.device, is_main: bool) -> bool:
+    """Compile a model in place, before DDP wraps it. choice: "auto" (on for CUDA), "on" or "off". Returns whether it was.
+
+    Compiled inside DDP, the backward pass is cut at DDP's buckets, so that the all-reduce of FC6 starts early; and the
+    state dict's keys stay as they are. Without a C++ compiler (a C compiler, for CUDA) the model stays eager, with a warning.
+    """
+    if choice == "off" or (choice == "auto" and device.type == "cpu"):
+        return False
+    compilers = ("CC", "gcc", "clang", "cc") if device.type == "cuda" else ("CXX", "g++", "clang++", "c++")
+    if not any(shutil.which(os.environ.get(name, name)) for name in compilers):
+        if is_main:
+            say(
+                f"warning: torch.compile needs a compiler ({' or '.join(compilers[1:])}) and finds none: going on without it"
+            )
+        return False
+    model.compile(mode=None if mode == "default" else mode)
+    return True

@@ -1,0 +1,266 @@
+"""The run: steps, and validation, schedule and checkpoints at the epochs' ends.
+
+The host waits for the device only where a figure is logged (every --log-every steps and at an epoch's end), at the end of
+a validation pass, and where a checkpoint is written.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+
+from common.errors import TrainingError
+from common.progress import say
+from engine import checkpoint as checkpoints
+from engine import schedule
+from engine.checkpoint import Checkpoint
+from engine.clock import Clock, TimedBatches
+from engine.config import Config, to_dict
+from engine.data import Data
+from engine.distributed import Ranks, data_parallel, sum_over_ranks
+from engine.evaluation import evaluate
+from engine.precision import Precision
+from engine.runlog import RunLog
+from engine.step import TrainStep, compile_model
+from model.vgg import VGG
+from pipeline.loader import Batch
+
+
+class Trainer:
+    """A training run. Its whole state: weights, optimizer, scaler, steps done, samples seen, validation history."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        ranks: Ranks,
+        precision: Precision,
+        data: Data,
+        model: VGG,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        """checkpoint: where to go on from; None starts anew."""
+        self._clock = Clock()
+        self._config, self._ranks, self._precision, self._data, self._model = config, ranks, precision, data, model
+        if checkpoint:
+            model.load_state_dict(checkpoint.model)
+        self._compiled = compile_model(
+            model, choice=config.compile, mode=config.compile_mode, device=ranks.device, is_main=ranks.is_main
+        )
+        passes = config.batch_size // ranks.world_size // data.micro_batch
+        self._optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self._scaler = precision.grad_scaler()
+        self._step = TrainStep(
+            data_parallel(model, ranks, accumulates=passes > 1, grad_compression=config.grad_compression),
+            optimizer=self._optimizer,
+            scaler=self._scaler,
+            precision=precision,
+            passes=passes,
+        )
+        self._steps, self._samples_seen, self._history = 0, 0, []
+        self._resumed = checkpoint is not None
+        if checkpoint:
+            self._optimizer.load_state_dict(checkpoint.optimizer)
+            self._scaler.load_state_dict(checkpoint.scaler)
+            self._steps, self._samples_seen = checkpoint.steps, checkpoint.samples_seen
+            self._history = list(checkpoint.history)
+        self._total_steps = self._count_steps()
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        self._validation: tuple[Iterator[Batch], int] | None = None
+        if ranks.is_main:
+            say(self._describe(passes))
+
+    def fit(self) -> dict:
+        """Train until the epochs, the steps or the plateaus are used up. Returns the results, as plain values.
+
+        Raises TrainingError: a loss that is not finite, an image that cannot be decoded, a disk that refuses.
+        """
+        if self._done():
+            if self._ranks.is_main:
+                say("this run is complete; a larger --epochs or --steps goes on, --resume never starts anew")
+        elif self._ranks.is_main:
+            with RunLog(self._config.out, steps_done=self._steps, total_steps=self._total_steps) as log:
+                self._train(log)
+        else:
+            self._train(None)
+        return self._results()
+
+    def _train(self, log: RunLog | None) -> None:
+        config, clock, epoch_images = self._config, self._clock, self._data.train_images
+        batches = TimedBatches(self._data.train_batches(self._samples_seen))
+        self._step.warm_up(*self._blank_batch())
+        clock.start(self._steps)
+        last_save = time.monotonic()
+        while not self._done():
+            self._set_learning_rate()
+            torch.manual_seed(_step_seed(config.seed, self._steps, self._ranks.rank))  # of dropout
+            self._loss_sum += self._step(batches)
+            ends_epoch = self._samples_seen // epoch_images < (self._samples_seen + config.batch_size) // epoch_images
+            self._steps += 1
+            self._samples_seen += config.batch_size
+            if log:
+                log.advance()
+            if self._steps % config.log_every == 0 or ends_epoch or self._done():
+                self._log_training(log, batches)
+            if ends_epoch:
+                with clock.evaluating():
+                    self._validate(log)
+            minutes_since_save = (time.monotonic() - last_save) / 60
+            if ends_epoch or self._done() or minutes_since_save >= config.checkpoint_minutes:
+                if self._ranks.is_main:
+                    with clock.saving():
+                        self._save(is_best=ends_epoch and self._last_is_best())
+                last_save = time.monotonic()
+
+    def _done(self) -> bool:
+        plateaus_used_up = self._config.schedule == "plateau" and self._plateau()[1]
+        return self._steps >= self._total_steps or plateaus_used_up
+
+    # ---- learning rate -------------------------------------------------------------------------------------------
+
+    def _set_learning_rate(self) -> None:
+        rate = self._learning_rate()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    def _learning_rate(self) -> float:
+        config, epoch = self._config, self._samples_seen / self._data.train_images
+        if config.schedule == "plateau":
+            return self._plateau()[0]
+        if config.schedule == "step":
+            return schedule.step(config.lr, epoch, config.step_epochs)
+        middle_of_step = epoch + 0.5 * config.batch_size / self._data.train_images  # so that the first rate is not 0
+        return schedule.cosine(config.lr, middle_of_step, config.epochs, config.warmup_epochs)
+
+    def _plateau(self) -> tuple[float, bool]:
+        return schedule.plateau(
+            self._config.lr, [entry["top1"] for entry in self._history], self._config.plateau_epochs
+        )
+
+    # ---- figures -------------------------------------------------------------------------------------------------
+
+    def _log_training(self, log: RunLog | None, batches: TimedBatches) -> None:
+        loss_sum = sum_over_ranks(self._loss_sum, self._ranks).item()  # waits for the device
+        self._loss_sum.zero_()
+        steps, seconds = self._clock.lap(self._steps)
+        loss = loss_sum / self._ranks.world_size / steps
+        if not math.isfinite(loss):
+            last = self._config.out / checkpoints.LAST
+            kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+            raise TrainingError(
+                f"the loss is {loss} after step {self._steps}: the training diverged; {kept}; "
+                "try a lower --lr or --init xavier"
+            )
+        wait_seconds = batches.take_wait_seconds()
+        if log:
+            log.train(
+                step=self._steps,
+                epoch=self._samples_seen / self._data.train_images,
+                loss=loss,
+                lr=self._optimizer.param_groups[0]["lr"],
+                images_per_second=steps * self._config.batch_size / seconds,
+                data_wait=wait_seconds / seconds,
+            )
+
+    def _validate(self, log: RunLog | None) -> None:
+        if self._validation is None:
+            self._validation = self._data.validation_batches()
+        if self._validation is None:
+            return
+        batches, steps = self._validation
+        accuracy = evaluate(self._model, batches, steps, ranks=self._ranks, precision=self._precision)
+        epoch = self._samples_seen // self._data.train_images
+        self._history.append({"epoch": epoch, **asdict(accuracy)})
+        if log:
+            log.validation(step=self._steps, epoch=epoch, accuracy=accuracy)
+
+    def _results(self) -> dict:
+        last, clock = self._history[-1] if self._history else {}, self._clock
+        images = clock.training_steps * self._config.batch_size
+        return {
+            "arch": self._config.arch,
+            "data": self._config.data,
+            "epochs": self._samples_seen // self._data.train_images,
+            "steps": self._steps,
+            "samples_seen": self._samples_seen,
+            "top1": last.get("top1"),
+            "top5": last.get("top5"),
+            "validation_loss": last.get("loss"),
+            "best_top1": max((entry["top1"] for entry in self._history), default=None),
+            "images_per_second": round(images / clock.training_seconds, 2) if images else None,
+            "startup_seconds": round(clock.startup_seconds, 2),
+            "training_seconds": round(clock.training_seconds, 2),
+            "evaluation_seconds": round(clock.evaluation_seconds, 2),
+            "checkpoint_seconds": round(clock.checkpoint_seconds, 2),
+            "world_size": self._ranks.world_size,
+            "device": self._ranks.device.type,
+            "precision": self._precision.name,
+            "compiled": self._compiled,
+            "resumed": self._resumed,
+            "checkpoint": str(self._config.out / checkpoints.LAST),
+        }
+
+    # ---- the rest ------------------------------------------------------------------------------------------------
+
+    def _last_is_best(self) -> bool:
+        top1 = [entry["top1"] for entry in self._history]
+        return bool(top1) and top1[-1] > max(top1[:-1], default=-1.0)
+
+    def _save(self, *, is_best: bool) -> None:
+        checkpoints.save(
+            Checkpoint(
+                arch=self._config.arch,
+                crop=self._config.crop,
+                classes=list(self._data.classes),
+                mean_rgb=list(self._data.mean_rgb),
+                model=self._model.state_dict(),
+                optimizer=self._optimizer.state_dict(),
+                scaler=self._scaler.state_dict(),
+                steps=self._steps,
+                samples_seen=self._samples_seen,
+                history=self._history,
+                fingerprint=self._data.fingerprint,
+                config=to_dict(self._config),
+            ),
+            self._config.out,
+            is_best=is_best,
+        )
+
+    def _count_steps(self) -> int:
+        """Steps of the whole training: those done and those that the epochs still need; the last may straddle the end."""
+        samples_left = max(0, self._config.epochs * self._data.train_images - self._samples_seen)
+        total = self._steps + math.ceil(samples_left / self._config.batch_size)
+        return min(total, self._config.steps) if self._config.steps else total
+
+    def _blank_batch(self) -> Batch:
+        dtype = torch.float16 if self._precision.half_images else torch.float32
+        size, crop, device = self._data.micro_batch, self._config.crop, self._ranks.device
+        images = torch.zeros(size, 3, crop, crop, dtype=dtype, device=device)
+        return images.to(memory_format=torch.channels_last), torch.zeros(size, dtype=torch.int64, device=device)
+
+    def _describe(self, passes: int) -> str:
+        config, ranks, data = self._config, self._ranks, self._data
+        parameters = sum(weight.numel() for weight in self._model.parameters())
+        place = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+        return (
+            f"{config.arch} ({parameters / 1e6:.1f} M parameters) on {config.data}: {data.train_images:,} images, "
+            f"{len(data.classes)} classes, crop {config.crop}, scale {config.train_scale}\n"
+            f"{place}, {self._precision.name}, {'compiled' if self._compiled else 'eager'}; batch {config.batch_size} = "
+            f"{ranks.world_size} ranks × {passes} passes × {data.micro_batch} images; "
+            f"{self._total_steps:,} steps; {config.out}"
+        )
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for each step and rank, so that a resumed run draws what the uninterrupted one would have drawn."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

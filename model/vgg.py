@@ -1,0 +1,124 @@
+"""The six networks of Simonyan & Zisserman, arXiv 1409.1556: Table 1 as a table, and the module it describes."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Table 1 of the paper, block by block; a max-pool ends each block. An integer is a 3×3 convolution's width,
+# (1, width) is a 1×1 convolution, "LRN" follows the ReLU before it.
+Layer = int | tuple[int, int] | str
+CONFIGURATIONS: dict[str, tuple[tuple[Layer, ...], ...]] = {
+    "A": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+    "A-LRN": ((64, "LRN"), (128,), (256, 256), (512, 512), (512, 512)),
+    "B": ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)),
+    "C": ((64, 64), (128, 128), (256, 256, (1, 256)), (512, 512, (1, 512)), (512, 512, (1, 512))),
+    "D": ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
+    "E": ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), (512, 512, 512, 512)),
+}
+
+STRIDE = 32
+"""Five poolings halve the image: a crop is a multiple of this."""
+
+
+class VGG(nn.Module):
+    """A configuration of the paper as torchvision lays it out: the same state-dict keys, shapes and outputs.
+
+    The network is features → flatten → classifier. torchvision's adaptive 7×7 average pool is absent: at 224 pixels it
+    is the identity, and at other crops FC6 takes the map as it is, 512·(crop/32)² inputs.
+    """
+
+    def __init__(self, arch: str, *, classes: int = 1000, crop: int = 224, dropout: float = 0.5) -> None:
+        """arch: a key of CONFIGURATIONS. crop: side of the input in pixels, a multiple of 32.
+
+        Raises ValueError for another arch or crop.
+        """
+        if arch not in CONFIGURATIONS:
+            raise ValueError(f"unknown architecture {arch}; choose one of {', '.join(CONFIGURATIONS)}")
+        if crop < STRIDE or crop % STRIDE:
+            raise ValueError(f"crop {crop} is not a multiple of {STRIDE}: VGG halves its input five times")
+        super().__init__()
+        self.features = _features(CONFIGURATIONS[arch])
+        self.classifier = nn.Sequential(
+            nn.Linear(512 * (crop // STRIDE) ** 2, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(4096, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(4096, classes),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: [n, 3, crop, crop]. Returns logits [n, classes]."""
+        return self.classifier(torch.flatten(self.features(images), 1))
+
+
+class LocalResponseNorm(nn.Module):
+    """AlexNet's local response normalisation (Krizhevsky et al. 2012, section 3.3), across channels.
+
+    y_c = x_c / (k + α · Σ x_j²)^β over the n channels j around c, with n=5, k=2, α=1e-4, β=0.75 (section 2.3 of the VGG
+    paper). torch divides α by n, the formula does not, so torch is given n·α. Computed in float32: squares of
+    activations of pixels in 0–255 overflow float16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, channels, height, width], any floating dtype; the result has the same shape and dtype."""
+        return F.local_response_norm(x.float(), size=5, alpha=5 * 1e-4, beta=0.75, k=2.0).to(x.dtype)
+
+
+def build(arch: str, *, classes: int, crop: int, dropout: float, init: str, device: torch.device, seed: int = 0) -> VGG:
+    """A network with fresh weights, made and initialised on `device`, in channels_last.
+
+    init: a key of INITIALISERS. The weights are a function of the seed and the kind of device. Raises ValueError as VGG does.
+    """
+    with torch.device("meta"):  # torch's own initialisation would be computed first, only to be overwritten
+        model = VGG(arch, classes=classes, crop=crop, dropout=dropout)
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    initialise = INITIALISERS[init]
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            initialise(module.weight, generator)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # all have one
+    return model.to(memory_format=torch.channels_last)
+
+
+def _xavier(weight: Tensor, generator: torch.Generator) -> None:
+    """Glorot & Bengio 2010, uniform: what the paper's authors found after submission to need no pre-training."""
+    nn.init.xavier_uniform_(weight, generator=generator)
+
+
+def _normal(weight: Tensor, generator: torch.Generator) -> None:
+    """Section 3.1 of the paper: normal, mean 0, variance 10⁻². Only networks as shallow as A can hope to learn from it."""
+    nn.init.normal_(weight, std=math.sqrt(1e-2), generator=generator)
+
+
+def _kaiming(weight: Tensor, generator: torch.Generator) -> None:
+    """He et al. 2015: normal, variance 2 / inputs."""
+    nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
+
+
+INITIALISERS: dict[str, Callable[[Tensor, torch.Generator], None]] = {
+    "xavier": _xavier,
+    "normal": _normal,
+    "kaiming": _kaiming,
+}
+
+
+def _features(blocks: tuple[tuple[Layer, ...], ...]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    channels = 3
+    for block in blocks:
+        for layer in block:
+            if layer == "LRN":
+                # Joined with its ReLU, so that the layers after it keep torchvision's numbers and A's weights fit A-LRN.
+                layers[-1] = nn.Sequential(layers[-1], LocalResponseNorm())
+                continue
+            side, width = layer if isinstance(layer, tuple) else (3, int(layer))
+            layers += [nn.Conv2d(channels, width, kernel_size=side, padding=side // 2), nn.ReLU(inplace=True)]
+            channels = width
+        layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
+    return nn.Sequential(*layers)

@@ -1,0 +1,1 @@
+"""From image files to device tensors: manifest → plan → DALI graph → loader."""

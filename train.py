@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Train a VGG: python train.py --arch A --data digits, or torchrun --nproc_per_node=8 train.py --arch D --data DIR."""
+
+import json
+import os
+import sys
+import time
+
+from common.errors import TrainingError, UserError
+from engine.config import Config, parse_args
+
+
+def train(config: Config) -> dict | None:
+    """Run a configuration to its end. Returns the results on rank 0, None elsewhere. Raises UserError, TrainingError."""
+    # Here, not above: --help and mistyped flags answer without waiting for torch.
+    from engine.data import open_data
+    from engine.distributed import ranks_of_this_run
+    from engine.precision import choose_precision, set_numerics
+    from engine.resume import check_same_data, claim_out, open_checkpoint
+    from engine.trainer import Trainer
+    from model.vgg import build
+
+    with ranks_of_this_run(config.device) as ranks:
+        set_numerics(deterministic=config.deterministic)
+        precision = choose_precision(config.precision, ranks.device)
+        checkpoint = open_checkpoint(config, ranks)
+        data = open_data(config, ranks, precision)
+        if checkpoint:
+            check_same_data(checkpoint, data, allow_changed=config.allow_changed_data)
+        if ranks.is_main:
+            claim_out(config, checkpoint)
+        model = build(
+            config.arch,
+            classes=len(data.classes),
+            crop=config.crop,
+            dropout=config.dropout,
+            init=config.init,
+            device=ranks.device,
+            seed=config.seed,
+        )
+        trainer = Trainer(config, ranks=ranks, precision=precision, data=data, model=model, checkpoint=checkpoint)
+        results = trainer.fit()
+        return results if ranks.is_main else None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, train, print the results. Returns the exit code: 0, 1 (the run failed) or 2 (something given is wrong)."""
+    try:
+        results = train(parse_args(argv))
+    except (UserError, TrainingError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(1)  # most errors are the same on all ranks: rank 0 says it, torchrun ends the others meanwhile
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    if results is not None:
+        print(json.dumps(results), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
