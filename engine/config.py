@@ -51,11 +51,11 @@ class Config:
     crop: int = 224
     """Side of the network's input in pixels, a multiple of 32. (digits: 32)"""
     batch_size: int = 256
-    """Images in one step over all ranks together; must divide by their number. (digits: 64)"""
+    """Images in one step over all ranks together; must divide by their number. (digits: 32)"""
     micro_batch: int | None = None
     """Images in one pass of one rank; below the rank's share, gradients are accumulated. Default: the share."""
     epochs: int = 74
-    """Passes over the training images. (digits: 8)"""
+    """Passes over the training images. (digits: 14)"""
     steps: int | None = None
     """Stop after so many steps, counted from the start of the training."""
 
@@ -69,7 +69,7 @@ class Config:
     """Probability of dropping an activation of the first two fully-connected layers."""
     schedule: Literal["plateau", "step", "cosine"] = "plateau"
     """plateau: the paper's, lr / 10 when validation top-1 stops improving, three times, then stop. step: lr / 10 every
-    STEP_EPOCHS. cosine: linear warm-up, then a half cosine to 0."""
+    STEP_EPOCHS. cosine: linear warm-up, then a half cosine to 0. (digits: cosine)"""
     plateau_epochs: int = 5
     """Epochs without a better top-1 that make a plateau."""
     step_epochs: int = 30
@@ -123,8 +123,9 @@ class Config:
 _DIGITS_DEFAULTS = {
     "train_scale": "36",
     "crop": 32,
-    "batch_size": 64,
-    "epochs": 8,
+    "batch_size": 32,
+    "epochs": 14,
+    "schedule": "cosine",
     "step_epochs": 3,
     "warmup_epochs": 1.0,
 }

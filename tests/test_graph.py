@@ -1,0 +1,175 @@
+"""The graph's images against independent ways of making them, and the GPU graph's structure without a GPU."""
+
+import numpy as np
+import pytest
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from PIL import Image
+
+from pipeline.graphs import image_pipeline
+from pipeline.loader import DaliLoader
+from pipeline.manifest import open_manifest
+from pipeline.plan import Samples, TrainPlan, ValidationPlan, rescaled_sizes
+from tests.images import photo_folder
+
+CPU = torch.device("cpu")
+CROP = 224
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return open_manifest(photo_folder(tmp_path_factory.mktemp("photos"), train=100, val=10)).train
+
+
+def run_graph(samples: Samples, crop: int = CROP) -> np.ndarray:
+    """The loader's images for these samples: float32 [n, crop, crop, 3]."""
+    loader = DaliLoader(
+        iter([samples] * 4),
+        batch_size=len(samples.labels),
+        crop=crop,
+        device=CPU,
+        decoder="cpu",
+        half=False,
+        threads=2,
+        prefetch=1,
+    )
+    images, labels = next(loader)
+    assert np.array_equal(labels.numpy(), samples.labels)
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+def corners_of(samples: Samples, sizes: np.ndarray, outs: np.ndarray) -> np.ndarray:
+    return np.rint((samples.start + samples.roi_start) * outs / sizes).astype(int)
+
+
+def decode_all(path: str) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def path_of(name: np.ndarray) -> str:
+    return bytes(name).decode()
+
+
+@pytest.fixture(scope="module")
+def planned(table):
+    """100 random plans over 100 photographs, grey, CMYK and EXIF-rotated ones among them, and what they ask for."""
+    plan = TrainPlan(table=table, batch_size=100, crop=CROP, scale=(224, 512), seed=1, mean_rgb=(0.0, 0.0, 0.0))
+    samples = plan.samples(np.arange(100))
+    _, rows = plan.epochs_and_rows(np.arange(100))
+    sizes = table.read(rows).sizes
+    ratio = (samples.roi_end - samples.roi_start).astype(float) / CROP
+    outs = np.rint(sizes / ratio).astype(int)
+    assert outs.min() >= CROP
+    images = run_graph(samples) + samples.mean[:, None, None, :]
+    images[samples.mirror == 1] = images[samples.mirror == 1, :, ::-1]
+    return samples, sizes, outs, images
+
+
+def test_crops_equal_decoding_everything_resizing_and_cropping_in_dali(planned):
+    samples, sizes, outs, images = planned
+    corners = corners_of(samples, sizes, outs)
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def usual():
+        name, size, start = fn.external_source(
+            lambda info: (
+                samples.names[info.idx_in_epoch],
+                outs[info.idx_in_epoch].astype(np.float32),
+                corners[info.idx_in_epoch].astype(np.int32),
+            ),
+            num_outputs=3,
+            batch=False,
+            batch_info=False,
+        )
+        image = fn.decoders.image(fn.io.file.read(name), output_type=types.RGB, adjust_orientation=False)
+        whole = fn.resize(image, size=size, subpixel_scale=False, antialias=True, dtype=types.FLOAT)
+        return fn.slice(whole, start=start, shape=[CROP, CROP], axes=[0, 1])
+
+    pipeline = usual(prefetch_queue_depth=1)
+    worst = total = 0.0
+    for image in images:
+        (reference,) = pipeline.run()
+        difference = np.abs(np.rint(np.asarray(reference[0])) - np.rint(image))
+        worst, total = max(worst, difference.max()), total + difference.mean()
+    assert worst <= 1
+    assert total / len(images) < 1e-3
+
+
+def test_crops_equal_torchvisions_antialiased_resize_and_crop(planned):
+    from torchvision.transforms.v2.functional import resize
+
+    samples, sizes, outs, images = planned
+    corners = corners_of(samples, sizes, outs)
+    worst = total = 0.0
+    for name, out, (y, x), image in zip(samples.names, outs, corners, images, strict=True):
+        whole = torch.from_numpy(decode_all(path_of(name)).copy()).permute(2, 0, 1)
+        resized = resize(whole, [int(out[0]), int(out[1])], antialias=True)
+        reference = resized[:, y : y + CROP, x : x + CROP].permute(1, 2, 0).numpy()
+        difference = np.abs(reference - image)
+        worst, total = max(worst, difference.max()), total + difference.mean()
+    assert worst <= 3
+    assert total / len(images) < 0.3
+
+
+def test_validation_equals_pil_resize_and_centre_crop(table):
+    samples = next(
+        ValidationPlan(table=table, crop=CROP, scale=256).batches(rank=0, world_size=1, batch_size=len(table))
+    )
+    images = run_graph(samples) + samples.mean[:, None, None, :]
+    sizes = table.read(np.arange(len(table))).sizes
+    outs = rescaled_sizes(sizes, np.full(len(table), 256))
+    for name, (height, width), image in zip(samples.names, outs, images, strict=True):
+        resized = Image.open(path_of(name)).convert("RGB").resize((int(width), int(height)), Image.Resampling.BILINEAR)
+        y, x = round((height - CROP) / 2), round((width - CROP) / 2)
+        difference = np.abs(np.asarray(resized)[y : y + CROP, x : x + CROP] - image)
+        assert difference.max() <= 3
+        assert difference.mean() < 0.5
+
+
+def test_mean_is_subtracted_and_the_image_flipped_as_asked(table):
+    plan = TrainPlan(table=table, batch_size=8, crop=CROP, scale=(256, 256), seed=0)
+    samples = plan.samples(np.arange(8))
+    plain = samples._replace(mirror=np.zeros_like(samples.mirror), mean=np.zeros_like(samples.mean))
+    flipped = samples._replace(mirror=np.ones_like(samples.mirror))
+    difference = run_graph(flipped) - (run_graph(plain)[:, :, ::-1] - samples.mean[:, None, None, :])
+    assert np.abs(difference).max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (3, 2), (2000, 17)])
+def test_images_of_odd_shapes_go_through(tmp_path, size):
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", size, (200, 100, 50)).save(tmp_path / split / "a/x.png")
+    table = open_manifest(tmp_path).train
+    samples = TrainPlan(
+        table=table, batch_size=4, crop=64, scale=(64, 96), seed=0, mean_rgb=(200.0, 100.0, 50.0)
+    ).samples(np.arange(4))
+    images = run_graph(samples._replace(mean=np.tile(np.float32([200, 100, 50]), (4, 1))), crop=64)
+    assert images.shape == (4, 64, 64, 3)
+    assert np.abs(images).max() < 1e-3
+
+
+def inspect_gpu_graph(decoder: str):
+    """The GPU graph without a GPU: its operators with their devices, the devices of their inputs, and of the outputs."""
+    pipeline = image_pipeline(
+        lambda: (), batch_size=2, crop=CROP, device_id=0, decoder=decoder, half=True, threads=1, prefetch=2
+    )
+    pipeline._build_graph()
+    operators = {type(op._op).__name__: op for op in pipeline._ops if type(op._op).__name__ != "ExternalSource"}
+    devices = {name: op._op._device for name, op in operators.items()}
+    image_inputs = {name: op.inputs[0].device for name, op in operators.items()}
+    return devices, image_inputs, [output.device for output in pipeline._graph_outputs]
+
+
+def test_gpu_graph_decodes_windows_on_the_gpu_and_copies_nothing_back():
+    devices, image_inputs, outputs = inspect_gpu_graph("gpu")
+    assert devices == {"Read": "cpu", "ImageSlice": "mixed", "Resize": "gpu", "CropMirrorNormalize": "gpu"}
+    assert image_inputs == {"Read": "cpu", "ImageSlice": "cpu", "Resize": "gpu", "CropMirrorNormalize": "gpu"}
+    assert outputs == ["gpu", "gpu"]
+
+
+def test_gpu_graph_with_the_cpu_decoder_differs_in_the_decoder_only():
+    devices, image_inputs, outputs = inspect_gpu_graph("cpu")
+    assert devices == {"Read": "cpu", "ImageSlice": "cpu", "Resize": "gpu", "CropMirrorNormalize": "gpu"}
+    assert image_inputs == {"Read": "cpu", "ImageSlice": "cpu", "Resize": "gpu", "CropMirrorNormalize": "gpu"}
+    assert outputs == ["gpu", "gpu"]

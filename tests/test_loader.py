@@ -1,0 +1,110 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import TrainingError
+from pipeline.digits import digits_folder
+from pipeline.loader import DaliLoader, SyntheticLoader
+from pipeline.manifest import open_manifest
+from pipeline.plan import TrainPlan
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def plan():
+    table = open_manifest(digits_folder()).train
+    return TrainPlan(table=table, batch_size=10, crop=32, scale=(36, 36), seed=0)
+
+
+def make_loader(plan, *, start=0, prefetch=2):
+    batches = plan.batches(start=start, rank=0, world_size=1, micro_batch=10)
+    return DaliLoader(
+        batches, batch_size=10, crop=32, device=CPU, decoder="cpu", half=False, threads=1, prefetch=prefetch
+    )
+
+
+def test_digits_are_what_scikit_learn_ships():
+    manifest = open_manifest(digits_folder())
+    assert (len(manifest.train), len(manifest.val), manifest.quarantined) == (1437, 360, 0)
+    assert manifest.classes == tuple("0123456789")
+
+
+def test_batches_are_channels_last_and_labels_int64(plan):
+    images, labels = next(make_loader(plan))
+    assert images.shape == (10, 3, 32, 32)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.dtype == torch.int64
+    assert np.array_equal(labels, plan.samples(np.arange(10)).labels)
+
+
+def test_images_are_dalis_own_memory(plan):
+    loader = make_loader(plan)
+    seen = []
+    run = loader._pipeline.run
+    loader._pipeline.run = lambda: seen.append(run()) or seen[-1]
+    images, labels = next(loader)
+    assert images.data_ptr() == seen[0][0].as_tensor().data_ptr()
+    assert labels.data_ptr() == seen[0][1].as_tensor().data_ptr()
+
+
+def test_held_batches_stay_as_they_were(plan):
+    loader = make_loader(plan)
+    held = [next(loader) for _ in range(8)]
+    copies = [(images.clone(), labels.clone()) for images, labels in held]
+    for _ in range(20):
+        next(loader)
+    for (images, labels), (images_before, labels_before) in zip(held, copies, strict=True):
+        assert torch.equal(images, images_before)
+        assert torch.equal(labels, labels_before)
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_a_loader_starts_at_any_sample_and_goes_on_across_epochs(plan, prefetch):
+    skipped = 1430  # seven samples before the first epoch's end
+    loader = make_loader(plan)
+    for _ in range(skipped // 10):
+        next(loader)
+    later = make_loader(plan, start=skipped, prefetch=prefetch)
+    for _ in range(3):
+        (images, labels), (same_images, same_labels) = next(loader), next(later)
+        assert torch.equal(images, same_images)
+        assert torch.equal(labels, same_labels)
+
+
+def test_an_image_lost_after_the_scan_is_named(tmp_path):
+    from tests.images import photo_folder
+
+    folder = photo_folder(tmp_path, train=4, val=2)
+    table = open_manifest(folder).train
+    victim = folder / "train/class0/000.JPEG"
+    os.truncate(victim, 0)
+    plan = TrainPlan(table=table, batch_size=4, crop=64, scale=(64, 64), seed=0)
+    batches = plan.batches(start=0, rank=0, world_size=1, micro_batch=4)
+    loader = DaliLoader(batches, batch_size=4, crop=64, device=CPU, decoder="cpu", half=False, threads=1, prefetch=2)
+    with pytest.raises(TrainingError, match=r"000\.JPEG.*--rescan"):
+        next(loader)
+
+
+def test_an_error_in_the_plan_is_not_taken_for_a_bad_image():
+    def batches():
+        raise RuntimeError("a bug")
+        yield
+
+    loader = DaliLoader(batches(), batch_size=4, crop=64, device=CPU, decoder="cpu", half=False, threads=1, prefetch=2)
+    with pytest.raises(RuntimeError, match="a bug"):
+        next(loader)
+
+
+def test_synthetic_batches_look_like_real_ones():
+    loader = SyntheticLoader(batch_size=4, crop=64, classes=7, device=CPU, half=False)
+    images, labels = next(loader)
+    assert images.shape == (4, 3, 64, 64)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.dtype == torch.int64
+    assert labels.max() < 7
+    assert next(loader)[0].data_ptr() == images.data_ptr(), "one resident batch"

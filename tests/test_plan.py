@@ -1,0 +1,200 @@
+import numpy as np
+import pytest
+
+from pipeline.manifest import Table
+from pipeline.plan import (
+    IMAGENET_EIGENVALUES,
+    IMAGENET_EIGENVECTORS,
+    IMAGENET_MEAN_RGB,
+    PADDING_LABEL,
+    TrainPlan,
+    ValidationPlan,
+    rescaled_sizes,
+)
+
+
+def make_table(length: int, seed: int = 0) -> Table:
+    """A table of images that do not exist; the label is the row's number, so that rows can be told apart."""
+    generator = np.random.default_rng(seed)
+    rows = np.zeros(length, dtype=[("path", "u1", (8,)), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")])
+    rows["path"] = np.frombuffer(b"".join(b"%08d" % row for row in range(length)), np.uint8).reshape(length, 8)
+    rows["label"] = np.arange(length)
+    rows["height"], rows["width"] = generator.integers(1, 1500, size=(2, length))
+    return Table("/images", rows)
+
+
+def make_plan(length: int, batch_size: int, *, scale=(256, 512), seed: int = 0) -> TrainPlan:
+    return TrainPlan(table=make_table(length), batch_size=batch_size, crop=224, scale=scale, seed=seed)
+
+
+def take(plan: TrainPlan, *, steps: int, world_size: int, start: int = 0, micro_batch: int | None = None):
+    """The samples of the first steps: per field, an array [steps, batch_size, …], ranks side by side in rank order."""
+    share = plan.batch_size // world_size
+    micro_batch = micro_batch or share
+    by_rank = []
+    for rank in range(world_size):
+        batches = plan.batches(start=start, rank=rank, world_size=world_size, micro_batch=micro_batch)
+        by_rank.append([next(batches) for _ in range(steps * share // micro_batch)])
+    fields = []
+    for field in range(len(by_rank[0][0])):
+        ranks = [np.concatenate([batch[field] for batch in batches]) for batches in by_rank]
+        shaped = [values.reshape(steps, share, *values.shape[1:]) for values in ranks]
+        fields.append(np.concatenate(shaped, axis=1))
+    return type(by_rank[0][0])(*fields)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("length", [23, 24, 241, 1009])
+def test_every_row_once_an_epoch_over_all_ranks(length, world_size):
+    plan = make_plan(length, batch_size=24)
+    steps = -(-3 * length // 24)
+    rows = take(plan, steps=steps, world_size=world_size).labels.ravel()
+    for epoch in range(3):
+        assert np.array_equal(np.sort(rows[epoch * length : (epoch + 1) * length]), np.arange(length))
+
+
+def test_epochs_have_different_orders_and_different_draws():
+    plan = make_plan(500, batch_size=500)
+    both = take(plan, steps=2, world_size=1)
+    assert np.mean(both.labels[0] == both.labels[1]) < 0.05
+    order = [np.argsort(labels) for labels in both.labels]
+    for field in ("mirror", "mean", "roi_start"):
+        first, second = (getattr(both, field)[epoch][order[epoch]] for epoch in (0, 1))
+        assert np.mean(first == second) < 0.6, field
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 12), (4, 6), (1, 3), (2, 4)])
+def test_a_global_batch_is_the_same_on_any_number_of_ranks(world_size, micro_batch):
+    plan = make_plan(1009, batch_size=24)
+    alone = take(plan, steps=50, world_size=1)
+    shared = take(plan, steps=50, world_size=world_size, micro_batch=micro_batch)
+    for name, one, other in zip(alone._fields, alone, shared, strict=True):
+        assert np.array_equal(one, other), name
+
+
+def test_a_plan_starts_at_any_sample():
+    plan = make_plan(101, batch_size=8)
+    whole = take(plan, steps=40, world_size=2)
+    rest = take(plan, steps=10, world_size=4, start=30 * 8)
+    for name, one, other in zip(whole._fields, whole, rest, strict=True):
+        assert np.array_equal(one[30:], other), name
+
+
+def test_batches_are_the_samples_of_the_blocks_before_and_after():
+    """Blocks of several thousand samples are an optimisation that must not show."""
+    plan = make_plan(3000, batch_size=1000)
+    batches = take(plan, steps=10, world_size=1)
+    direct = plan.samples(np.arange(10_000))
+    assert np.array_equal(batches.labels.ravel(), direct.labels)
+    assert np.array_equal(batches.mean.reshape(-1, 3), direct.mean)
+
+
+def test_inputs_for_dali_have_the_promised_types():
+    samples = make_plan(50, batch_size=10).samples(np.arange(10))
+    expected = [np.uint8, np.int32, np.int32, np.float32, np.float32, np.int32, np.float32, np.int64]
+    assert [field.dtype for field in samples] == expected
+    assert all(field.flags.c_contiguous for field in samples)
+    assert bytes(samples.names[0]) == b"/images/%08d" % samples.labels[0]
+
+
+def test_windows_equal_a_computation_one_image_at_a_time():
+    """The design's formulas in plain Python with exact fractions, for rows of all shapes."""
+    from fractions import Fraction
+    from math import ceil, floor
+
+    from pipeline import draws
+
+    plan = make_plan(400, batch_size=400, seed=4)
+    samples = plan.samples(np.arange(400))
+    _, rows = plan.epochs_and_rows(np.arange(400))
+    sizes = plan.table.read(rows).sizes
+    u_scale, u_y, u_x, u_flip = draws.uniforms(4, np.zeros(400, int), rows, draws.PURPOSE_GEOMETRY)
+    for i in range(400):
+        scale = 256 + int(u_scale[i] * 257)
+        for axis, u in ((0, u_y[i]), (1, u_x[i])):
+            size, shortest = int(sizes[i, axis]), int(min(sizes[i]))
+            out = floor(Fraction(size * scale, shortest) + Fraction(1, 2))
+            corner = min(floor(u * (out - 223)), out - 224)
+            ratio = Fraction(size, out)
+            margin = 2 * max(ratio, 1) + 1
+            first = max(floor(corner * ratio - margin), 0)
+            last = min(ceil((corner + 224) * ratio + margin), size)
+            # Where the exact edge is a whole number, float64 may round it outwards by a pixel; never inwards.
+            assert first - samples.start[i, axis] in (0, 1)
+            assert samples.start[i, axis] + samples.shape[i, axis] - last in (0, 1)
+            start = int(samples.start[i, axis])
+            assert samples.roi_start[i, axis] == pytest.approx(float(corner * ratio - start), abs=1e-3)
+            assert samples.roi_end[i, axis] == pytest.approx(float((corner + 224) * ratio - start), abs=1e-3)
+        assert samples.mirror[i] == int(u_flip[i] >= 0.5)
+
+
+def test_corners_scales_and_flips_are_uniform():
+    count = 20_000
+    rows = np.zeros(count, dtype=[("path", "u1", (1,)), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")])
+    rows["height"], rows["width"] = 256, 256
+    plan = TrainPlan(table=Table("/", rows), batch_size=count, crop=224, scale=(256, 256), seed=2)
+    samples = plan.samples(np.arange(count))
+    corners = np.rint(samples.start + samples.roi_start).astype(int)  # S equals the side: the ratio is 1
+    for axis in (0, 1):
+        counts = np.bincount(corners[:, axis], minlength=33)
+        assert len(counts) == 33, "all 33 corners of a 224 crop in 256 pixels, and no other"
+        assert ((counts - count / 33) ** 2 / (count / 33)).sum() < 75  # chi-square, 32 degrees: p = 3e-5
+    assert abs(samples.mirror.mean() - 0.5) < 0.015
+
+
+def test_scales_cover_their_range_with_both_ends():
+    plan = make_plan(5000, batch_size=5000, scale=(256, 259))
+    sizes = plan.table.read(plan.epochs_and_rows(np.arange(5000))[1]).sizes
+    samples = plan.samples(np.arange(5000))
+    ratio = (samples.roi_end - samples.roi_start).astype(float) / 224
+    shortest = sizes.argmin(axis=1)
+    everyone = np.arange(5000)
+    scales = np.rint(sizes[everyone, shortest] / ratio[everyone, shortest]).astype(int)
+    values, counts = np.unique(scales, return_counts=True)
+    assert list(values) == [256, 257, 258, 259]
+    assert counts.min() > 1100
+
+
+def test_colour_shift_has_the_covariance_of_alexnets():
+    """Shift = P·(α∘λ) with α normal of deviation 0.1: covariance P·diag((0.1·λ)²)·Pᵀ."""
+    samples = make_plan(40_000, batch_size=10).samples(np.arange(40_000))
+    shift = np.asarray(IMAGENET_MEAN_RGB) - samples.mean.astype(float)
+    vectors = np.asarray(IMAGENET_EIGENVECTORS)
+    expected = vectors @ np.diag((0.1 * np.asarray(IMAGENET_EIGENVALUES)) ** 2) @ vectors.T
+    assert np.allclose(np.cov(shift.T), expected, atol=0.03 * expected.max())
+    assert np.allclose(shift.mean(axis=0), 0, atol=0.08)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("length", [1, 7, 64, 101])
+def test_validation_has_every_image_once_and_padding_for_the_rest(length, world_size):
+    plan = ValidationPlan(table=make_table(length), crop=224, scale=256)
+    steps = plan.steps(world_size=world_size, batch_size=4)
+    labels = []
+    for rank in range(world_size):
+        batches = plan.batches(rank=rank, world_size=world_size, batch_size=4)
+        labels += [next(batches).labels for _ in range(steps)]
+        assert np.array_equal(next(batches).labels, labels[-steps]), "the next pass is the same"
+    counted = np.concatenate(labels)
+    assert np.array_equal(np.sort(counted[counted != PADDING_LABEL]), np.arange(length))
+    assert len(counted) - length < 4 * world_size
+
+
+def test_validation_crops_where_torchvision_does():
+    from torchvision.transforms.v2.functional import center_crop
+
+    plan = ValidationPlan(table=make_table(300), crop=224, scale=257)
+    samples = next(plan.batches(rank=0, world_size=1, batch_size=300))
+    sizes = plan.table.read(np.arange(300)).sizes
+    outs = rescaled_sizes(sizes, np.full(300, 257))
+    corners = np.rint((samples.start + samples.roi_start) * outs / sizes).astype(int)
+    for corner, out in zip(corners, outs, strict=True):
+        if max(out) > 3000:
+            continue
+        import torch
+
+        grid = torch.arange(int(out[0] * out[1])).reshape(1, *map(int, out))
+        first = int(center_crop(grid, [224, 224])[0, 0, 0])
+        assert tuple(corner) == divmod(first, int(out[1]))
+    assert not samples.mirror.any()
+    assert np.array_equal(samples.mean, np.tile(np.float32(IMAGENET_MEAN_RGB), (300, 1)))

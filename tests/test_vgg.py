@@ -1,0 +1,108 @@
+import pytest
+import torch
+import torchvision
+
+from model.vgg import CONFIGURATIONS, INITIALISERS, VGG, LocalResponseNorm, build
+
+# Table 2 of the paper in full, for 1000 classes at 224 pixels.
+PARAMETERS = {
+    "A": 132_863_336,
+    "A-LRN": 132_863_336,
+    "B": 133_047_848,
+    "C": 133_638_952,
+    "D": 138_357_544,
+    "E": 143_667_240,
+}
+TORCHVISION = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
+
+
+@pytest.mark.parametrize("arch", CONFIGURATIONS)
+def test_parameters_and_weight_layers_are_the_papers(arch):
+    with torch.device("meta"):
+        model = VGG(arch)
+    assert sum(weight.numel() for weight in model.parameters()) == PARAMETERS[arch]
+    layers = sum(weight.ndim > 1 for weight in model.parameters())
+    assert layers == {"A": 11, "A-LRN": 11, "B": 13, "C": 16, "D": 16, "E": 19}[arch]
+
+
+@pytest.mark.parametrize(("arch", "name"), TORCHVISION.items())
+def test_logits_equal_torchvisions_with_the_same_weights(arch, name):
+    torch.manual_seed(0)
+    reference = getattr(torchvision.models, name)().eval()
+    with torch.device("meta"):
+        model = VGG(arch).eval()
+    model.load_state_dict(reference.state_dict(), assign=True)  # torchvision's keys and shapes → ours
+    images = torch.randn(2, 3, 224, 224).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected, logits = reference(images), model(images)
+    assert expected.std() > 1e-3
+    assert torch.allclose(logits, expected, atol=1e-5)
+    reference.load_state_dict(model.state_dict())  # and back
+
+
+def test_lrn_keeps_the_keys_of_a():
+    with torch.device("meta"):
+        plain, with_lrn = VGG("A"), VGG("A-LRN")
+    assert list(plain.state_dict()) == list(with_lrn.state_dict())
+    assert sum(isinstance(module, LocalResponseNorm) for module in with_lrn.modules()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lrn_is_alexnets_formula(dtype):
+    x = (torch.randn(2, 9, 4, 5, generator=torch.Generator().manual_seed(0)) * 300).to(dtype)
+    exact = x.double()
+    expected = torch.empty_like(exact)
+    for channel in range(9):
+        neighbours = exact[:, max(0, channel - 2) : channel + 3]
+        expected[:, channel] = exact[:, channel] / (2 + 1e-4 * (neighbours**2).sum(dim=1)) ** 0.75
+    result = LocalResponseNorm()(x)
+    assert result.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 6e-4}[dtype]
+    assert torch.allclose(result.double(), expected, rtol=tolerance)
+
+
+@pytest.mark.parametrize("crop", [32, 64, 96, 160])
+def test_any_multiple_of_32_works(crop):
+    model = build("A-LRN", classes=5, crop=crop, dropout=0.5, init="xavier", device=torch.device("cpu"))
+    assert model.classifier[0].in_features == 512 * (crop // 32) ** 2
+    assert model(torch.zeros(2, 3, crop, crop)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("crop", [0, 16, 100, 225, -32])
+def test_other_crops_are_refused(crop):
+    with pytest.raises(ValueError, match="multiple of 32"):
+        VGG("A", crop=crop)
+
+
+def test_unknown_architecture_is_refused():
+    with pytest.raises(ValueError, match="unknown architecture F; choose one of A, A-LRN, B, C, D, E"):
+        VGG("F")
+
+
+@pytest.mark.parametrize("init", INITIALISERS)
+def test_initial_weights_have_the_spread_of_their_rule(init):
+    model = build("C", classes=10, crop=32, dropout=0.5, init=init, device=torch.device("cpu"), seed=1)
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            continue
+        weight = module.weight
+        inputs = weight[0].numel()
+        outputs = weight.shape[0] * weight[0, 0].numel()
+        expected = {"xavier": (2 / (inputs + outputs)) ** 0.5, "normal": 0.1, "kaiming": (2 / inputs) ** 0.5}[init]
+        assert weight.std().item() == pytest.approx(expected, rel=0.08)
+        assert not module.bias.any()
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    def first_weight(seed):
+        model = build("A", classes=10, crop=32, dropout=0.5, init="xavier", device=torch.device("cpu"), seed=seed)
+        return model.features[0].weight
+
+    torch.manual_seed(123)
+    assert torch.equal(first_weight(4), first_weight(4))
+    assert not torch.equal(first_weight(4), first_weight(5))
+
+
+def test_weights_are_channels_last():
+    model = build("A", classes=10, crop=32, dropout=0.5, init="xavier", device=torch.device("cpu"))
+    assert model.features[3].weight.is_contiguous(memory_format=torch.channels_last)
