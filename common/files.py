@@ -42,7 +42,11 @@ def link_over(source: Path, target: Path) -> None:
             while block := original.read(16 << 20):
                 file.write(block)
         return
-    os.replace(temporary, target)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        temporary.unlink()
+        raise
     sync_folder(target.parent)
 
 

@@ -58,8 +58,13 @@ def check_same_data(checkpoint: Checkpoint, data: Data, *, allow_changed: bool) 
 
 
 def claim_out(config: Config, checkpoint: Checkpoint | None) -> None:
-    """On rank 0, when all is known to be right: move an earlier run aside if this one starts anew, save the configuration."""
+    """Take possession of OUT, on rank 0, when all that was given is known to be right.
+
+    Moves an earlier run aside if this one starts anew, removes files that a killed run left half-written, saves config.yaml.
+    """
     out = config.out
+    for unfinished in out.glob(".*.tmp"):  # of a run that was killed while it wrote a checkpoint
+        unfinished.unlink()
     if checkpoint is None:
         earlier = [entry for entry in out.iterdir() if not entry.name.startswith("earlier-")]
         if any(entry.name == checkpoints.LAST for entry in earlier):

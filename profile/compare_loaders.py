@@ -1,0 +1,232 @@
+"""python profile/compare_loaders.py --data DIR: this project's loader against the usual ones, in one run on one machine.
+
+DIR holds train/<class>/*.JPEG and val/<class>/*. All loaders get the same files, batch size and cores, and make the same
+kind of sample: shorter side rescaled to S, random 224×224 crop, random flip, mean subtracted, float32. Ours adds the colour
+shift; the others go without. They take turns, round after round; a turn begins with batches that are not counted, until
+what was prefetched while the others ran is used up. Figures are medians over rounds; ratios are taken within a round.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.transforms import v2
+
+from common.errors import UserError
+from common.progress import say
+from pipeline.loader import DaliLoader
+from pipeline.manifest import Table, open_manifest
+from pipeline.plan import IMAGENET_MEAN_RGB, TrainPlan
+
+OURS = "this project"
+USUAL_DALI = "DALI, decode all"
+PIL = "torchvision, PIL"
+TENSORS = "torchvision, tensors"
+_PREFETCH = 2
+_BATCHES_NOT_COUNTED = 2 * _PREFETCH + 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python profile/compare_loaders.py", description="Compare image loaders on the CPU: images per second."
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* and val/<class>/*")
+    parser.add_argument("--batch-size", type=int, default=64, help="images in a batch")
+    parser.add_argument("--crop", type=int, default=224, help="side of the crop in pixels")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores for each loader")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each loader")
+    parser.add_argument("--batches", type=int, default=20, help="batches counted in a turn")
+    arguments = parser.parse_args(argv)
+    try:
+        table = open_manifest(arguments.data).train
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+    result = {
+        "data": str(arguments.data),
+        "images": len(table),
+        "batch_size": arguments.batch_size,
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        "scales": {},
+    }
+    for scale in ((256, 256), (256, 512)):
+        name = "S=256" if scale[0] == scale[1] else f"S in [{scale[0]};{scale[1]}]"
+        rates = measure(make_loaders(table, scale, arguments), arguments)
+        result["scales"][name] = summarise(rates)
+        print_table(name, result["scales"][name])
+    print(json.dumps(result))
+    return 0
+
+
+def make_loaders(table: Table, scale: tuple[int, int], arguments: argparse.Namespace) -> dict[str, Iterator]:
+    """Endless iterators of batches, by name."""
+    size, crop, threads = arguments.batch_size, arguments.crop, arguments.threads
+    plan = TrainPlan(table=table, batch_size=size, crop=crop, scale=scale, seed=0)
+    rows = table.read(np.arange(len(table)))
+    paths = [os.path.normpath(os.fsdecode(bytes(name))) for name in rows.names]
+    labels = rows.labels.tolist()
+    return {
+        OURS: DaliLoader(
+            plan.batches(start=0, rank=0, world_size=1, micro_batch=size),
+            batch_size=size,
+            crop=crop,
+            device=torch.device("cpu"),
+            decoder="cpu",
+            half=False,
+            threads=threads,
+            prefetch=_PREFETCH,
+        ),
+        USUAL_DALI: usual_dali(paths, labels, scale, crop, size, threads),
+        PIL: torchvision_loader(paths, labels, read_pil, scale, crop, size, threads),
+        TENSORS: torchvision_loader(paths, labels, read_tensor, scale, crop, size, threads),
+    }
+
+
+def measure(loaders: dict[str, Iterator], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Images per second of each loader in each round."""
+    rates: dict[str, list[float]] = {name: [] for name in loaders}
+    for round_number in range(arguments.rounds):
+        for name, loader in loaders.items():
+            for _ in range(_BATCHES_NOT_COUNTED):
+                next(loader)
+            started = perf_counter()
+            for _ in range(arguments.batches):
+                next(loader)
+            rates[name].append(arguments.batches * arguments.batch_size / (perf_counter() - started))
+        say(
+            f"round {round_number + 1} of {arguments.rounds}: "
+            + ", ".join(f"{n} {r[-1]:,.0f}" for n, r in rates.items())
+        )
+    return rates
+
+
+def summarise(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Median, lowest and highest images per second of each loader; ours divided by it, round by round."""
+    summary = {}
+    for name, values in rates.items():
+        ratios = [ours / other for ours, other in zip(rates[OURS], values, strict=True)]
+        summary[name] = {
+            "images_per_second": round(statistics.median(values), 1),
+            "lowest": round(min(values), 1),
+            "highest": round(max(values), 1),
+            "ours_is_times": round(statistics.median(ratios), 3),
+            "ours_is_times_lowest": round(min(ratios), 3),
+            "ours_is_times_highest": round(max(ratios), 3),
+        }
+    return summary
+
+
+def print_table(title: str, summary: dict[str, dict[str, float]]) -> None:
+    print(f"\n{title:22}{'images/s':>10}{'lowest':>9}{'highest':>9}{'ours is … times':>24}")
+    for name, row in summary.items():
+        ratio = "{ours_is_times:.2f}  ({ours_is_times_lowest:.2f}–{ours_is_times_highest:.2f})".format(**row)
+        print(f"{name:22}{row['images_per_second']:10,.0f}{row['lowest']:9,.0f}{row['highest']:9,.0f}{ratio:>24}")
+
+
+# ---- the others --------------------------------------------------------------------------------------------------
+
+
+def usual_dali(paths: list[str], labels: list[int], scale, crop: int, batch_size: int, threads: int) -> Iterator:
+    """The graph of DALI's own examples: decode the whole image, resize its shorter side to S, random crop and flip."""
+
+    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None, prefetch_queue_depth=_PREFETCH, seed=0)
+    def graph():
+        encoded, label = fn.readers.file(files=paths, labels=labels, shuffle_after_epoch=True)
+        whole = fn.decoders.image(encoded, output_type=types.RGB)
+        shorter = float(scale[0]) if scale[0] == scale[1] else fn.random.uniform(range=tuple(map(float, scale)))
+        resized = fn.resize(whole, resize_shorter=shorter)
+        images = fn.crop_mirror_normalize(
+            resized,
+            crop=(crop, crop),
+            crop_pos_x=fn.random.uniform(range=(0.0, 1.0)),
+            crop_pos_y=fn.random.uniform(range=(0.0, 1.0)),
+            mirror=fn.random.coin_flip(),
+            mean=list(IMAGENET_MEAN_RGB),
+            std=[1.0] * 3,
+            output_layout="HWC",
+            dtype=types.FLOAT,
+        )
+        return images, label
+
+    pipeline = graph()
+    while True:
+        images, label = pipeline.run()
+        yield torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), torch.from_dlpack(label.as_tensor())
+
+
+def read_pil(path: str) -> Image.Image:
+    return Image.open(path).convert("RGB")
+
+
+def read_tensor(path: str) -> torch.Tensor:
+    return decode_image(read_file(path), mode=ImageReadMode.RGB)
+
+
+class Images(Dataset):
+    """What torchvision's ImageFolder does, over a given list."""
+
+    def __init__(self, paths: list[str], labels: list[int], read: Callable, transform: Callable) -> None:
+        self._paths, self._labels, self._read, self._transform = paths, labels, read, transform
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int):
+        return self._transform(self._read(self._paths[index])), self._labels[index]
+
+
+class EndlessShuffle(Sampler):
+    """One permutation after the other, so that no epoch's end interrupts the clock."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(0)
+        while True:
+            yield from torch.randperm(self._length, generator=generator).tolist()
+
+
+def torchvision_loader(
+    paths: list[str], labels: list[int], read: Callable, scale, crop: int, batch_size: int, workers: int
+) -> Iterator:
+    """torchvision's transforms in as many worker processes as there are cores."""
+    resize = v2.Resize(scale[0]) if scale[0] == scale[1] else v2.RandomShortestSize(list(range(scale[0], scale[1] + 1)))
+    transform = v2.Compose(
+        [
+            resize,
+            v2.RandomCrop(crop),
+            v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32),
+            v2.Normalize(mean=list(IMAGENET_MEAN_RGB), std=[1.0] * 3),
+        ]
+    )
+    loader = DataLoader(
+        Images(paths, labels, read, transform),
+        batch_size=batch_size,
+        sampler=EndlessShuffle(len(paths)),
+        num_workers=workers,
+        prefetch_factor=_PREFETCH,
+        multiprocessing_context="fork",
+    )
+    return iter(loader)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from engine.distributed import Ranks
+from engine.evaluation import evaluate
+from engine.precision import Precision
+
+RANKS = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), patient_group=None)
+
+
+class Lookup(nn.Module):
+    """Gives the logits that were put in, in order; counts its calls in each mode."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.modes = iter(logits), []
+
+    def forward(self, images):
+        self.modes.append(self.training)
+        return next(self.logits)
+
+
+@pytest.mark.parametrize("classes", [3, 5, 12])
+def test_counts_equal_numpys_with_padding_left_out(classes):
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(6, 16, classes)).astype(np.float32)
+    labels = generator.integers(classes, size=(6, 16))
+    labels[5, 9:] = -1
+    model = Lookup(torch.from_numpy(logits))
+    batches = ((torch.zeros(16, 1), torch.from_numpy(row)) for row in labels)
+    accuracy = evaluate(model, batches, 6, ranks=RANKS, precision=Precision("fp32", "cpu"))
+
+    flat, wanted = logits.reshape(-1, classes).astype(float)[:89], labels.ravel()[:89]
+    own = flat[np.arange(89), wanted][:, None]
+    better = (flat > own).sum(axis=1)
+    losses = np.log(np.exp(flat).sum(axis=1)) - own[:, 0]
+    assert accuracy.images == 89
+    assert accuracy.top1 == pytest.approx(np.mean(better < 1), abs=1e-12)
+    assert accuracy.top5 == pytest.approx(np.mean(better < 5), abs=1e-12)
+    assert accuracy.loss == pytest.approx(losses.mean(), rel=1e-6)
+    assert model.modes == [False] * 6
+    assert model.training
+
+
+def test_a_network_that_says_the_same_of_every_class_is_not_right_every_time():
+    labels = torch.arange(10)
+    accuracy = evaluate(
+        Lookup([torch.zeros(10, 10)]),
+        iter([(torch.zeros(10, 1), labels)]),
+        1,
+        ranks=RANKS,
+        precision=Precision("fp32", "cpu"),
+    )
+    assert accuracy.top1 == pytest.approx(0.1)
+    assert accuracy.top5 == pytest.approx(0.5)

@@ -1,0 +1,130 @@
+import itertools
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine.precision import Precision, choose_precision
+from engine.step import TrainStep, compile_model
+from model.vgg import build
+
+CPU = torch.device("cpu")
+LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
+
+
+def make(precision: Precision, *, passes: int = 1, dropout: float = 0.0):
+    model = build("A", classes=10, crop=32, dropout=dropout, init="xavier", device=CPU, seed=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
+    return model, TrainStep(
+        model, optimizer=optimizer, scaler=precision.grad_scaler(), precision=precision, passes=passes
+    )
+
+
+def make_batch(count: int):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 3, 32, 32, generator=generator) * 50
+    return images.to(memory_format=torch.channels_last), torch.randint(10, (count,), generator=generator)
+
+
+FP32 = Precision("fp32", "cpu")
+
+
+def test_steps_equal_the_papers_update_in_float64():
+    """v ← 0.9·v + (gradient + decay·w); w ← w − lr·v, by hand on a float64 copy of the network."""
+    model, step = make(FP32)
+    exact = build("A", classes=10, crop=32, dropout=0.0, init="xavier", device=CPU, seed=3).double()
+    velocities = [torch.zeros_like(weight) for weight in exact.parameters()]
+    images, labels = make_batch(8)
+    for _ in range(3):
+        loss = step(iter([(images, labels)]))
+        exact_loss = F.cross_entropy(exact(images.double()), labels)
+        gradients = torch.autograd.grad(exact_loss, list(exact.parameters()))
+        with torch.no_grad():
+            for weight, velocity, gradient in zip(exact.parameters(), velocities, gradients, strict=True):
+                velocity.mul_(MOMENTUM).add_(gradient + WEIGHT_DECAY * weight)
+                weight.sub_(LR * velocity)
+        assert loss.item() == pytest.approx(exact_loss.item(), rel=1e-4)
+    for weight, exact_weight in zip(model.parameters(), exact.parameters(), strict=True):
+        error = (weight - exact_weight).norm() / exact_weight.norm().clamp(min=1e-6)
+        assert error < 1e-4
+
+
+def test_accumulated_passes_equal_one_large_pass():
+    images, labels = make_batch(8)
+    whole_model, whole = make(FP32)
+    parts_model, parts = make(FP32, passes=4)
+    loss = whole(iter([(images, labels)]))
+    accumulated_loss = parts(iter([(images[i : i + 2], labels[i : i + 2]) for i in (0, 2, 4, 6)]))
+    assert accumulated_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    for one, other in zip(whole_model.parameters(), parts_model.parameters(), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_half_precision_steps_follow_float32(name):
+    images, labels = make_batch(2)
+    model, step = make(Precision(name, "cpu"))
+    reference, reference_step = make(FP32)
+    loss, exact = step(iter([(images, labels)])), reference_step(iter([(images, labels)]))
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+    start = build("A", classes=10, crop=32, dropout=0.0, init="xavier", device=CPU, seed=3)
+    moved, exactly = (
+        torch.cat(
+            [(after - before).flatten() for after, before in zip(net.parameters(), start.parameters(), strict=True)]
+        )
+        for net in (model, reference)
+    )
+    assert torch.cosine_similarity(moved, exactly, dim=0) > 0.98
+
+
+def test_warm_up_changes_nothing():
+    model, step = make(FP32)
+    before = [weight.clone() for weight in model.parameters()]
+    step.warm_up(*make_batch(2))
+    assert all(torch.equal(weight, old) for weight, old in zip(model.parameters(), before, strict=True))
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_training_and_evaluation_compile_once_each_and_give_the_same_numbers():
+    images, labels = make_batch(4)
+    eager_model, eager = make(FP32)
+    model, step = make(FP32)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert compile_model(model, choice="on", mode="default", device=CPU, is_main=True)
+    for _ in range(3):
+        loss, expected = step(iter([(images, labels)])), eager(iter([(images, labels)]))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        model.eval(), eager_model.eval()
+        with torch.no_grad():
+            assert torch.allclose(model(images), eager_model(images), rtol=1e-3, atol=1e-3)
+        model.train(), eager_model.train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one for training, one for evaluation"
+    assert list(model.state_dict()) == list(eager_model.state_dict())
+
+
+def test_without_a_compiler_the_model_stays_eager_with_a_warning(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    model, step = make(FP32)
+    assert not compile_model(model, choice="on", mode="default", device=CPU, is_main=True)
+    assert "warning: torch.compile needs a compiler" in capsys.readouterr().err
+    step(itertools.repeat(make_batch(2)))
+
+
+@pytest.mark.parametrize("choice", ["auto", "off"])
+def test_on_a_cpu_compilation_is_off_unless_asked_for(choice):
+    model, _ = make(FP32)
+    assert not compile_model(model, choice=choice, mode="default", device=CPU, is_main=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "expected"), [("cpu", False, "fp32"), ("cuda", True, "bf16"), ("cuda", False, "fp16")]
+)
+def test_auto_precision(monkeypatch, device, has_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    precision = choose_precision("auto", torch.device(device))
+    assert precision.name == expected
+    assert precision.half_images == (device == "cuda")
+    assert choose_precision("fp32", torch.device(device)).name == "fp32"
