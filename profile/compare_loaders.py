@@ -2,8 +2,9 @@
 
 DIR holds train/<class>/*.JPEG and val/<class>/*. All loaders get the same files, batch size and cores, and make the same
 kind of sample: shorter side rescaled to S, random 224×224 crop, random flip, mean subtracted, float32. Ours adds the colour
-shift; the others go without. They take turns, round after round; a turn begins with batches that are not counted, until
-what was prefetched while the others ran is used up. Figures are medians over rounds; ratios are taken within a round.
+shift; the others go without. They take turns, round after round. A turn begins with a pause, in which the one before fills
+its queues and falls silent, and with batches that are not counted, until what was prefetched meanwhile is used up. Figures
+are medians over rounds; ratios are taken within a round.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -36,7 +37,8 @@ USUAL_DALI = "DALI, decode all"
 PIL = "torchvision, PIL"
 TENSORS = "torchvision, tensors"
 _PREFETCH = 2
-_BATCHES_NOT_COUNTED = 2 * _PREFETCH + 2
+_BATCHES_NOT_COUNTED = 8
+_PAUSE_SECONDS = 1.5
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,6 +104,7 @@ def measure(loaders: dict[str, Iterator], arguments: argparse.Namespace) -> dict
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     for round_number in range(arguments.rounds):
         for name, loader in loaders.items():
+            sleep(_PAUSE_SECONDS)
             for _ in range(_BATCHES_NOT_COUNTED):
                 next(loader)
             started = perf_counter()
