@@ -19,6 +19,7 @@ from engine import schedule
 from engine.checkpoint import Checkpoint
 from engine.clock import Clock, TimedBatches
 from engine.config import Config, to_dict
+from engine.curves import draw_curves
 from engine.data import Data
 from engine.distributed import Ranks, data_parallel, sum_over_ranks
 from engine.evaluation import evaluate
@@ -90,6 +91,7 @@ class Trainer:
         elif self._ranks.is_main:
             with RunLog(self._config.out, steps_done=self._steps, total_steps=self._total_steps) as log:
                 self._train(log)
+            draw_curves(self._config.out)
         else:
             self._train(None)
         return self._results()

@@ -40,8 +40,8 @@ def test_what_is_saved_is_loaded(tmp_path):
 def test_last_previous_and_best(tmp_path):
     for steps in (1, 2, 3, 4):
         save(make(steps), tmp_path, is_best=steps == 2)
-    steps = {name: load(tmp_path / name).steps for name in ("last.pt", "previous.pt", "best.pt")}
-    assert steps == {"last.pt": 4, "previous.pt": 3, "best.pt": 2}
+    kept = {name: load(tmp_path / name).steps for name in ("last.pt", "previous.pt", "best.pt")}
+    assert kept == {"last.pt": 4, "previous.pt": 3, "best.pt": 2}
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["best.pt", "last.pt", "previous.pt"]
 
 

@@ -144,7 +144,7 @@ def test_images_of_odd_shapes_go_through(tmp_path, size):
     samples = TrainPlan(
         table=table, batch_size=4, crop=64, scale=(64, 96), seed=0, mean_rgb=(200.0, 100.0, 50.0)
     ).samples(np.arange(4))
-    images = run_graph(samples._replace(mean=np.tile(np.float32([200, 100, 50]), (4, 1))), crop=64)
+    images = run_graph(samples._replace(mean=np.tile(np.array([200, 100, 50], dtype=np.float32), (4, 1))), crop=64)
     assert images.shape == (4, 64, 64, 3)
     assert np.abs(images).max() < 1e-3
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -20,7 +22,7 @@ def make_table(length: int, seed: int = 0) -> Table:
     rows["path"] = np.frombuffer(b"".join(b"%08d" % row for row in range(length)), np.uint8).reshape(length, 8)
     rows["label"] = np.arange(length)
     rows["height"], rows["width"] = generator.integers(1, 1500, size=(2, length))
-    return Table("/images", rows)
+    return Table(Path("/images"), rows)
 
 
 def make_plan(length: int, batch_size: int, *, scale=(256, 512), seed: int = 0) -> TrainPlan:
@@ -108,15 +110,15 @@ def test_windows_equal_a_computation_one_image_at_a_time():
     samples = plan.samples(np.arange(400))
     _, rows = plan.epochs_and_rows(np.arange(400))
     sizes = plan.table.read(rows).sizes
-    u_scale, u_y, u_x, u_flip = draws.uniforms(4, np.zeros(400, int), rows, draws.PURPOSE_GEOMETRY)
+    u_scale, u_y, u_x, u_flip = draws.uniforms(4, np.zeros(400, int), rows, draws.PURPOSE_GEOMETRY).tolist()
     for i in range(400):
         scale = 256 + int(u_scale[i] * 257)
         for axis, u in ((0, u_y[i]), (1, u_x[i])):
-            size, shortest = int(sizes[i, axis]), int(min(sizes[i]))
+            size, shortest = sizes[i, axis].item(), sizes[i].min().item()
             out = floor(Fraction(size * scale, shortest) + Fraction(1, 2))
             corner = min(floor(u * (out - 223)), out - 224)
             ratio = Fraction(size, out)
-            margin = 2 * max(ratio, 1) + 1
+            margin = 2 * max(ratio, Fraction(1)) + 1
             first = max(floor(corner * ratio - margin), 0)
             last = min(ceil((corner + 224) * ratio + margin), size)
             # Where the exact edge is a whole number, float64 may round it outwards by a pixel; never inwards.
@@ -132,7 +134,7 @@ def test_corners_scales_and_flips_are_uniform():
     count = 20_000
     rows = np.zeros(count, dtype=[("path", "u1", (1,)), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")])
     rows["height"], rows["width"] = 256, 256
-    plan = TrainPlan(table=Table("/", rows), batch_size=count, crop=224, scale=(256, 256), seed=2)
+    plan = TrainPlan(table=Table(Path("/"), rows), batch_size=count, crop=224, scale=(256, 256), seed=2)
     samples = plan.samples(np.arange(count))
     corners = np.rint(samples.start + samples.roi_start).astype(int)  # S equals the side: the ratio is 1
     for axis in (0, 1):
@@ -197,4 +199,4 @@ def test_validation_crops_where_torchvision_does():
         first = int(center_crop(grid, [224, 224])[0, 0, 0])
         assert tuple(corner) == divmod(first, int(out[1]))
     assert not samples.mirror.any()
-    assert np.array_equal(samples.mean, np.tile(np.float32(IMAGENET_MEAN_RGB), (300, 1)))
+    assert np.array_equal(samples.mean, np.tile(np.array(IMAGENET_MEAN_RGB, dtype=np.float32), (300, 1)))

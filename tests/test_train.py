@@ -76,6 +76,7 @@ def test_a_run_leaves_everything_it_promises(short_run):
     records = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 9))
     assert list((short_run / "tensorboard").glob("events.*"))
+    assert (short_run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_kill_9_at_a_random_step_and_resume_is_bit_identical(short_run, tmp_path):
