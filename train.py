@@ -44,7 +44,7 @@ def train(config: Config) -> dict | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, train, print the results. Returns the exit code: 0, 1 (the run failed) or 2 (something given is wrong)."""
+    """Parse, train, print the results. Returns the exit code: 0, 1 (run failed), 2 (something given is wrong), 130 (Ctrl-C)."""
     try:
         results = train(parse_args(argv))
     except (UserError, TrainingError) as error:
@@ -52,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(1)  # most errors are the same on all ranks: rank 0 says it, torchrun ends the others meanwhile
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; start the same command again to go on from the last checkpoint", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells have it
     if results is not None:
         print(json.dumps(results), flush=True)
     return 0

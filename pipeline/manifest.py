@@ -106,11 +106,14 @@ def open_manifest(root: Path, *, rescan: bool = False) -> Manifest:
     """
     root = Path(root)
     _check_layout(root)
-    if not rescan:
-        for folder in _possible_folders(root):
-            if manifest := _load(root, folder, check_changes=True):
-                return manifest
-    return _scan(root)
+    manifest = None if rescan else _find_current(root)
+    if manifest is None:
+        manifest = _scan(root)
+    if manifest.quarantined:
+        say(
+            f"{manifest.quarantined:,} files cannot be decoded and are left out: see {manifest.folder / 'quarantine.tsv'}"
+        )
+    return manifest
 
 
 def load_manifest(root: Path, folder: Path) -> Manifest:
@@ -134,6 +137,11 @@ def cache_folder() -> Path:
 def _possible_folders(root: Path) -> tuple[Path, Path]:
     name = hashlib.blake2b(os.fsencode(os.path.realpath(root)), digest_size=8).hexdigest()
     return root / _FOLDER_NAME, cache_folder() / "manifests" / name
+
+
+def _find_current(root: Path) -> Manifest | None:
+    found = (_load(root, folder, check_changes=True) for folder in _possible_folders(root))
+    return next(filter(None, found), None)
 
 
 def _load(root: Path, folder: Path, *, check_changes: bool) -> Manifest | None:
@@ -209,10 +217,6 @@ def _scan(root: Path) -> Manifest:
 
     folders = {path: time for listing in listings.values() for path, time in listing.folders.items()}
     folder = _write(root, classes, tables, folders, quarantine)
-    if quarantine:
-        say(
-            f"{len(quarantine):,} of {total:,} files cannot be decoded and are left out: see {folder / 'quarantine.tsv'}"
-        )
     return load_manifest(root, folder)
 
 
