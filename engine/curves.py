@@ -37,6 +37,7 @@ def draw_curves(out: Path) -> Path:
     accuracy.set(ylabel="validation accuracy (%)")
     rate.plot(epochs, [record["lr"] for record in training])
     rate.set(ylabel="learning rate", xlabel="epoch", yscale="log")
+    rate.set_ylim(bottom=max((record["lr"] for record in training), default=1.0) / 1e4)
     speed.plot(epochs, [record["images_per_second"] for record in training])
     speed.set(ylabel="images per second", xlabel="epoch", ylim=(0, None))
     for axes in (loss, accuracy):

@@ -12,7 +12,8 @@ from PIL import Image
 
 from common.errors import UserError
 from pipeline import manifest as manifests
-from pipeline.manifest import open_manifest, read_header
+from pipeline.headers import Header, read_header
+from pipeline.manifest import open_manifest
 from tests.images import photo_folder, photographs
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +89,7 @@ def test_bytes_after_the_end_are_harmless_but_a_thumbnails_end_does_not_count(tm
     image.save(path, comment=thumbnail.read_bytes())
     content = path.read_bytes()
     path.write_bytes(content + b"\0" * 5000)
-    assert read_header(path) == manifests.Header(height=150, width=200, bytes=len(content) + 5000)
+    assert read_header(path) == Header(height=150, width=200, bytes=len(content) + 5000)
     path.write_bytes(content[:-2] + b"\0" * 5000)
     assert read_header(path).reason == "no end marker (truncated JPEG)"
 
