@@ -47,13 +47,16 @@ class Samples(NamedTuple):
     roi_start: np.ndarray
     """float32 [n, 2]: where the crop begins, in pixels of the decoded window (fractional)."""
     roi_end: np.ndarray
-    """float32 [n, 2]: where it ends."""
-    mirror: np.ndarray
-    """int32 [n]: 1 to flip horizontally."""
+    """float32 [n, 2]: where it ends; in x before it begins, for an image that is flipped horizontally."""
     mean: np.ndarray
     """float32 [n, 3]: what is subtracted from R, G, B (0–255): the data set's mean less the sample's colour shift."""
     labels: np.ndarray
     """int64 [n]"""
+
+    @property
+    def flipped(self) -> np.ndarray:
+        """bool [n]"""
+        return self.roi_end[..., 1] < self.roi_start[..., 1]
 
     def slice(self, first: int, last: int) -> "Samples":
         return Samples(*(field[first:last] for field in self))
@@ -92,8 +95,7 @@ class TrainPlan:
         shift = np.asarray(IMAGENET_EIGENVECTORS) @ (alpha * np.asarray(IMAGENET_EIGENVALUES)[:, None])
         return Samples(
             names=names,
-            **source_windows(sizes, rescaled, corners, self.crop),
-            mirror=(u_flip >= 0.5).astype(np.int32),
+            **source_windows(sizes, rescaled, corners, self.crop, flipped=u_flip >= 0.5),
             mean=(np.asarray(self.mean_rgb) - shift.T).astype(np.float32, order="C"),
             labels=labels,
         )
@@ -141,8 +143,7 @@ class ValidationPlan:
         corners = np.rint((rescaled - self.crop) / 2).astype(np.int64)
         return Samples(
             names=names,
-            **source_windows(sizes, rescaled, corners, self.crop),
-            mirror=np.zeros(len(rows), dtype=np.int32),
+            **source_windows(sizes, rescaled, corners, self.crop, flipped=np.zeros(len(rows), dtype=bool)),
             mean=np.tile(np.asarray(self.mean_rgb, dtype=np.float32), (len(rows), 1)),
             labels=np.where(rows < len(self.table), labels, PADDING_LABEL),
         )
@@ -157,10 +158,12 @@ def rescaled_sizes(sizes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return (2 * sizes * scales[:, None] + shorter) // (2 * shorter)
 
 
-def source_windows(sizes: np.ndarray, rescaled: np.ndarray, corners: np.ndarray, crop: int) -> dict[str, np.ndarray]:
+def source_windows(
+    sizes: np.ndarray, rescaled: np.ndarray, corners: np.ndarray, crop: int, flipped: np.ndarray
+) -> dict[str, np.ndarray]:
     """The source window of a crop×crop square whose corner lies at `corners` of the rescaled image.
 
-    sizes, rescaled, corners: int64 [n, 2]. Returns start, shape (int32), roi_start, roi_end (float32), as in Samples.
+    sizes, rescaled, corners: int64 [n, 2]; flipped: bool [n]. Returns start, shape, roi_start and roi_end, as in Samples.
     Resizing the window's region of interest equals rescaling the whole image and cropping it, because the window has a
     margin as wide as the support of the triangular filter that the resize uses.
     """
@@ -169,9 +172,10 @@ def source_windows(sizes: np.ndarray, rescaled: np.ndarray, corners: np.ndarray,
     margin = 2 * np.maximum(ratio, 1) + 1
     start = np.maximum(np.floor(begin - margin), 0)
     stop = np.minimum(np.ceil(end + margin), sizes)
+    swap = flipped[:, None] & np.array([False, True])
     return {
         "start": start.astype(np.int32),
         "shape": (stop - start).astype(np.int32),
-        "roi_start": (begin - start).astype(np.float32),
-        "roi_end": (end - start).astype(np.float32),
+        "roi_start": (np.where(swap, end, begin) - start).astype(np.float32),
+        "roi_end": (np.where(swap, begin, end) - start).astype(np.float32),
     }

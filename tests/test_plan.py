@@ -60,7 +60,7 @@ def test_epochs_have_different_orders_and_different_draws():
     both = take(plan, steps=2, world_size=1)
     assert np.mean(both.labels[0] == both.labels[1]) < 0.05
     order = [np.argsort(labels) for labels in both.labels]
-    for field in ("mirror", "mean", "roi_start"):
+    for field in ("flipped", "mean", "roi_start"):
         first, second = (getattr(both, field)[epoch][order[epoch]] for epoch in (0, 1))
         assert np.mean(first == second) < 0.6, field
 
@@ -93,7 +93,7 @@ def test_batches_are_the_samples_of_the_blocks_before_and_after():
 
 def test_inputs_for_dali_have_the_promised_types():
     samples = make_plan(50, batch_size=10).samples(np.arange(10))
-    expected = [np.uint8, np.int32, np.int32, np.float32, np.float32, np.int32, np.float32, np.int64]
+    expected = [np.uint8, np.int32, np.int32, np.float32, np.float32, np.float32, np.int64]
     assert [field.dtype for field in samples] == expected
     assert all(field.flags.c_contiguous for field in samples)
     assert bytes(samples.names[0]) == b"/images/%08d" % samples.labels[0]
@@ -125,9 +125,12 @@ def test_windows_equal_a_computation_one_image_at_a_time():
             assert first - samples.start[i, axis] in (0, 1)
             assert samples.start[i, axis] + samples.shape[i, axis] - last in (0, 1)
             start = int(samples.start[i, axis])
-            assert samples.roi_start[i, axis] == pytest.approx(float(corner * ratio - start), abs=1e-3)
-            assert samples.roi_end[i, axis] == pytest.approx(float((corner + 224) * ratio - start), abs=1e-3)
-        assert samples.mirror[i] == int(u_flip[i] >= 0.5)
+            begin, end = float(corner * ratio - start), float((corner + 224) * ratio - start)
+            if axis == 1 and u_flip[i] >= 0.5:
+                begin, end = end, begin
+            assert samples.roi_start[i, axis] == pytest.approx(begin, abs=1e-3)
+            assert samples.roi_end[i, axis] == pytest.approx(end, abs=1e-3)
+        assert samples.flipped[i] == (u_flip[i] >= 0.5)
 
 
 def test_corners_scales_and_flips_are_uniform():
@@ -136,19 +139,21 @@ def test_corners_scales_and_flips_are_uniform():
     rows["height"], rows["width"] = 256, 256
     plan = TrainPlan(table=Table(Path("/"), rows), batch_size=count, crop=224, scale=(256, 256), seed=2)
     samples = plan.samples(np.arange(count))
-    corners = np.rint(samples.start + samples.roi_start).astype(int)  # S equals the side: the ratio is 1
+    corners = np.rint(samples.start + np.minimum(samples.roi_start, samples.roi_end)).astype(
+        int
+    )  # S equals the side: the ratio is 1
     for axis in (0, 1):
         counts = np.bincount(corners[:, axis], minlength=33)
         assert len(counts) == 33, "all 33 corners of a 224 crop in 256 pixels, and no other"
         assert ((counts - count / 33) ** 2 / (count / 33)).sum() < 75  # chi-square, 32 degrees: p = 3e-5
-    assert abs(samples.mirror.mean() - 0.5) < 0.015
+    assert abs(samples.flipped.mean() - 0.5) < 0.015
 
 
 def test_scales_cover_their_range_with_both_ends():
     plan = make_plan(5000, batch_size=5000, scale=(256, 259))
     sizes = plan.table.read(plan.epochs_and_rows(np.arange(5000))[1]).sizes
     samples = plan.samples(np.arange(5000))
-    ratio = (samples.roi_end - samples.roi_start).astype(float) / 224
+    ratio = np.abs(samples.roi_end - samples.roi_start).astype(float) / 224
     shortest = sizes.argmin(axis=1)
     everyone = np.arange(5000)
     scales = np.rint(sizes[everyone, shortest] / ratio[everyone, shortest]).astype(int)
@@ -198,5 +203,5 @@ def test_validation_crops_where_torchvision_does():
         grid = torch.arange(int(out[0] * out[1])).reshape(1, *map(int, out))
         first = int(center_crop(grid, [224, 224])[0, 0, 0])
         assert tuple(corner) == divmod(first, int(out[1]))
-    assert not samples.mirror.any()
+    assert not samples.flipped.any()
     assert np.array_equal(samples.mean, np.tile(np.array(IMAGENET_MEAN_RGB, dtype=np.float32), (300, 1)))
