@@ -1,0 +1,46 @@
+"""The measuring scripts run and report what they promise; their figures are not judged here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.images import photo_folder
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_script(name: str, settings: str, *flags: str) -> dict:
+    """Run profile/NAME.py with some of its constants set to less, so that it is quick; the JSON of its last line."""
+    code = f"import sys; sys.path.insert(0, 'profile'); import {name} as script; {settings}; sys.exit(script.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_compare_loaders(tmp_path):
+    folder = photo_folder(tmp_path, train=10, val=2)
+    flags = ["--data", str(folder), "--batch-size", "2", "--rounds", "2", "--batches", "2", "--threads", "1"]
+    result = run_script("compare_loaders", "script._PAUSE_SECONDS = 0.0; script._BATCHES_NOT_COUNTED = 1", *flags)
+    assert set(result["scales"]) == {"S=256", "S in [256;512]"}
+    for loaders in result["scales"].values():
+        assert len(loaders) == 4
+        for row in loaders.values():
+            assert 0 < row["lowest"] <= row["images_per_second"] <= row["highest"]
+            assert row["ours_is_times_lowest"] <= row["ours_is_times"] <= row["ours_is_times_highest"]
+
+
+def test_step_overhead():
+    flags = ["--crop", "32", "--train-scale", "32", "--batch-size", "2"]
+    result = run_script("step_overhead", "script._STEPS_A_TURN = 2; script._TURNS = 4", *flags)
+    assert result["turns"] == 4
+    assert 0.2 < result["trainer_to_bare"] < 5
