@@ -1,7 +1,8 @@
 """From --data to loaders: the one place where the configuration meets the pipeline."""
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
@@ -111,18 +112,19 @@ def open_data(config: Config, ranks: Ranks, precision: Precision) -> Data:
     """
     if config.decoder == "gpu" and ranks.device.type != "cuda":
         raise UserError("--decoder gpu: needs a GPU; use --decoder cpu or auto")
-    data = Data(config=config, ranks=ranks, precision=precision, micro_batch=_micro_batch(config, ranks), manifest=None)
-    if config.data == SYNTHETIC:
-        return data
+    micro_batch = _micro_batch(config, ranks)
+    manifest = None if config.data == SYNTHETIC else _shared_manifest(config.data, ranks)
+    return Data(config=config, ranks=ranks, precision=precision, micro_batch=micro_batch, manifest=manifest)
+
+
+def _shared_manifest(data: str, ranks: Ranks) -> Manifest:
     root, folder, fingerprint = first_then_others(
-        ranks, lambda: _open_first(config.data), lambda answer: _open_again(config.data, *answer)
+        ranks, lambda: _open_first(data), lambda answer: _open_again(data, *answer)
     )
     manifest = load_manifest(root, folder)
     if manifest.fingerprint != fingerprint:
-        raise UserError(
-            f"--data {config.data}: rank {ranks.rank} sees other images than rank 0; copy the data set anew"
-        )
-    return replace(data, manifest=manifest)
+        raise UserError(f"--data {data}: rank {ranks.rank} sees other images than rank 0; copy the data set anew")
+    return manifest
 
 
 def _open_first(data: str) -> tuple[Path, Path, str]:
@@ -131,8 +133,9 @@ def _open_first(data: str) -> tuple[Path, Path, str]:
 
 
 def _open_again(data: str, root: Path, folder: Path, fingerprint: str) -> tuple[Path, Path, str]:
-    if (folder / "manifest.json").is_file():
-        return root, folder, fingerprint
+    with contextlib.suppress(UserError):  # where this machine does not share rank 0's folders
+        if load_manifest(root, folder).fingerprint == fingerprint:
+            return root, folder, fingerprint
     own_root, own_folder, _ = _open_first(data)
     return own_root, own_folder, fingerprint
 

@@ -24,7 +24,7 @@ class RunLog:
         """steps_done: of the checkpoint that this run goes on from; records after it are dropped, they will come again."""
         _drop_records_after(out / METRICS, steps_done)
         self._metrics = open(out / METRICS, "a", buffering=1)  # noqa: SIM115  # closed by __exit__
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=steps_done + 1 if steps_done else None)
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=steps_done + 1)
         self._bar = tqdm(
             total=total_steps,
             initial=steps_done,

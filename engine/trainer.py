@@ -71,7 +71,10 @@ class Trainer:
         self._resumed = checkpoint is not None
         if checkpoint:
             self._optimizer.load_state_dict(checkpoint.optimizer)
-            self._scaler.load_state_dict(checkpoint.scaler)
+            for group in self._optimizer.param_groups:  # the flags of this run, not those of the checkpoint
+                group.update(momentum=config.momentum, weight_decay=config.weight_decay)
+            if checkpoint.scaler:  # empty where the checkpoint's precision needed no scaling
+                self._scaler.load_state_dict(checkpoint.scaler)
             self._steps, self._samples_seen = checkpoint.steps, checkpoint.samples_seen
             self._history = list(checkpoint.history)
         self._total_steps = self._count_steps()
@@ -83,17 +86,25 @@ class Trainer:
     def fit(self) -> dict:
         """Train until the epochs, the steps or the plateaus are used up. Returns the results, as plain values.
 
-        Raises TrainingError: a loss that is not finite, an image that cannot be decoded, a disk that refuses.
+        Raises TrainingError: a loss that is not finite, an image that cannot be decoded, a disk that refuses, a GPU whose
+        memory is too small.
         """
         if self._done():
             if self._ranks.is_main:
                 say("this run is complete; a larger --epochs or --steps goes on, --resume never starts anew")
-        elif self._ranks.is_main:
-            with RunLog(self._config.out, steps_done=self._steps, total_steps=self._total_steps) as log:
-                self._train(log)
-            draw_curves(self._config.out)
-        else:
-            self._train(None)
+            return self._results()
+        try:
+            if self._ranks.is_main:
+                with RunLog(self._config.out, steps_done=self._steps, total_steps=self._total_steps) as log:
+                    self._train(log)
+                draw_curves(self._config.out)
+            else:
+                self._train(None)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"the GPU's memory is too small for {self._data.micro_batch} images at a time; halve it with "
+                f"--micro-batch {max(1, self._data.micro_batch // 2)} (the result stays the same)"
+            ) from error
         return self._results()
 
     def _train(self, log: RunLog | None) -> None:

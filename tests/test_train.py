@@ -128,9 +128,14 @@ def test_resume_never_moves_the_earlier_run_aside(short_run, tmp_path):
 
 def test_resume_from_a_path_notes_what_changed(short_run, tmp_path):
     flags = [*SMALL, "--steps", "9", "--out", str(tmp_path / "new"), "--resume", str(short_run / "last.pt")]
-    done = run(*flags, "--lr", "0.001")
+    done = run(*flags, "--lr", "0.001", "--weight-decay", "0", "--precision", "fp16")
     assert results_of(done)["steps"] == 9
-    assert "note: lr was 0.01 until now and is 0.001 from here on" in done.stderr
+    for note in ("lr was 0.01 until now and is 0.001", "weight_decay was 0.0005 until now and is 0.0"):
+        assert f"note: {note} from here on" in done.stderr
+    checkpoint = load(tmp_path / "new/last.pt")
+    assert checkpoint.optimizer["param_groups"][0]["lr"] == 0.001
+    assert checkpoint.optimizer["param_groups"][0]["weight_decay"] == 0
+    assert checkpoint.scaler["scale"] > 1
 
 
 # Without dropout, whose masks differ between numbers of ranks; and at a rate at which the loss falls smoothly: where it
@@ -332,6 +337,16 @@ def test_data_that_changed_since_the_checkpoint(capsys, tmp_path, photos):
     assert "the data set changed since the checkpoint was written" in fails(capsys, *flags, "--steps", "2")
     assert train.main([*flags, "--steps", "2", "--allow-changed-data"]) == 0
     assert load(out / "last.pt").steps == 2
+
+
+def test_a_gpu_that_is_too_small_is_said_to_be(capsys, tmp_path, monkeypatch):
+    from engine.step import TrainStep
+
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TrainStep, "__call__", too_much)
+    assert "--micro-batch 6" in fails(capsys, *SMALL, "--out", str(tmp_path), code=1)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(capsys, tmp_path):
