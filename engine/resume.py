@@ -20,7 +20,7 @@ _FREE_SETTINGS = {
 
 
 def open_checkpoint(config: Config, ranks: Ranks) -> Checkpoint | None:
-    """The checkpoint that --resume names, None to start anew; changes nothing on the disk but makes the folder OUT.
+    """The checkpoint that --resume names, None to start anew; changes nothing on the disk.
 
     Raises UserError: OUT cannot be written, the checkpoint cannot be read, or holds another network.
     """
@@ -63,6 +63,7 @@ def claim_out(config: Config, checkpoint: Checkpoint | None) -> None:
     Moves an earlier run aside if this one starts anew, removes files that a killed run left half-written, saves config.yaml.
     """
     out = config.out
+    out.mkdir(parents=True, exist_ok=True)
     for unfinished in out.glob(".*.tmp"):  # of a run that was killed while it wrote a checkpoint
         unfinished.unlink()
     if checkpoint is None:
@@ -77,9 +78,9 @@ def claim_out(config: Config, checkpoint: Checkpoint | None) -> None:
 
 
 def _find(config: Config) -> Path | None:
+    nearest = next(folder for folder in (config.out, *config.out.absolute().parents) if folder.exists())
     try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        descriptor, probe = tempfile.mkstemp(dir=config.out, prefix=".probe.")
+        descriptor, probe = tempfile.mkstemp(dir=nearest, prefix=".probe.")
         os.close(descriptor)
         os.unlink(probe)
     except OSError as error:
