@@ -6,12 +6,12 @@ import os
 import sys
 import time
 
-from common.errors import TrainingError, UserError
+from common.errors import EXIT_STOPPED, TrainingError, UserError
 from engine.config import Config, parse_args
 
 
-def train(config: Config) -> dict | None:
-    """Run a configuration to its end. Returns the results on rank 0, None elsewhere. Raises UserError, TrainingError."""
+def train(config: Config) -> dict:
+    """Run a configuration to its end. Returns the results, on every rank. Raises UserError, TrainingError."""
     # Here, not above: --help and mistyped flags answer without waiting for torch.
     from engine.data import open_data
     from engine.distributed import ranks_of_this_run
@@ -39,12 +39,15 @@ def train(config: Config) -> dict | None:
             seed=config.seed,
         )
         trainer = Trainer(config, ranks=ranks, precision=precision, data=data, model=model, checkpoint=checkpoint)
-        results = trainer.fit()
-        return results if ranks.is_main else None
+        return trainer.fit()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, train, print the results. Returns the exit code: 0, 1 (run failed), 2 (something given is wrong), 130 (Ctrl-C)."""
+    """Parse, train, print the results.
+
+    Returns the exit code: 0, 1 (the run failed), 2 (something given is wrong), 75 (stopped by SIGTERM or SIGUSR1, its state
+    saved: start the same command again), 130 (Ctrl-C).
+    """
     try:
         results = train(parse_args(argv))
     except (UserError, TrainingError) as error:
@@ -55,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; start the same command again to go on from the last checkpoint", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it
-    if results is not None:
+    if os.environ.get("RANK", "0") == "0":
         print(json.dumps(results), flush=True)
-    return 0
+    return EXIT_STOPPED if results["stopped"] else 0
 
 
 if __name__ == "__main__":

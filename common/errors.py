@@ -1,4 +1,7 @@
-"""The two ways in which a program of this project ends badly on purpose: each is one sentence and an exit code."""
+"""The ways in which a program of this project ends early on purpose, with their exit codes."""
+
+EXIT_STOPPED = 75
+"""Of a run that was asked to stop and saved its state: sysexits.h's "temporary failure, try again"."""
 
 
 class UserError(Exception):

@@ -58,10 +58,14 @@ def ranks_of_this_run(device: str) -> Iterator[Ranks]:
     launched = "RANK" in os.environ
     patient_group: dist.ProcessGroup | None = None
     if launched:
-        if own_device.type == "cuda":
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=own_device)
-        else:
-            dist.init_process_group("gloo")
+        on_gpu = own_device.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=_store_of_this_attempt(),
+            rank=rank,
+            world_size=world_size,
+            device_id=own_device if on_gpu else None,
+        )
         patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]  # not for members
     try:
         yield Ranks(
@@ -75,6 +79,16 @@ def ranks_of_this_run(device: str) -> Iterator[Ranks]:
     finally:
         if launched:
             dist.destroy_process_group()
+
+
+def _store_of_this_attempt() -> dist.Store:
+    """torchrun's key-value store, with keys of our own for each restart.
+
+    Without --rdzv-backend=c10d, torchrun keeps the store over its restarts, and with it the addresses of the ranks that are
+    gone: a restarted rank that reads before the others have written would try to connect to those.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _own_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
@@ -116,6 +130,12 @@ def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
     if ranks.patient_group is not None:
         dist.all_reduce(values)
     return values
+
+
+def wait_for_all(ranks: Ranks) -> None:
+    """Return when every rank has come here."""
+    if ranks.patient_group is not None:
+        dist.barrier(group=ranks.patient_group)
 
 
 def data_parallel(model: nn.Module, ranks: Ranks, *, accumulates: bool, grad_compression: str) -> nn.Module:

@@ -1,6 +1,6 @@
 """Exact loss, top-1 and top-5 over a validation set, on any number of ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +28,19 @@ class Accuracy:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterator[Batch], steps: int, *, ranks: Ranks, precision: Precision) -> Accuracy:
+def evaluate(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    steps: int,
+    *,
+    ranks: Ranks,
+    precision: Precision,
+    stop: Callable[[], bool] = lambda: False,
+) -> Accuracy | None:
     """Run `steps` batches of this rank's loader through the model; count on the device, add up over ranks, divide once.
 
     Rows with PADDING_LABEL count for nothing. The model is in training mode again afterwards. One device sync, at the end.
+    stop: asked after each batch, gives the same answer on all ranks; once it says yes, the result is None.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # loss, top-1, top-5, images
@@ -49,6 +58,9 @@ def evaluate(model: nn.Module, batches: Iterator[Batch], steps: int, *, ranks: R
                 (labels != PADDING_LABEL).sum().double(),
             )
         )
+        if stop():
+            model.train()
+            return None
     model.train()
     loss, top1, top5, images_counted = sum_over_ranks(sums, ranks).tolist()
     return Accuracy(

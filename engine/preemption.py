@@ -10,9 +10,6 @@ from engine.distributed import Ranks
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-EXIT_CODE = 75
-"""Of a run that was asked to stop and saved its state: sysexits.h's "temporary failure, try again"."""
-
 
 class StopRequests:
     """A context manager: inside it, the two signals ask for a stop instead of ending the process.

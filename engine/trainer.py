@@ -21,9 +21,10 @@ from engine.clock import Clock, TimedBatches
 from engine.config import Config, to_dict
 from engine.curves import draw_curves
 from engine.data import Data
-from engine.distributed import Ranks, data_parallel, sum_over_ranks
+from engine.distributed import Ranks, data_parallel, sum_over_ranks, wait_for_all
 from engine.evaluation import evaluate
 from engine.precision import Precision
+from engine.preemption import StopRequests
 from engine.runlog import RunLog
 from engine.step import TrainStep, compile_model
 from model.vgg import VGG
@@ -77,6 +78,8 @@ class Trainer:
                 self._scaler.load_state_dict(checkpoint.scaler)
             self._steps, self._samples_seen = checkpoint.steps, checkpoint.samples_seen
             self._history = list(checkpoint.history)
+        self._validated_epoch = self._history[-1]["epoch"] if self._history else 0
+        self._stopped = False
         self._total_steps = self._count_steps()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self._validation: tuple[Iterator[Batch], int] | None = None
@@ -108,35 +111,50 @@ class Trainer:
         return self._results()
 
     def _train(self, log: RunLog | None) -> None:
-        config, clock, epoch_images = self._config, self._clock, self._data.train_images
+        config = self._config
         batches = TimedBatches(self._data.train_batches(self._samples_seen))
         self._step.warm_up(*self._blank_batch())
-        clock.start(self._steps)
-        last_save = time.monotonic()
-        while not self._done():
-            self._set_learning_rate()
-            torch.manual_seed(_step_seed(config.seed, self._steps, self._ranks.rank))  # of dropout
-            self._loss_sum += self._step(batches)
-            ends_epoch = self._samples_seen // epoch_images < (self._samples_seen + config.batch_size) // epoch_images
-            self._steps += 1
-            self._samples_seen += config.batch_size
-            if log:
-                log.advance()
-            if self._steps % config.log_every == 0 or ends_epoch or self._done():
-                self._log_training(log, batches)
-            if ends_epoch:
-                with clock.evaluating():
-                    self._validate(log)
-            minutes_since_save = (time.monotonic() - last_save) / 60
-            if ends_epoch or self._done() or minutes_since_save >= config.checkpoint_minutes:
-                if self._ranks.is_main:
-                    with clock.saving():
-                        self._save(is_best=ends_epoch and self._last_is_best())
-                last_save = time.monotonic()
+        self._clock.start(self._steps)
+        self._last_save = time.monotonic()
+        with StopRequests(self._ranks) as requests:
+            if self._validation_is_due():  # the run was stopped in the middle of it
+                self._end_epoch(log, requests)
+            while not (self._done() or self._stopped):
+                self._set_learning_rate()
+                torch.manual_seed(_step_seed(config.seed, self._steps, self._ranks.rank))  # of dropout
+                self._loss_sum += self._step(batches)
+                self._steps += 1
+                self._samples_seen += config.batch_size
+                if log:
+                    log.advance()
+                self._stopped = requests.agreed()
+                ends_epoch = self._validation_is_due()
+                if self._steps % config.log_every == 0 or ends_epoch or self._done() or self._stopped:
+                    self._log_training(log, batches)
+                if ends_epoch and not self._stopped:
+                    self._end_epoch(log, requests)
+                elif self._done() or self._stopped or self._minutes_since_save() >= config.checkpoint_minutes:
+                    self._save(is_best=False)
+            if self._stopped:
+                wait_for_all(
+                    self._ranks
+                )  # until rank 0 has written: torchrun ends the others when the first one leaves
+
+    def _end_epoch(self, log: RunLog | None, requests: StopRequests) -> None:
+        with self._clock.evaluating():
+            self._validate(log, requests)
+        self._save(is_best=not self._stopped and self._last_is_best())
 
     def _done(self) -> bool:
         plateaus_used_up = self._config.schedule == "plateau" and self._plateau()[1]
-        return self._steps >= self._total_steps or plateaus_used_up
+        steps_used_up = self._steps >= self._total_steps and not self._validation_is_due()
+        return steps_used_up or plateaus_used_up
+
+    def _validation_is_due(self) -> bool:
+        return self._samples_seen // self._data.train_images > self._validated_epoch
+
+    def _minutes_since_save(self) -> float:
+        return (time.monotonic() - self._last_save) / 60
 
     # ---- learning rate -------------------------------------------------------------------------------------------
 
@@ -184,17 +202,23 @@ class Trainer:
                 data_wait=wait_seconds / seconds,
             )
 
-    def _validate(self, log: RunLog | None) -> None:
+    def _validate(self, log: RunLog | None, requests: StopRequests) -> None:
+        """Validate, unless a stop is asked for meanwhile: then the epoch stays without a result, and resuming makes it."""
+        epoch = self._samples_seen // self._data.train_images
         if self._validation is None:
             self._validation = self._data.validation_batches()
-        if self._validation is None:
-            return
-        batches, steps = self._validation
-        accuracy = evaluate(self._model, batches, steps, ranks=self._ranks, precision=self._precision)
-        epoch = self._samples_seen // self._data.train_images
-        self._history.append({"epoch": epoch, **asdict(accuracy)})
-        if log:
-            log.validation(step=self._steps, epoch=epoch, accuracy=accuracy)
+        if self._validation is not None:
+            batches, steps = self._validation
+            accuracy = evaluate(
+                self._model, batches, steps, ranks=self._ranks, precision=self._precision, stop=requests.agreed
+            )
+            if accuracy is None:
+                self._stopped = True
+                return
+            self._history.append({"epoch": epoch, **asdict(accuracy)})
+            if log:
+                log.validation(step=self._steps, epoch=epoch, accuracy=accuracy)
+        self._validated_epoch = epoch
 
     def _results(self) -> dict:
         last, clock = self._history[-1] if self._history else {}, self._clock
@@ -219,6 +243,7 @@ class Trainer:
             "precision": self._precision.name,
             "compiled": self._compiled,
             "resumed": self._resumed,
+            "stopped": self._stopped,
             "checkpoint": str(self._config.out / checkpoints.LAST),
         }
 
@@ -229,24 +254,25 @@ class Trainer:
         return bool(top1) and top1[-1] > max(top1[:-1], default=-1.0)
 
     def _save(self, *, is_best: bool) -> None:
-        checkpoints.save(
-            Checkpoint(
-                arch=self._config.arch,
-                crop=self._config.crop,
-                classes=list(self._data.classes),
-                mean_rgb=list(self._data.mean_rgb),
-                model=self._model.state_dict(),
-                optimizer=self._optimizer.state_dict(),
-                scaler=self._scaler.state_dict(),
-                steps=self._steps,
-                samples_seen=self._samples_seen,
-                history=self._history,
-                fingerprint=self._data.fingerprint,
-                config=to_dict(self._config),
-            ),
-            self._config.out,
-            is_best=is_best,
+        self._last_save = time.monotonic()
+        if not self._ranks.is_main:
+            return
+        checkpoint = Checkpoint(
+            arch=self._config.arch,
+            crop=self._config.crop,
+            classes=list(self._data.classes),
+            mean_rgb=list(self._data.mean_rgb),
+            model=self._model.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+            scaler=self._scaler.state_dict(),
+            steps=self._steps,
+            samples_seen=self._samples_seen,
+            history=self._history,
+            fingerprint=self._data.fingerprint,
+            config=to_dict(self._config),
         )
+        with self._clock.saving():
+            checkpoints.save(checkpoint, self._config.out, is_best=is_best)
 
     def _count_steps(self) -> int:
         """Steps of the whole training: those done and those that the epochs still need; the last may straddle the end."""

@@ -31,6 +31,7 @@ def test_counts_equal_numpys_with_padding_left_out(classes):
     model = Lookup(torch.from_numpy(logits))
     batches = ((torch.zeros(16, 1), torch.from_numpy(row)) for row in labels)
     accuracy = evaluate(model, batches, 6, ranks=RANKS, precision=Precision("fp32", "cpu"))
+    assert accuracy
 
     flat, wanted = logits.reshape(-1, classes).astype(float)[:89], labels.ravel()[:89]
     own = flat[np.arange(89), wanted][:, None]
@@ -53,5 +54,19 @@ def test_a_network_that_says_the_same_of_every_class_is_not_right_every_time():
         ranks=RANKS,
         precision=Precision("fp32", "cpu"),
     )
+    assert accuracy
     assert accuracy.top1 == pytest.approx(0.1)
     assert accuracy.top5 == pytest.approx(0.5)
+
+
+def test_an_evaluation_that_is_stopped_has_no_result():
+    model, asked = Lookup(torch.zeros(9, 4, 3)), []
+    batches = ((torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64)) for _ in range(9))
+
+    def stop() -> bool:
+        asked.append(True)
+        return len(asked) == 3
+
+    assert evaluate(model, batches, 9, ranks=RANKS, precision=Precision("fp32", "cpu"), stop=stop) is None
+    assert len(model.modes) == 3
+    assert model.training
