@@ -103,6 +103,8 @@ class Config:
 
     checkpoint_minutes: float = 30.0
     """Time between checkpoints within an epoch; 0: after every step. One is written after every epoch in any case."""
+    max_bad_images: int | None = None
+    """Images that may turn out not to be decodable during the run; more end it. Default: 0.1 % of the images."""
     allow_changed_data: bool = False
     """Resume although the data set is not the one that the checkpoint was trained on."""
     log_every: int = 20
@@ -261,6 +263,9 @@ def _check(config: Config) -> None:
         f"--threads {config.threads}: must be at least 1": config.threads is None or config.threads >= 1,
         f"--prefetch {config.prefetch}: must be at least 1": config.prefetch >= 1,
         f"--checkpoint-minutes {config.checkpoint_minutes}: must not be negative": config.checkpoint_minutes >= 0,
+        f"--max-bad-images {config.max_bad_images}: must not be negative": (
+            config.max_bad_images is None or config.max_bad_images >= 0
+        ),
         f"--log-every {config.log_every}: must be at least 1": config.log_every >= 1,
     }
     for message, holds in checks.items():

@@ -1,18 +1,23 @@
 """From --data to loaders: the one place where the configuration meets the pipeline."""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.errors import UserError
+import numpy as np
+
+from common.errors import TrainingError, UserError
+from common.progress import say
 from engine.config import DIGITS, SYNTHETIC, Config
 from engine.distributed import Ranks, first_then_others
 from engine.precision import Precision
 from pipeline.digits import digits_folder
 from pipeline.loader import Batch, DaliLoader, SyntheticLoader
-from pipeline.manifest import Manifest, load_manifest, open_manifest
-from pipeline.plan import IMAGENET_MEAN_RGB, TrainPlan, ValidationPlan
+from pipeline.manifest import Manifest, add_to_quarantine, load_manifest, open_manifest
+from pipeline.plan import IMAGENET_MEAN_RGB, Samples, TrainPlan, ValidationPlan
+from pipeline.recovery import path_of
 
 _SYNTHETIC_CLASSES = 1000
 _SYNTHETIC_IMAGES = 1_281_167  # ImageNet's, so that an epoch means the same
@@ -33,6 +38,8 @@ class Data:
     """Images in one training pass of one rank."""
     manifest: Manifest | None
     """None for synthetic data."""
+    bad_rows: set[int] = field(default_factory=set)
+    """Training rows that this rank found not to be decodable, or not everywhere."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -69,10 +76,15 @@ class Data:
             seed=self.config.seed,
             mean_rgb=self.mean_rgb,
         )
-        batches = plan.batches(
-            start=start, rank=self.ranks.rank, world_size=self.ranks.world_size, micro_batch=self.micro_batch
+        rank, world_size, micro_batch = self.ranks.rank, self.ranks.world_size, self.micro_batch
+        return self._loader(
+            plan,
+            lambda skip: plan.batches(
+                start=start, rank=rank, world_size=world_size, micro_batch=micro_batch, skip=skip
+            ),
+            micro_batch,
+            self.bad_rows,
         )
-        return self._loader(batches, self.micro_batch)
 
     def validation_batches(self) -> tuple[Iterator[Batch], int] | None:
         """Batches of this rank, endless, and how many make one pass over the validation set; None for synthetic data."""
@@ -85,15 +97,30 @@ class Data:
             mean_rgb=self.mean_rgb,
         )
         size = min(self.config.batch_size, self.config.micro_batch or _VALIDATION_BATCH, _VALIDATION_BATCH)
-        batches = plan.batches(rank=self.ranks.rank, world_size=self.ranks.world_size, batch_size=size)
-        return self._loader(batches, size), plan.steps(world_size=self.ranks.world_size, batch_size=size)
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        loader = self._loader(
+            plan, lambda skip: plan.batches(rank=rank, world_size=world_size, batch_size=size, skip=skip), size, set()
+        )
+        return loader, plan.steps(world_size=world_size, batch_size=size)
 
-    def _loader(self, batches, batch_size: int) -> DaliLoader:
+    def max_lost(self, images: int) -> int:
+        """Images of a set of so many that may be lost before the run ends."""
+        limit = self.config.max_bad_images
+        return min(math.ceil(images / 1000) if limit is None else limit, images - 1)
+
+    def _loader(
+        self,
+        plan: TrainPlan | ValidationPlan,
+        batches_after: Callable[[int], Iterator[Samples]],
+        batch_size: int,
+        bad_rows: set[int],
+    ) -> DaliLoader:
         decoder = self.config.decoder
         if decoder == "auto":
             decoder = "gpu" if self.ranks.device.type == "cuda" else "cpu"
         return DaliLoader(
-            batches,
+            batches_after,
+            lose=lambda samples, dead, reasons: self._lose(plan, bad_rows, samples, dead, reasons),
             batch_size=batch_size,
             crop=self.config.crop,
             device=self.ranks.device,
@@ -101,6 +128,36 @@ class Data:
             half=self.precision.half_images,
             threads=self.config.threads or self.ranks.cpu_share,
             prefetch=self.config.prefetch,
+        )
+
+    def _lose(
+        self,
+        plan: TrainPlan | ValidationPlan,
+        bad_rows: set[int],
+        samples: Samples,
+        dead: np.ndarray,
+        reasons: list[str],
+    ) -> None:
+        """Have the plan do without some samples; warn of each file once, and add it to the quarantine."""
+        assert self.manifest
+        plan.lose(samples, dead)
+        news = {}
+        for index, (row, reason) in enumerate(zip(samples.rows.tolist(), reasons, strict=True)):
+            if row not in bad_rows:
+                bad_rows.add(row)
+                news[path_of(samples, index)] = reason
+        for path, reason in news.items():
+            say(f"warning: {path} cannot be decoded ({reason}); going on without it")
+        add_to_quarantine(self.manifest, news)
+        check_lost(len(bad_rows), self.max_lost(len(plan.table)), self.manifest.folder)
+
+
+def check_lost(lost: int, limit: int, manifest_folder: Path) -> None:
+    """Raise TrainingError where more images are lost than may be."""
+    if lost > limit:
+        raise TrainingError(
+            f"{lost} images cannot be decoded, more than the {limit} that --max-bad-images allows; they are listed in "
+            f"{manifest_folder / 'quarantine.tsv'}"
         )
 
 

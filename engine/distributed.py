@@ -132,6 +132,15 @@ def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
     return values
 
 
+def union_over_ranks(own: set[int], ranks: Ranks) -> set[int]:
+    """The union of a small set of each rank; every rank must call this."""
+    if ranks.patient_group is None:
+        return own
+    everyones: list[set[int]] = [set()] * ranks.world_size
+    dist.all_gather_object(everyones, own, group=ranks.patient_group)
+    return set().union(*everyones)
+
+
 def wait_for_all(ranks: Ranks) -> None:
     """Return when every rank has come here."""
     if ranks.patient_group is not None:

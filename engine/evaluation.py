@@ -10,7 +10,7 @@ from torch import nn
 from engine.distributed import Ranks, sum_over_ranks
 from engine.precision import Precision
 from pipeline.loader import Batch
-from pipeline.plan import PADDING_LABEL
+from pipeline.plan import LOST_LABEL, PADDING_LABEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class Accuracy:
     """Share of images whose label is among the five largest logits (all, where there are fewer classes), 0–1."""
     images: int
     """Images counted: each image of the set once."""
+    lost: int
+    """Images among them that cannot be decoded: they count as wrong, and not in the loss."""
 
 
 @torch.no_grad()
@@ -39,33 +41,37 @@ def evaluate(
 ) -> Accuracy | None:
     """Run `steps` batches of this rank's loader through the model; count on the device, add up over ranks, divide once.
 
-    Rows with PADDING_LABEL count for nothing. The model is in training mode again afterwards. One device sync, at the end.
+    Rows with PADDING_LABEL count for nothing, those with LOST_LABEL as wrong. The model is in training mode again
+    afterwards. One device sync, at the end.
     stop: asked after each batch, gives the same answer on all ranks; once it says yes, the result is None.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # loss, top-1, top-5, images
+    sums = torch.zeros(5, dtype=torch.float64, device=ranks.device)  # loss, top-1, top-5, images, lost
     for _ in range(steps):
         images, labels = next(batches)
         with precision.autocast():
             logits = model(images)
         logits = logits.float()
+        targets = labels.clamp(min=PADDING_LABEL)  # for the loss, a lost image is padding
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         sums += torch.stack(
             (
-                F.cross_entropy(logits, labels, ignore_index=PADDING_LABEL, reduction="sum").double(),
+                F.cross_entropy(logits, targets, ignore_index=PADDING_LABEL, reduction="sum").double(),
                 best[:, 0].sum().double(),
                 best.sum().double(),
                 (labels != PADDING_LABEL).sum().double(),
+                (labels == LOST_LABEL).sum().double(),
             )
         )
         if stop():
             model.train()
             return None
     model.train()
-    loss, top1, top5, images_counted = sum_over_ranks(sums, ranks).tolist()
+    loss, top1, top5, images_counted, lost = sum_over_ranks(sums, ranks).tolist()
     return Accuracy(
-        loss=loss / images_counted,
+        loss=loss / max(images_counted - lost, 1),
         top1=top1 / images_counted,
         top5=top5 / images_counted,
         images=round(images_counted),
+        lost=round(lost),
     )

@@ -15,7 +15,7 @@ from engine.distributed import Ranks, first_then_others
 # Settings that say how a run is carried out, not what it computes: free to change between a run and its resumption.
 _FREE_SETTINGS = {
     "data", "out", "resume", "device", "micro_batch", "epochs", "steps", "threads", "prefetch", "decoder", "log_every",
-    "checkpoint_minutes", "allow_changed_data", "compile", "compile_mode",
+    "checkpoint_minutes", "max_bad_images", "allow_changed_data", "compile", "compile_mode",
 }  # fmt: skip
 
 

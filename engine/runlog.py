@@ -66,7 +66,7 @@ class RunLog:
         self._record("validation", step, epoch=epoch, **asdict(accuracy))
         say(
             f"epoch {epoch}: validation top-1 {accuracy.top1:.2%}  top-5 {accuracy.top5:.2%}  loss {accuracy.loss:.3f}  "
-            f"({accuracy.images:,} images)"
+            f"({accuracy.images:,} images{f', {accuracy.lost:,} of them cannot be decoded' if accuracy.lost else ''})"
         )
 
     def _record(self, kind: str, step: int, **figures: float) -> None:

@@ -20,8 +20,8 @@ from engine.checkpoint import Checkpoint
 from engine.clock import Clock, TimedBatches
 from engine.config import Config, to_dict
 from engine.curves import draw_curves
-from engine.data import Data
-from engine.distributed import Ranks, data_parallel, sum_over_ranks, wait_for_all
+from engine.data import Data, check_lost
+from engine.distributed import Ranks, data_parallel, sum_over_ranks, union_over_ranks, wait_for_all
 from engine.evaluation import evaluate
 from engine.precision import Precision
 from engine.preemption import StopRequests
@@ -180,8 +180,11 @@ class Trainer:
     # ---- figures -------------------------------------------------------------------------------------------------
 
     def _log_training(self, log: RunLog | None, batches: TimedBatches) -> None:
-        loss_sum = sum_over_ranks(self._loss_sum, self._ranks).item()  # waits for the device
+        lost = torch.full_like(self._loss_sum, len(self._data.bad_rows))
+        sums = sum_over_ranks(torch.stack((self._loss_sum, lost)), self._ranks)
+        loss_sum, lost_images = sums.tolist()  # waits for the device
         self._loss_sum.zero_()
+        self._check_lost_images(round(lost_images))
         steps, seconds = self._clock.lap(self._steps)
         loss = loss_sum / self._ranks.world_size / steps
         if not math.isfinite(loss):
@@ -201,6 +204,12 @@ class Trainer:
                 images_per_second=steps * self._config.batch_size / seconds,
                 data_wait=wait_seconds / seconds,
             )
+
+    def _check_lost_images(self, found: int) -> None:
+        """found: images lost, added up over ranks, of which several may have found the same one."""
+        manifest, limit = self._data.manifest, self._data.max_lost(self._data.train_images)
+        if manifest and found > limit:
+            check_lost(len(union_over_ranks(self._data.bad_rows, self._ranks)), limit, manifest.folder)
 
     def _validate(self, log: RunLog | None, requests: StopRequests) -> None:
         """Validate, unless a stop is asked for meanwhile: then the epoch stays without a result, and resuming makes it."""

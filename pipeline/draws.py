@@ -19,6 +19,7 @@ _LOW32, _SHIFT32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 PURPOSE_GEOMETRY = 0  # scale, crop corner (y, x), flip
 PURPOSE_COLOUR = 1  # the three normals of the colour shift
 _PURPOSE_ORDER = 0x100  # + round
+PURPOSE_SUBSTITUTE = 0x200  # + attempt
 
 _FEISTEL_ROUNDS = 6
 

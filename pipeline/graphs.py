@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 from nvidia.dali import Pipeline, fn, types
 
-from pipeline.plan import Samples
-
 
 def image_pipeline(
     source: Callable[[], tuple],
@@ -20,7 +18,7 @@ def image_pipeline(
 ) -> Pipeline:
     """Build (without starting) the pipeline read → decode the window → resize and flip → subtract the mean.
 
-    source: returns the fields of a plan's Samples, one batch a call. device_id: the GPU, or None for the CPU.
+    source: returns the inputs() of a plan's Samples, one batch a call. device_id: the GPU, or None for the CPU.
     decoder: "gpu" (needs a device_id) or "cpu". half: float16 images instead of float32.
     Outputs: images [batch_size, crop, crop, 3] (NHWC) and labels int64 [batch_size], on the device.
     """
@@ -36,7 +34,7 @@ def image_pipeline(
     with pipeline:
         names, start, shape, roi_start, roi_end, mean, labels = fn.external_source(
             source,
-            num_outputs=len(Samples._fields),
+            num_outputs=7,
             batch=True,
             dtype=[
                 types.UINT8,

@@ -1,27 +1,35 @@
 """Loaders: endless iterators of (images, labels) on the training device.
 
 images: [n, 3, crop, crop], channels_last, float32 or float16, mean subtracted, otherwise in units of 0–255 grey levels.
-labels: int64 [n]; PADDING_LABEL where a validation batch is filled up.
+labels: int64 [n]; PADDING_LABEL where a validation batch is filled up, LOST_LABEL for an image that cannot be decoded.
 """
 
-from collections.abc import Iterator
+import collections
+import functools
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 
 from common.errors import TrainingError
 from pipeline.graphs import image_pipeline
 from pipeline.plan import Samples
+from pipeline.recovery import cause_of, is_about_an_image, undecodable
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class DaliLoader:
-    """Runs a plan's batches through the DALI graph; DALI reads, decodes and prefetches in its own threads."""
+    """Runs a plan's batches through the DALI graph; DALI reads, decodes and prefetches in its own threads.
+
+    When DALI fails on an image, the loader finds it, has the plan do without it, and goes on at the same batch.
+    """
 
     def __init__(
         self,
-        batches: Iterator[Samples],
+        batches_after: Callable[[int], Iterator[Samples]],
         *,
+        lose: Callable[[Samples, np.ndarray, list[str]], None],
         batch_size: int,
         crop: int,
         device: torch.device,
@@ -30,10 +38,15 @@ class DaliLoader:
         threads: int,
         prefetch: int,
     ) -> None:
-        """batches: endless, each of `batch_size` samples. The other arguments as in image_pipeline."""
-        self._device = device
-        self._pipeline = image_pipeline(
-            lambda: tuple(next(batches)),
+        """batches_after: the plan's batches, endless, less the first so many, each of `batch_size` samples.
+
+        lose: called with samples that cannot be decoded, whether nothing of their files can be (bool [n]), and the reasons;
+        the plan must show others from then on. It may raise to end the run. The other arguments are image_pipeline's.
+        """
+        self._batches_after, self._lose = batches_after, lose
+        self._crop, self._device = crop, device
+        self._make_pipeline = functools.partial(
+            image_pipeline,
             batch_size=batch_size,
             crop=crop,
             device_id=device.index if device.type == "cuda" else None,
@@ -42,24 +55,58 @@ class DaliLoader:
             threads=threads,
             prefetch=prefetch,
         )
+        self._delivered = 0
+        self._start()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        try:
-            if self._device.type == "cuda":
-                # Given torch's stream, DALI orders its outputs on it: nobody waits on the host, and the memory goes
-                # back to DALI's pool only after the work that torch has queued by then.
-                images, labels = self._pipeline.run(torch.cuda.current_stream(self._device))
-            else:
-                images, labels = self._pipeline.run()
-        except RuntimeError as error:
-            if "fn.io.file.read" in str(error) or "fn.decoders" in str(error):
-                raise TrainingError(_explain(error)) from error
-            raise
+        while True:
+            try:
+                if self._device.type == "cuda":
+                    # Given torch's stream, DALI orders its outputs on it: nobody waits on the host, and the memory goes
+                    # back to DALI's pool only after the work that torch has queued by then.
+                    images, labels = self._pipeline.run(torch.cuda.current_stream(self._device))
+                else:
+                    images, labels = self._pipeline.run()
+                break
+            except RuntimeError as error:
+                if not is_about_an_image(error):
+                    raise
+                self._do_without_what_fails(error)
+                self._start()
+        self._delivered += 1
+        self._in_flight.popleft()
         # NHWC memory permuted to NCHW is what torch calls channels_last: no copy.
         return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), torch.from_dlpack(labels.as_tensor())
+
+    def _start(self) -> None:
+        """Start DALI at the first batch that was not delivered yet."""
+        batches = self._batches_after(self._delivered)
+        self._in_flight: collections.deque[Samples] = collections.deque()
+
+        def next_inputs() -> tuple:
+            self._in_flight.append(next(batches))
+            return self._in_flight[-1].inputs()
+
+        self._pipeline = self._make_pipeline(next_inputs)
+
+    def _do_without_what_fails(self, error: RuntimeError) -> None:
+        found = False
+        for samples in self._in_flight:  # the one that failed is among those that DALI has been given
+            reasons = undecodable(samples, self._crop)
+            if reasons:
+                found = True
+                failed = samples.take(list(reasons))
+                dead = np.zeros(len(reasons), dtype=bool)
+                dead[list(undecodable(failed.first_pixels(), self._crop))] = True
+                self._lose(failed, dead, list(reasons.values()))
+        if not found:
+            raise TrainingError(
+                f"DALI failed on a batch ({cause_of(error)}), though each image of it can be decoded on the CPU; "
+                "try --decoder cpu"
+            ) from error
 
 
 class SyntheticLoader:
@@ -83,13 +130,3 @@ class SyntheticLoader:
 
     def __next__(self) -> Batch:
         return self._batch
-
-
-def _explain(error: RuntimeError) -> str:
-    """DALI's message is a dozen lines; the one after "encountered:" tells what happened."""
-    lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines()]
-    cause = next(filter(None, lines), str(error)).rstrip(" :")
-    return (
-        f"DALI could not read or decode a batch ({cause}); if files changed since the scan, "
-        "run: python -m pipeline.manifest DATA --rescan"
-    )

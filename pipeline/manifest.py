@@ -122,6 +122,16 @@ def load_manifest(root: Path, folder: Path) -> Manifest:
     return manifest
 
 
+def add_to_quarantine(manifest: Manifest, reasons: dict[str, str]) -> None:
+    """Append files (paths with reasons) that turned out at run time not to be decodable to quarantine.tsv."""
+    lines = [
+        f"{_printable(os.path.relpath(path, manifest.root.absolute()))}\t{_printable(reason)}\n"
+        for path, reason in reasons.items()
+    ]
+    with open(manifest.folder / "quarantine.tsv", "ab") as file:  # whole lines at once: other ranks append too
+        file.write("".join(lines).encode("utf-8", "backslashreplace"))
+
+
 def cache_folder() -> Path:
     """The folder for what this project keeps outside the data folders: $XDG_CACHE_HOME/vgg-dali or ~/.cache/vgg-dali."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgg-dali"

@@ -4,10 +4,12 @@ Training samples are numbered g = 0, 1, 2, … without end: epoch = g div N, row
 crop's corner, the flip and the colour shift are draws at (seed, epoch, row). A global batch is B consecutive samples; it
 may straddle two epochs, so that every image is used exactly once an epoch for any N and B, and every batch is full.
 Rank r of n takes the r-th n-th of each batch. The only state is one integer, the number of samples seen.
+
+Where an image turns out not to be decodable, the plan is asked again from the same sample on, without it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +35,8 @@ _SAMPLES_A_BLOCK = 4096
 
 PADDING_LABEL = -1
 """Label of the rows that fill up the last validation batch; they count for nothing."""
+LOST_LABEL = -2
+"""Label of validation images that cannot be decoded; they count as wrong."""
 
 
 class Samples(NamedTuple):
@@ -52,6 +56,22 @@ class Samples(NamedTuple):
     """float32 [n, 3]: what is subtracted from R, G, B (0–255): the data set's mean less the sample's colour shift."""
     labels: np.ndarray
     """int64 [n]"""
+    numbers: np.ndarray
+    """int64 [n]: the samples' numbers in their plan."""
+    rows: np.ndarray
+    """int64 [n]: the table's row that each sample shows."""
+
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """What the DALI graph takes: all fields but numbers and rows."""
+        return self[:-2]
+
+    def first_pixels(self) -> "Samples":
+        """The same files, but the window is their first pixel: where that cannot be decoded, nothing can."""
+        none, one = np.zeros_like(self.start), np.ones_like(self.start)
+        return self._replace(start=none, shape=one, roi_start=none.astype(np.float32), roi_end=one.astype(np.float32))
+
+    def take(self, indices: list[int]) -> "Samples":
+        return Samples(*(field[indices] for field in self))
 
     @property
     def flipped(self) -> np.ndarray:
@@ -75,6 +95,10 @@ class TrainPlan:
     """Lowest and highest training scale S, both included; S is the shorter side after the rescale, at least `crop`."""
     seed: int
     mean_rgb: tuple[float, float, float] = IMAGENET_MEAN_RGB
+    lost_rows: set[int] = field(default_factory=set)
+    """Rows found so far of which nothing can be decoded; others are shown in their place."""
+    lost_samples: set[tuple[int, int]] = field(default_factory=set)
+    """(sample number, row) found so far where the sample's window of the row cannot be decoded: of a cut file, say."""
 
     def epochs_and_rows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sample numbers (int64 [n]) → the epoch and the table's row of each (int64 [n], int64 [n])."""
@@ -84,7 +108,8 @@ class TrainPlan:
     def samples(self, numbers: np.ndarray) -> Samples:
         """All decisions about the samples with these numbers (int64 [n])."""
         epochs, rows = self.epochs_and_rows(numbers)
-        names, labels, sizes = self.table.read(rows)
+        shown = self._substituted(numbers, epochs, rows)
+        names, labels, sizes = self.table.read(shown)
         u_scale, u_y, u_x, u_flip = draws.uniforms(self.seed, epochs, rows, draws.PURPOSE_GEOMETRY)
         lowest, highest = self.scale
         scales = lowest + np.floor(u_scale * (highest - lowest + 1)).astype(np.int64)
@@ -98,21 +123,52 @@ class TrainPlan:
             **source_windows(sizes, rescaled, corners, self.crop, flipped=u_flip >= 0.5),
             mean=(np.asarray(self.mean_rgb) - shift.T).astype(np.float32, order="C"),
             labels=labels,
+            numbers=numbers,
+            rows=shown,
         )
 
-    def batches(self, *, start: int, rank: int, world_size: int, micro_batch: int) -> Iterator[Samples]:
-        """This rank's micro-batches from sample number `start` on, without end.
+    def lose(self, samples: Samples, dead: np.ndarray) -> None:
+        """From now on, show others in place of these samples; of rows that are dead (bool [n]), wherever they occur."""
+        self.lost_samples.update(zip(samples.numbers.tolist(), samples.rows.tolist(), strict=True))
+        self.lost_rows.update(samples.rows[dead].tolist())
+
+    def batches(self, *, start: int, rank: int, world_size: int, micro_batch: int, skip: int = 0) -> Iterator[Samples]:
+        """This rank's micro-batches from sample number `start` on, less the first `skip` of them, without end.
 
         batch_size must be a multiple of world_size · micro_batch: consecutive micro-batches make up the rank's share.
         """
         share = self.batch_size // world_size
+        skipped_steps, skipped_of_share = divmod(skip * micro_batch, share)
+        start += skipped_steps * self.batch_size
         steps_a_block = max(1, _SAMPLES_A_BLOCK // share)
         within_block = np.arange(steps_a_block)[:, None] * self.batch_size + rank * share + np.arange(share)
         while True:
             block = self.samples((start + within_block).ravel())
-            for first in range(0, len(block.labels), micro_batch):
+            for first in range(skipped_of_share, len(block.labels), micro_batch):
                 yield block.slice(first, first + micro_batch)
             start += steps_a_block * self.batch_size
+            skipped_of_share = 0
+
+    def _substituted(self, numbers: np.ndarray, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The rows, with the first of a random sequence of others that can be decoded in place of each lost one.
+
+        The sequence is a function of (seed, epoch, row), and whether a sample can be decoded is one of its window and file.
+        So what is shown in the end does not depend on which losses this rank has met before: it meets the others itself.
+        """
+        shown, attempt = rows.copy(), 0
+        while len(hits := np.flatnonzero(self._is_lost(numbers, shown))):
+            purpose = draws.PURPOSE_SUBSTITUTE + attempt
+            u = draws.uniforms(self.seed, epochs[hits], rows[hits], purpose)[0]
+            shown[hits] = (u * len(self.table)).astype(np.int64)
+            attempt += 1
+        return shown
+
+    def _is_lost(self, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        lost = np.isin(rows, list(self.lost_rows))
+        candidates = np.flatnonzero(np.isin(numbers, [number for number, _ in self.lost_samples]))
+        for index in candidates:  # few: losses within the samples at hand
+            lost[index] |= (int(numbers[index]), int(rows[index])) in self.lost_samples
+        return lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,20 +180,33 @@ class ValidationPlan:
     scale: int
     """Shorter side after the rescale, at least `crop`."""
     mean_rgb: tuple[float, float, float] = IMAGENET_MEAN_RGB
+    lost_rows: set[int] = field(default_factory=set)
+    """Rows found so far whose window cannot be decoded: some other image is shown, under LOST_LABEL."""
 
     def steps(self, *, world_size: int, batch_size: int) -> int:
         """Batches of `batch_size` that each rank takes in one pass."""
         return -(-len(self.table) // (world_size * batch_size))
 
-    def batches(self, *, rank: int, world_size: int, batch_size: int) -> Iterator[Samples]:
-        """This rank's batches, pass after pass without end, so that a loader prefetches across passes."""
+    def batches(self, *, rank: int, world_size: int, batch_size: int, skip: int = 0) -> Iterator[Samples]:
+        """This rank's batches less the first `skip`, pass after pass without end: a loader prefetches across passes."""
+        steps = self.steps(world_size=world_size, batch_size=batch_size)
         while True:
-            for step in range(self.steps(world_size=world_size, batch_size=batch_size)):
+            for step in range(skip % steps, steps):
                 first = (step * world_size + rank) * batch_size
                 yield self._samples(np.arange(first, first + batch_size))
+            skip = 0
+
+    def lose(self, samples: Samples, dead: np.ndarray) -> None:
+        """From now on, count these images as lost; dead or not, their window is the same in every pass."""
+        self.lost_rows.update(samples.rows.tolist())
 
     def _samples(self, rows: np.ndarray) -> Samples:
-        names, labels, sizes = self.table.read(np.minimum(rows, len(self.table) - 1))
+        own_rows = np.minimum(rows, len(self.table) - 1)
+        shown = own_rows.copy()
+        while len(hits := np.flatnonzero(np.isin(shown, list(self.lost_rows)))):
+            shown[hits] = (shown[hits] + 1) % len(self.table)
+        names, labels, sizes = self.table.read(shown)
+        labels = np.where(shown == own_rows, labels, LOST_LABEL)
         rescaled = rescaled_sizes(sizes, np.full(len(rows), self.scale))
         # Halves round to even, as torchvision's center_crop does.
         corners = np.rint((rescaled - self.crop) / 2).astype(np.int64)
@@ -146,6 +215,8 @@ class ValidationPlan:
             **source_windows(sizes, rescaled, corners, self.crop, flipped=np.zeros(len(rows), dtype=bool)),
             mean=np.tile(np.asarray(self.mean_rgb, dtype=np.float32), (len(rows), 1)),
             labels=np.where(rows < len(self.table), labels, PADDING_LABEL),
+            numbers=rows,
+            rows=shown,
         )
 
 

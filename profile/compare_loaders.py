@@ -87,7 +87,8 @@ def make_loaders(table: Table, scale: tuple[int, int], arguments: argparse.Names
     labels = rows.labels.tolist()
     return {
         OURS: DaliLoader(
-            plan.batches(start=0, rank=0, world_size=1, micro_batch=size),
+            lambda skip: plan.batches(start=0, rank=0, world_size=1, micro_batch=size, skip=skip),
+            lose=lambda samples, dead, reasons: plan.lose(samples, dead),
             batch_size=size,
             crop=crop,
             device=torch.device("cpu"),

@@ -1,14 +1,17 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from common.errors import TrainingError
 from pipeline.digits import digits_folder
 from pipeline.loader import DaliLoader, SyntheticLoader
 from pipeline.manifest import open_manifest
 from pipeline.plan import TrainPlan
+from pipeline.recovery import path_of
+from tests.images import photo_folder
 
 CPU = torch.device("cpu")
 
@@ -19,10 +22,21 @@ def plan():
     return TrainPlan(table=table, batch_size=10, crop=32, scale=(36, 36), seed=0)
 
 
-def make_loader(plan, *, start=0, prefetch=2):
-    batches = plan.batches(start=start, rank=0, world_size=1, micro_batch=10)
+def no_loss(*_):
+    pytest.fail("lost an image")
+
+
+def make_loader(plan, *, start=0, prefetch=2, lose=no_loss):
     return DaliLoader(
-        batches, batch_size=10, crop=32, device=CPU, decoder="cpu", half=False, threads=1, prefetch=prefetch
+        lambda skip: plan.batches(start=start, rank=0, world_size=1, micro_batch=plan.batch_size, skip=skip),
+        lose=lose,
+        batch_size=plan.batch_size,
+        crop=plan.crop,
+        device=CPU,
+        decoder="cpu",
+        half=False,
+        threads=1,
+        prefetch=prefetch,
     )
 
 
@@ -74,26 +88,67 @@ def test_a_loader_starts_at_any_sample_and_goes_on_across_epochs(plan, prefetch)
         assert torch.equal(labels, same_labels)
 
 
-def test_an_image_lost_after_the_scan_is_named(tmp_path):
-    from tests.images import photo_folder
+DAMAGE = {
+    "emptied": lambda path: os.truncate(path, 0),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 3),
+    "garbage": lambda path: path.write_bytes(bytes(range(256)) * 30),
+    "removed": lambda path: path.unlink(),
+    "replaced by a smaller image": lambda path: Image.new("RGB", (9, 9)).save(path),
+}
 
-    folder = photo_folder(tmp_path, train=4, val=2)
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_images_lost_after_the_scan_are_replaced_and_everything_else_goes_on(tmp_path, prefetch):
+    folder = photo_folder(tmp_path, train=40, val=2)
     table = open_manifest(folder).train
-    victim = folder / "train/class0/000.JPEG"
-    os.truncate(victim, 0)
-    plan = TrainPlan(table=table, batch_size=4, crop=64, scale=(64, 64), seed=0)
-    batches = plan.batches(start=0, rank=0, world_size=1, micro_batch=4)
-    loader = DaliLoader(batches, batch_size=4, crop=64, device=CPU, decoder="cpu", half=False, threads=1, prefetch=2)
-    with pytest.raises(TrainingError, match=r"000\.JPEG.*--rescan"):
-        next(loader)
+    victims = sorted((folder / "train").rglob("*.JPEG"))[3::8]
+    assert len(victims) == len(DAMAGE)
+    for path, damage in zip(victims, DAMAGE.values(), strict=True):
+        damage(path)
+    plan = TrainPlan(table=table, batch_size=7, crop=64, scale=(64, 96), seed=0)
+    lost: list[tuple[Path, bool]] = []
+
+    def lose(samples, dead, reasons):
+        assert all(reasons)
+        lost.extend((Path(path_of(samples, i)), bool(dead[i])) for i in range(len(dead)))
+        plan.lose(samples, dead)
+
+    loader = make_loader(plan, prefetch=prefetch, lose=lose)
+    batches = [next(loader) for _ in range(20)]  # three and a half epochs
+
+    assert {path for path, _ in lost} == set(victims)
+    for kind, victim in zip(DAMAGE, victims, strict=True):
+        fates = [dead for path, dead in lost if path == victim]
+        if kind in ("truncated", "replaced by a smaller image"):
+            assert not any(fates), "some windows of it can still be decoded"
+        else:
+            assert fates == [True], "lost once and for all"
+
+    # Another rank that starts later, and has met none of the losses, shows the same.
+    late = TrainPlan(table=table, batch_size=7, crop=64, scale=(64, 96), seed=0)
+    late_loader = make_loader(late, start=10 * 7, lose=lambda samples, dead, _: late.lose(samples, dead))
+    for images, labels in batches[10:]:
+        late_images, late_labels = next(late_loader)
+        assert torch.equal(images, late_images)
+        assert torch.equal(labels, late_labels)
 
 
 def test_an_error_in_the_plan_is_not_taken_for_a_bad_image():
-    def batches():
+    def batches(skip):
         raise RuntimeError("a bug")
         yield
 
-    loader = DaliLoader(batches(), batch_size=4, crop=64, device=CPU, decoder="cpu", half=False, threads=1, prefetch=2)
+    loader = DaliLoader(
+        batches,
+        lose=no_loss,
+        batch_size=4,
+        crop=64,
+        device=CPU,
+        decoder="cpu",
+        half=False,
+        threads=1,
+        prefetch=2,
+    )
     with pytest.raises(RuntimeError, match="a bug"):
         next(loader)
 

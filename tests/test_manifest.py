@@ -206,7 +206,8 @@ def resident_mb():
 before, started = resident_mb(), time.perf_counter()
 table = open_manifest(Path(sys.argv[1])).train
 plan = TrainPlan(table=table, batch_size=32, crop=224, scale=(256, 256), seed=0)
-loader = DaliLoader(plan.batches(start=0, rank=0, world_size=1, micro_batch=32), batch_size=32, crop=224,
+loader = DaliLoader(lambda skip: plan.batches(start=0, rank=0, world_size=1, micro_batch=32, skip=skip),
+                    lose=print, batch_size=32, crop=224,
                     device=torch.device("cpu"), decoder="cpu", half=False, threads=1, prefetch=2)
 images, labels = next(loader)
 print(json.dumps({"rows": len(table), "seconds": time.perf_counter() - started, "mb": resident_mb() - before}))

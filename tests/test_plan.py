@@ -8,6 +8,7 @@ from pipeline.plan import (
     IMAGENET_EIGENVALUES,
     IMAGENET_EIGENVECTORS,
     IMAGENET_MEAN_RGB,
+    LOST_LABEL,
     PADDING_LABEL,
     TrainPlan,
     ValidationPlan,
@@ -93,7 +94,7 @@ def test_batches_are_the_samples_of_the_blocks_before_and_after():
 
 def test_inputs_for_dali_have_the_promised_types():
     samples = make_plan(50, batch_size=10).samples(np.arange(10))
-    expected = [np.uint8, np.int32, np.int32, np.float32, np.float32, np.float32, np.int64]
+    expected = [np.uint8, np.int32, np.int32, np.float32, np.float32, np.float32, np.int64, np.int64, np.int64]
     assert [field.dtype for field in samples] == expected
     assert all(field.flags.c_contiguous for field in samples)
     assert bytes(samples.names[0]) == b"/images/%08d" % samples.labels[0]
@@ -205,3 +206,65 @@ def test_validation_crops_where_torchvision_does():
         assert tuple(corner) == divmod(first, int(out[1]))
     assert not samples.flipped.any()
     assert np.array_equal(samples.mean, np.tile(np.array(IMAGENET_MEAN_RGB, dtype=np.float32), (300, 1)))
+
+
+LOST = {3, 17, 18, 19, 40, 99}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_lost_rows_are_replaced_alike_on_any_number_of_ranks(world_size):
+    plan = TrainPlan(table=make_table(101), batch_size=8, crop=224, scale=(256, 512), seed=0, lost_rows=LOST)
+    shown = take(plan, steps=38, world_size=world_size)
+    assert np.array_equal(shown.rows, take(plan, steps=38, world_size=1).rows)
+    assert not LOST & set(shown.rows.ravel())
+    epoch = shown.rows.ravel()[:101]
+    assert set(epoch) == set(range(101)) - LOST, "all others are still used"
+    complete = take(
+        TrainPlan(table=plan.table, batch_size=8, crop=224, scale=(256, 512), seed=0), steps=38, world_size=1
+    )
+    others = ~np.isin(complete.rows, list(LOST))
+    for name, one, other in zip(shown._fields, shown, complete, strict=True):
+        assert np.array_equal(one[others], other[others]), name
+
+
+def test_a_rank_that_learns_of_losses_one_by_one_ends_up_with_the_same_substitutes():
+    table = make_table(101)
+    knowing = TrainPlan(table=table, batch_size=101, crop=224, scale=(256, 256), seed=5, lost_rows=set(range(60)))
+    learning = TrainPlan(table=table, batch_size=101, crop=224, scale=(256, 256), seed=5)
+    while found := set(learning.samples(np.arange(101)).rows) & knowing.lost_rows:
+        learning.lost_rows.add(min(found))
+    assert np.array_equal(learning.samples(np.arange(101)).rows, knowing.samples(np.arange(101)).rows)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 5, 6, 7, 1000])
+def test_skipped_batches_are_the_ones_before(skip):
+    plan = make_plan(1009, batch_size=24)
+    arguments = {"start": 48, "rank": 1, "world_size": 2, "micro_batch": 4}
+    whole, rest = plan.batches(**arguments), plan.batches(**arguments, skip=skip)
+    for _ in range(skip):
+        next(whole)
+    for _ in range(5):
+        for one, other in zip(next(whole), next(rest), strict=True):
+            assert np.array_equal(one, other)
+
+
+def test_lost_validation_images_keep_their_place_under_a_label_of_their_own():
+    table = make_table(21)
+    plan = ValidationPlan(table=table, crop=224, scale=256, lost_rows={4, 5, 20})
+    batches = plan.batches(rank=0, world_size=1, batch_size=8)
+    labels = np.concatenate([next(batches).labels for _ in range(3)])
+    expected = np.append(np.arange(21), [PADDING_LABEL] * 3)
+    expected[[4, 5, 20]] = LOST_LABEL
+    assert np.array_equal(labels, expected)
+    again = plan.batches(rank=0, world_size=1, batch_size=8, skip=4)
+    assert np.array_equal(next(again).labels, labels[8:16])
+
+
+def test_a_sample_whose_window_is_lost_is_replaced_and_its_row_stays_elsewhere():
+    plan = TrainPlan(table=make_table(50), batch_size=10, crop=224, scale=(256, 256), seed=0)
+    before = plan.samples(np.arange(200))
+    plan.lose(before.take([7, 123]), dead=np.array([False, False]))
+    after = plan.samples(np.arange(200))
+    assert list(np.flatnonzero(after.rows != before.rows)) == [7, 123]
+    plan.lose(after.take([7]), dead=np.array([False]))
+    assert plan.samples(np.arange(200)).rows[7] not in (before.rows[7], after.rows[7])

@@ -70,7 +70,7 @@ def uninterrupted(tmp_path_factory):
     return run_once
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_saves_and_the_same_command_goes_on_bit_exactly(uninterrupted, tmp_path, ranks):
     flags = [*SMALL, "--steps", "8", "--out", str(tmp_path)]
     process = start(*flags, ranks=ranks)
