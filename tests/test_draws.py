@@ -19,8 +19,8 @@ def test_philox_gives_the_known_answers_of_random123(word, expected):
     assert tuple(draws.philox4x32((word,) * 4, (word,) * 2).ravel()) == expected
 
 
-def test_philox_is_numpys_philox_in_counter_and_key():
-    # Random123's third known answer: the digits of pi as counter and key.
+def test_philox_gives_the_known_answer_for_the_digits_of_pi():
+    # Random123's third known answer: words of pi as counter and key, all different.
     counter, key = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
     assert tuple(draws.philox4x32(counter, key).ravel()) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
 
