@@ -51,7 +51,7 @@ def save(checkpoint: Checkpoint, out: Path, *, is_best: bool) -> Path:
     """
     last = out / LAST
     if not all(bool(weight.isfinite().all()) for weight in checkpoint.model.values()):
-        raise TrainingError(f"the weights are not finite any more; the last good checkpoint is {_name_of(last)}")
+        raise TrainingError(f"the weights are not finite any more; the last good checkpoint is {last_good(out)}")
     try:
         with replacing(last) as file:
             # Not asdict(), which would copy every tensor.
@@ -64,9 +64,15 @@ def save(checkpoint: Checkpoint, out: Path, *, is_best: bool) -> Path:
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot write a checkpoint to {out} ({cause}); the last good one is {_name_of(last)}"
+            f"cannot write a checkpoint to {out} ({cause}); the last good one is {last_good(out)}"
         ) from error
     return last
+
+
+def last_good(out: Path) -> str:
+    """The path of OUT/last.pt for a message, or that there is none: what is under that name is complete."""
+    last = out / LAST
+    return str(last) if last.exists() else "none: nothing was saved yet"
 
 
 def load(path: Path) -> Checkpoint:
@@ -103,7 +109,3 @@ def _good_one_beside(path: Path) -> Path | None:
             continue
         return other
     return None
-
-
-def _name_of(path: Path) -> str:
-    return str(path) if path.exists() else "none: nothing was saved yet"

@@ -89,8 +89,8 @@ class Trainer:
     def fit(self) -> dict:
         """Train until the epochs, the steps or the plateaus are used up. Returns the results, as plain values.
 
-        Raises TrainingError: a loss that is not finite, an image that cannot be decoded, a disk that refuses, a GPU whose
-        memory is too small.
+        Raises TrainingError: a loss that is not finite, too many images that cannot be decoded, a disk that refuses, a
+        GPU whose memory is too small.
         """
         if self._done():
             if self._ranks.is_main:
@@ -136,9 +136,8 @@ class Trainer:
                 elif self._done() or self._stopped or self._minutes_since_save() >= config.checkpoint_minutes:
                     self._save(is_best=False)
             if self._stopped:
-                wait_for_all(
-                    self._ranks
-                )  # until rank 0 has written: torchrun ends the others when the first one leaves
+                # Until rank 0 has written: torchrun ends the others when the first one leaves.
+                wait_for_all(self._ranks)
 
     def _end_epoch(self, log: RunLog | None, requests: StopRequests) -> None:
         with self._clock.evaluating():
@@ -188,11 +187,9 @@ class Trainer:
         steps, seconds = self._clock.lap(self._steps)
         loss = loss_sum / self._ranks.world_size / steps
         if not math.isfinite(loss):
-            last = self._config.out / checkpoints.LAST
-            kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
             raise TrainingError(
-                f"the loss is {loss} after step {self._steps}: the training diverged; {kept}; "
-                "try a lower --lr or --init xavier"
+                f"the loss is {loss} after step {self._steps}: the training diverged; the last good checkpoint is "
+                f"{checkpoints.last_good(self._config.out)}; try a lower --lr or --init xavier"
             )
         wait_seconds = batches.take_wait_seconds()
         if log:

@@ -70,16 +70,13 @@ class Samples(NamedTuple):
         none, one = np.zeros_like(self.start), np.ones_like(self.start)
         return self._replace(start=none, shape=one, roi_start=none.astype(np.float32), roi_end=one.astype(np.float32))
 
-    def take(self, indices: list[int]) -> "Samples":
-        return Samples(*(field[indices] for field in self))
+    def take(self, which: slice | list[int]) -> "Samples":
+        return Samples(*(field[which] for field in self))
 
     @property
     def flipped(self) -> np.ndarray:
         """bool [n]"""
         return self.roi_end[..., 1] < self.roi_start[..., 1]
-
-    def slice(self, first: int, last: int) -> "Samples":
-        return Samples(*(field[first:last] for field in self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +126,8 @@ class TrainPlan:
 
     def lose(self, samples: Samples, dead: np.ndarray) -> None:
         """From now on, show others in place of these samples; of rows that are dead (bool [n]), wherever they occur."""
-        self.lost_samples.update(zip(samples.numbers.tolist(), samples.rows.tolist(), strict=True))
         self.lost_rows.update(samples.rows[dead].tolist())
+        self.lost_samples.update(zip(samples.numbers[~dead].tolist(), samples.rows[~dead].tolist(), strict=True))
 
     def batches(self, *, start: int, rank: int, world_size: int, micro_batch: int, skip: int = 0) -> Iterator[Samples]:
         """This rank's micro-batches from sample number `start` on, less the first `skip` of them, without end.
@@ -145,7 +142,7 @@ class TrainPlan:
         while True:
             block = self.samples((start + within_block).ravel())
             for first in range(skipped_of_share, len(block.labels), micro_batch):
-                yield block.slice(first, first + micro_batch)
+                yield block.take(slice(first, first + micro_batch))
             start += steps_a_block * self.batch_size
             skipped_of_share = 0
 

@@ -32,7 +32,7 @@ def undecodable(samples: Samples, crop: int) -> dict[int, str]:
 
 def _try_until_one_fails(samples: Samples, crop: int, indices: range) -> Iterator[tuple[int, str]]:
     """Yield each index with the reason for which its sample fails, "" where it does not; the first failure is the last."""
-    one_by_one = (samples.slice(index, index + 1).inputs() for index in indices)
+    one_by_one = (samples.take(slice(index, index + 1)).inputs() for index in indices)
     pipeline = image_pipeline(
         lambda: next(one_by_one),
         batch_size=1,
