@@ -13,8 +13,8 @@ from engine.config import Config, parse_args
 def train(config: Config) -> dict:
     """Run a configuration to its end. Returns the results, on every rank. Raises UserError, TrainingError."""
     # Here, not above: --help and mistyped flags answer without waiting for torch.
+    from common.ranks import ranks_of_this_run
     from engine.data import open_data
-    from engine.distributed import ranks_of_this_run
     from engine.precision import choose_precision, set_numerics
     from engine.resume import check_same_data, claim_out, open_checkpoint
     from engine.trainer import Trainer

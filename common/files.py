@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and where this project keeps its own."""
 
 import os
 import tempfile
@@ -59,6 +59,11 @@ def sync_folder(folder: Path) -> None:
         pass  # some network file systems refuse to sync a folder; the rename itself has happened
     finally:
         os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """The folder for what this project keeps outside the data folders: $XDG_CACHE_HOME/vgg-dali or ~/.cache/vgg-dali."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgg-dali"
 
 
 def _umask() -> int:

@@ -10,8 +10,8 @@ import numpy as np
 
 from common.errors import TrainingError, UserError
 from common.progress import say
+from common.ranks import Ranks, first_then_others
 from engine.config import DIGITS, SYNTHETIC, Config
-from engine.distributed import Ranks, first_then_others
 from engine.precision import Precision
 from pipeline.digits import digits_folder
 from pipeline.loader import Batch, DaliLoader, SyntheticLoader

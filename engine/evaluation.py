@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.distributed import Ranks, sum_over_ranks
+from common.ranks import Ranks, sum_over_ranks
 from engine.precision import Precision
 from pipeline.loader import Batch
 from pipeline.plan import LOST_LABEL, PADDING_LABEL

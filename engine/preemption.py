@@ -6,7 +6,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from engine.distributed import Ranks
+from common.ranks import Ranks
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

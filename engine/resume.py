@@ -6,11 +6,11 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.progress import say
+from common.ranks import Ranks, first_then_others
 from engine import checkpoint as checkpoints
 from engine.checkpoint import Checkpoint
 from engine.config import Config, save_config, to_dict
 from engine.data import Data
-from engine.distributed import Ranks, first_then_others
 
 # Settings that say how a run is carried out, not what it computes: free to change between a run and its resumption.
 _FREE_SETTINGS = {

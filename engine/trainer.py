@@ -14,6 +14,7 @@ import torch
 
 from common.errors import TrainingError
 from common.progress import say
+from common.ranks import Ranks, sum_over_ranks, union_over_ranks, wait_for_all
 from engine import checkpoint as checkpoints
 from engine import schedule
 from engine.checkpoint import Checkpoint
@@ -21,7 +22,7 @@ from engine.clock import Clock, TimedBatches
 from engine.config import Config, to_dict
 from engine.curves import draw_curves
 from engine.data import Data, check_lost
-from engine.distributed import Ranks, data_parallel, sum_over_ranks, union_over_ranks, wait_for_all
+from engine.distributed import data_parallel
 from engine.evaluation import evaluate
 from engine.precision import Precision
 from engine.preemption import StopRequests

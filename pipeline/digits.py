@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from common.errors import UserError
-from pipeline.manifest import cache_folder
+from common.files import cache_folder
 
 SIDE_PX = 36
 """The images' side: the 8×8 originals enlarged, so that crops of 32 pixels have four pixels of play."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline import draws
-from pipeline.manifest import Table
+from pipeline.tables import FileTable
 
 IMAGENET_MEAN_RGB = (123.68, 116.779, 103.939)
 """Mean of ImageNet's training pixels, 0–255, as in the paper authors' released models."""
@@ -42,7 +42,7 @@ LOST_LABEL = -2
 class Samples(NamedTuple):
     """What the DALI graph and the loss need to know of n samples. y comes before x everywhere."""
 
-    names: np.ndarray
+    source: np.ndarray
     """uint8 [n, W]: absolute paths."""
     start: np.ndarray
     """int32 [n, 2]: first pixel of the source window that is decoded."""
@@ -83,7 +83,7 @@ class Samples(NamedTuple):
 class TrainPlan:
     """The endless sequence of training samples over a table (section 3.1 of the paper)."""
 
-    table: Table
+    table: FileTable
     batch_size: int
     """Images in a global batch, over all ranks."""
     crop: int
@@ -106,7 +106,7 @@ class TrainPlan:
         """All decisions about the samples with these numbers (int64 [n])."""
         epochs, rows = self.epochs_and_rows(numbers)
         shown = self._substituted(numbers, epochs, rows)
-        names, labels, sizes = self.table.read(shown)
+        source, labels, sizes = self.table.read(shown)
         u_scale, u_y, u_x, u_flip = draws.uniforms(self.seed, epochs, rows, draws.PURPOSE_GEOMETRY)
         lowest, highest = self.scale
         scales = lowest + np.floor(u_scale * (highest - lowest + 1)).astype(np.int64)
@@ -116,7 +116,7 @@ class TrainPlan:
         alpha = _COLOUR_SHIFT_SIGMA * draws.normals(self.seed, epochs, rows, draws.PURPOSE_COLOUR)
         shift = np.asarray(IMAGENET_EIGENVECTORS) @ (alpha * np.asarray(IMAGENET_EIGENVALUES)[:, None])
         return Samples(
-            names=names,
+            source=source,
             **source_windows(sizes, rescaled, corners, self.crop, flipped=u_flip >= 0.5),
             mean=(np.asarray(self.mean_rgb) - shift.T).astype(np.float32, order="C"),
             labels=labels,
@@ -172,7 +172,7 @@ class TrainPlan:
 class ValidationPlan:
     """Every image of a table once: rescaled to S, centre crop, no flip, no shift. The last batch is padded."""
 
-    table: Table
+    table: FileTable
     crop: int
     scale: int
     """Shorter side after the rescale, at least `crop`."""
@@ -202,13 +202,13 @@ class ValidationPlan:
         shown = own_rows.copy()
         while len(hits := np.flatnonzero(np.isin(shown, list(self.lost_rows)))):
             shown[hits] = (shown[hits] + 1) % len(self.table)
-        names, labels, sizes = self.table.read(shown)
+        source, labels, sizes = self.table.read(shown)
         labels = np.where(shown == own_rows, labels, LOST_LABEL)
         rescaled = rescaled_sizes(sizes, np.full(len(rows), self.scale))
         # Halves round to even, as torchvision's center_crop does.
         corners = np.rint((rescaled - self.crop) / 2).astype(np.int64)
         return Samples(
-            names=names,
+            source=source,
             **source_windows(sizes, rescaled, corners, self.crop, flipped=np.zeros(len(rows), dtype=bool)),
             mean=np.tile(np.asarray(self.mean_rgb, dtype=np.float32), (len(rows), 1)),
             labels=np.where(rows < len(self.table), labels, PADDING_LABEL),

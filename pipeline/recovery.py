@@ -56,4 +56,4 @@ def _try_until_one_fails(samples: Samples, crop: int, indices: range) -> Iterato
 
 def path_of(samples: Samples, index: int) -> str:
     """The path of a sample's file."""
-    return os.path.normpath(os.fsdecode(samples.names[index].tobytes()))
+    return os.path.normpath(os.fsdecode(samples.source[index].tobytes()))

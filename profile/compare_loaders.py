@@ -31,8 +31,9 @@ from torchvision.transforms import v2
 from common.errors import UserError
 from common.progress import say
 from pipeline.loader import DaliLoader
-from pipeline.manifest import Table, open_manifest
+from pipeline.manifest import open_manifest
 from pipeline.plan import IMAGENET_EIGENVALUES, IMAGENET_EIGENVECTORS, IMAGENET_MEAN_RGB, TrainPlan
+from pipeline.tables import FileTable
 
 OURS = "this project"
 USUAL_DALI = "DALI, decode all"
@@ -78,12 +79,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def make_loaders(table: Table, scale: tuple[int, int], arguments: argparse.Namespace) -> dict[str, Iterator]:
+def make_loaders(table: FileTable, scale: tuple[int, int], arguments: argparse.Namespace) -> dict[str, Iterator]:
     """Endless iterators of batches, by name."""
     size, crop, threads = arguments.batch_size, arguments.crop, arguments.threads
     plan = TrainPlan(table=table, batch_size=size, crop=crop, scale=scale, seed=0)
     rows = table.read(np.arange(len(table)))
-    paths = [os.path.normpath(os.fsdecode(bytes(name))) for name in rows.names]
+    paths = [os.path.normpath(os.fsdecode(bytes(name))) for name in rows.source]
     labels = rows.labels.tolist()
     return {
         OURS: DaliLoader(

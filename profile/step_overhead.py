@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import TrainingError, UserError
+from common.ranks import Ranks, ranks_of_this_run
 from engine.config import SYNTHETIC, parse_args
 from engine.data import Data
-from engine.distributed import Ranks, ranks_of_this_run
 from engine.precision import Precision, choose_precision, set_numerics
 from engine.trainer import Trainer
 from model.vgg import build

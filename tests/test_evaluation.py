@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.distributed import Ranks
+from common.ranks import Ranks
 from engine.evaluation import evaluate
 from engine.precision import Precision
 

@@ -75,7 +75,7 @@ def test_crops_equal_decoding_everything_resizing_and_cropping_in_dali(planned):
     def usual():
         name, size, start = fn.external_source(
             lambda info: (
-                samples.names[info.idx_in_epoch],
+                samples.source[info.idx_in_epoch],
                 outs[info.idx_in_epoch].astype(np.float32),
                 corners[info.idx_in_epoch].astype(np.int32),
             ),
@@ -103,7 +103,7 @@ def test_crops_equal_torchvisions_antialiased_resize_and_crop(planned):
     samples, sizes, outs, images = planned
     corners = corners_of(samples, sizes, outs)
     worst = total = 0.0
-    for name, out, (y, x), image in zip(samples.names, outs, corners, images, strict=True):
+    for name, out, (y, x), image in zip(samples.source, outs, corners, images, strict=True):
         whole = torch.from_numpy(decode_all(path_of(name)).copy()).permute(2, 0, 1)
         resized = resize(whole, [int(out[0]), int(out[1])], antialias=True)
         reference = resized[:, y : y + CROP, x : x + CROP].permute(1, 2, 0).numpy()
@@ -120,7 +120,7 @@ def test_validation_equals_pil_resize_and_centre_crop(table):
     images = run_graph(samples) + samples.mean[:, None, None, :]
     sizes = table.read(np.arange(len(table))).sizes
     outs = rescaled_sizes(sizes, np.full(len(table), 256))
-    for name, (height, width), image in zip(samples.names, outs, images, strict=True):
+    for name, (height, width), image in zip(samples.source, outs, images, strict=True):
         resized = Image.open(path_of(name)).convert("RGB").resize((int(width), int(height)), Image.Resampling.BILINEAR)
         y, x = round((height - CROP) / 2), round((width - CROP) / 2)
         difference = np.abs(np.asarray(resized)[y : y + CROP, x : x + CROP] - image)

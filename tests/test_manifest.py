@@ -12,8 +12,10 @@ from PIL import Image
 
 from common.errors import UserError
 from pipeline import manifest as manifests
+from pipeline import scan
 from pipeline.headers import Header, read_header
 from pipeline.manifest import open_manifest
+from pipeline.tables import FileTable
 from tests.images import photo_folder, photographs
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +27,7 @@ def folder(tmp_path):
 
 
 def paths(table):
-    names = table.read(np.arange(len(table))).names
+    names = table.read(np.arange(len(table))).source
     return [os.path.normpath(bytes(name).decode()) for name in names]
 
 
@@ -96,7 +98,7 @@ def test_bytes_after_the_end_are_harmless_but_a_thumbnails_end_does_not_count(tm
 
 def test_second_start_does_not_scan_and_a_change_does(folder, monkeypatch):
     first = open_manifest(folder)
-    monkeypatch.setattr(manifests, "_scan", lambda root: pytest.fail("scanned again"))
+    monkeypatch.setattr(manifests, "scan", lambda root: pytest.fail("scanned again"))
     assert open_manifest(folder).fingerprint == first.fingerprint
     monkeypatch.undo()
 
@@ -127,7 +129,7 @@ def test_folder_that_cannot_be_written_is_cached_elsewhere(folder, tmp_path, mon
     (folder / ".vgg-manifest").write_text("a file in the way, since permissions do not stop root")
     manifest = open_manifest(folder)
     assert manifest.folder.is_relative_to(tmp_path / "cache")
-    monkeypatch.setattr(manifests, "_scan", lambda root: pytest.fail("scanned again"))
+    monkeypatch.setattr(manifests, "scan", lambda root: pytest.fail("scanned again"))
     assert open_manifest(folder).fingerprint == manifest.fingerprint
 
 
@@ -141,8 +143,8 @@ def test_folder_can_be_moved(folder):
 
 def test_worker_processes_read_the_same(folder, monkeypatch):
     alone = open_manifest(folder)
-    monkeypatch.setattr(manifests, "_FILES_WORTH_A_POOL", 1)
-    monkeypatch.setattr(manifests, "_FILES_A_CHUNK", 2)
+    monkeypatch.setattr(scan, "_FILES_WORTH_A_POOL", 1)
+    monkeypatch.setattr(scan, "_FILES_A_CHUNK", 2)
     assert open_manifest(folder, rescan=True).fingerprint == alone.fingerprint
 
 
@@ -232,7 +234,7 @@ def test_start_up_on_a_table_of_imagenets_size(folder):
 
 def test_reading_rows_takes_the_same_time_for_any_length(folder):
     table = open_manifest(folder).train
-    large = manifests.Table(folder, np.resize(table._rows, 2_000_000))
+    large = FileTable(folder, np.resize(table._rows, 2_000_000))
     rows = np.random.default_rng(0).integers(0, len(large), 4096)
     large.read(rows)
     started = time.perf_counter()

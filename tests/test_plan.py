@@ -3,7 +3,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.manifest import Table
 from pipeline.plan import (
     IMAGENET_EIGENVALUES,
     IMAGENET_EIGENVECTORS,
@@ -14,16 +13,17 @@ from pipeline.plan import (
     ValidationPlan,
     rescaled_sizes,
 )
+from pipeline.tables import FileTable
 
 
-def make_table(length: int, seed: int = 0) -> Table:
+def make_table(length: int, seed: int = 0) -> FileTable:
     """A table of images that do not exist; the label is the row's number, so that rows can be told apart."""
     generator = np.random.default_rng(seed)
     rows = np.zeros(length, dtype=[("path", "u1", (8,)), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")])
     rows["path"] = np.frombuffer(b"".join(b"%08d" % row for row in range(length)), np.uint8).reshape(length, 8)
     rows["label"] = np.arange(length)
     rows["height"], rows["width"] = generator.integers(1, 1500, size=(2, length))
-    return Table(Path("/images"), rows)
+    return FileTable(Path("/images"), rows)
 
 
 def make_plan(length: int, batch_size: int, *, scale=(256, 512), seed: int = 0) -> TrainPlan:
@@ -97,7 +97,7 @@ def test_inputs_for_dali_have_the_promised_types():
     expected = [np.uint8, np.int32, np.int32, np.float32, np.float32, np.float32, np.int64, np.int64, np.int64]
     assert [field.dtype for field in samples] == expected
     assert all(field.flags.c_contiguous for field in samples)
-    assert bytes(samples.names[0]) == b"/images/%08d" % samples.labels[0]
+    assert bytes(samples.source[0]) == b"/images/%08d" % samples.labels[0]
 
 
 def test_windows_equal_a_computation_one_image_at_a_time():
@@ -138,7 +138,7 @@ def test_corners_scales_and_flips_are_uniform():
     count = 20_000
     rows = np.zeros(count, dtype=[("path", "u1", (1,)), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")])
     rows["height"], rows["width"] = 256, 256
-    plan = TrainPlan(table=Table(Path("/"), rows), batch_size=count, crop=224, scale=(256, 256), seed=2)
+    plan = TrainPlan(table=FileTable(Path("/"), rows), batch_size=count, crop=224, scale=(256, 256), seed=2)
     samples = plan.samples(np.arange(count))
     corners = np.rint(samples.start + np.minimum(samples.roi_start, samples.roi_end)).astype(
         int

@@ -1,0 +1,145 @@
+"""Ranks, their process group, and the few things that they say to each other outside of DDP."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.errors import TrainingError, UserError
+
+T = TypeVar("T")
+
+# How long ranks wait for the one that scans a data set for the first time: hours, for a large one on a slow disk.
+_PATIENCE = timedelta(days=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among all those of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Rank among the processes of this machine."""
+    local_world_size: int
+    device: torch.device
+    patient_group: dist.ProcessGroup | None
+    """A gloo group that waits for days; None in a run of one process without torchrun."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def cpu_share(self) -> int:
+        """Cores for this rank: those that this machine gives us, divided by the ranks on it."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
+
+@contextmanager
+def ranks_of_this_run(device: str) -> Iterator[Ranks]:
+    """Join the process group that torchrun describes in the environment; without torchrun, one rank and no group.
+
+    device: "auto", "cuda" or "cpu". Raises UserError: cuda without a GPU, fewer GPUs than processes on this machine.
+    """
+    rank, world_size, local_rank, local_world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    own_device = _own_device(device, local_rank, local_world_size)
+    launched = "RANK" in os.environ
+    patient_group: dist.ProcessGroup | None = None
+    if launched:
+        on_gpu = own_device.type == "cuda"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=_store_of_this_attempt(),
+            rank=rank,
+            world_size=world_size,
+            device_id=own_device if on_gpu else None,
+        )
+        patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]  # not for members
+    try:
+        yield Ranks(
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            local_world_size=local_world_size,
+            device=own_device,
+            patient_group=patient_group,
+        )
+    finally:
+        if launched:
+            dist.destroy_process_group()
+
+
+def _store_of_this_attempt() -> dist.Store:
+    """torchrun's key-value store, with keys of our own for each restart.
+
+    Without --rdzv-backend=c10d, torchrun keeps the store over its restarts, and with it the addresses of the ranks that are
+    gone: a restarted rank that reads before the others have written would try to connect to those.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _own_device(device: str, local_rank: int, local_world_size: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here; check the driver with nvidia-smi, or use --device cpu")
+    if local_world_size > torch.cuda.device_count():
+        raise UserError(
+            f"{local_world_size} processes on this machine but {torch.cuda.device_count()} GPUs; "
+            "give torchrun --nproc_per_node the number of GPUs"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def first_then_others(ranks: Ranks, first: Callable[[], T], others: Callable[[T], T]) -> T:
+    """Rank 0 calls first() while the others wait, then each of them calls others(result of first).
+
+    A UserError or TrainingError of rank 0 is raised on every rank.
+    """
+    if ranks.patient_group is None:
+        return first()
+    message: list = [None, None]
+    if ranks.is_main:
+        try:
+            message[0] = first()
+        except (UserError, TrainingError) as error:
+            message[1] = error
+    dist.broadcast_object_list(message, src=0, group=ranks.patient_group)
+    result, failure = message
+    if failure is not None:
+        raise failure
+    return result if ranks.is_main else others(result)
+
+
+def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
+    """Add a small tensor up over all ranks, in place; returns it."""
+    if ranks.patient_group is not None:
+        dist.all_reduce(values)
+    return values
+
+
+def union_over_ranks(own: set[int], ranks: Ranks) -> set[int]:
+    """The union of a small set of each rank; every rank must call this."""
+    if ranks.patient_group is None:
+        return own
+    everyones: list[set[int]] = [set()] * ranks.world_size
+    dist.all_gather_object(everyones, own, group=ranks.patient_group)
+    return set().union(*everyones)
+
+
+def wait_for_all(ranks: Ranks) -> None:
+    """Return when every rank has come here."""
+    if ranks.patient_group is not None:
+        dist.barrier(group=ranks.patient_group)
