@@ -1,7 +1,10 @@
 """Which images of a batch DALI cannot decode. Its own message names a file only sometimes, and its pipeline is then lost."""
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+
+from nvidia.dali import Pipeline
 
 from pipeline.graphs import image_pipeline
 from pipeline.plan import Samples
@@ -9,7 +12,7 @@ from pipeline.plan import Samples
 
 def is_about_an_image(error: RuntimeError) -> bool:
     """Whether DALI failed in reading or decoding files, and not for a fault in the program."""
-    return "fn.io.file.read" in str(error) or "fn.decoders" in str(error)
+    return any(operator in str(error) for operator in ("fn.io.file.read", "fn.decoders", "fn.peek_image_shape"))
 
 
 def cause_of(error: RuntimeError) -> str:
@@ -20,38 +23,37 @@ def cause_of(error: RuntimeError) -> str:
 
 def undecodable(samples: Samples, crop: int) -> dict[int, str]:
     """Try the samples one by one on the CPU. Returns the indices of those that fail, with DALI's reason."""
-    failed: dict[int, str] = {}
-    first, count = 0, len(samples.labels)
-    while first < count:
-        for index, reason in _try_until_one_fails(samples, crop, range(first, count)):
-            if reason:
-                failed[index] = reason
-            first = index + 1
-    return failed
-
-
-def _try_until_one_fails(samples: Samples, crop: int, indices: range) -> Iterator[tuple[int, str]]:
-    """Yield each index with the reason for which its sample fails, "" where it does not; the first failure is the last."""
-    one_by_one = (samples.take(slice(index, index + 1)).inputs() for index in indices)
-    pipeline = image_pipeline(
-        lambda: next(one_by_one),
-        batch_size=1,
-        crop=crop,
-        device_id=None,
-        decoder="cpu",
-        half=False,
-        threads=1,
-        prefetch=1,
+    alone = [samples.take(slice(index, index + 1)).inputs() for index in range(len(samples.labels))]
+    make_pipeline = functools.partial(
+        image_pipeline, batch_size=1, crop=crop, device_id=None, decoder="cpu", half=False, threads=1, prefetch=1
     )
-    for index in indices:
-        try:
-            pipeline.run()
-        except RuntimeError as error:
-            if not is_about_an_image(error):
-                raise
-            yield index, cause_of(error)
-            return  # the pipeline is of no use any more
-        yield index, ""
+    return {index: reason for index, (_, reason) in enumerate(each_alone(alone, make_pipeline)) if reason}
+
+
+def each_alone(
+    inputs: Sequence[tuple], make_pipeline: Callable[[Callable[[], tuple]], Pipeline]
+) -> Iterator[tuple[tuple | None, str]]:
+    """Run inputs, each of one sample, through a DALI pipeline of batch size 1, and through a new one after each failure.
+
+    make_pipeline: builds a pipeline over a source. Yields each sample's outputs and "", or None and why DALI failed.
+    """
+    done = 0
+    while done < len(inputs):
+        pipeline, reason = _pipeline_over(inputs[done:], make_pipeline), ""
+        while done < len(inputs) and not reason:
+            try:
+                outputs = pipeline.run()
+            except RuntimeError as error:
+                if not is_about_an_image(error):
+                    raise
+                outputs, reason = None, cause_of(error)  # the pipeline is of no use any more
+            done += 1
+            yield outputs, reason
+
+
+def _pipeline_over(inputs: Sequence[tuple], make_pipeline: Callable[[Callable[[], tuple]], Pipeline]) -> Pipeline:
+    remaining = iter(inputs)
+    return make_pipeline(lambda: next(remaining))
 
 
 def path_of(samples: Samples, index: int) -> str:

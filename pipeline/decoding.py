@@ -1,0 +1,138 @@
+"""Whole images out of a table, each decoded with training's own decoder: to check that it can be, or to prepare it anew."""
+
+import functools
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from nvidia.dali import Pipeline, fn, math, types
+
+from pipeline.recovery import each_alone, is_about_an_image
+from pipeline.tables import FileTable
+
+_ROWS_A_BLOCK = 4096  # read out of the table in one go
+_PIXELS_A_BATCH = (
+    1 << 25
+)  # decoded and resized together: 100 MB. DALI holds a few batches; a larger image has one of its own
+_IMAGES_A_THREAD = 4  # in a batch, so that threads seldom wait for the one with the largest image
+_LEAST_IMAGES = 32  # in a batch, so that its fixed costs are small
+_PREFETCH = 2
+
+
+class _Batch(NamedTuple):
+    source: np.ndarray
+    """uint8 [n, W]: absolute paths."""
+    sizes: np.ndarray
+    """int64 [n, 2]: as in the table."""
+    targets: np.ndarray
+    """int64 [n, 2]: after the resize."""
+
+    def inputs(self, which: slice = slice(None)) -> tuple[np.ndarray, ...]:
+        """What the DALI graph takes."""
+        return self.source[which], self.sizes[which].astype(np.int32), self.targets[which].astype(np.float32)
+
+
+def decode_whole(
+    table: FileTable, rows: np.ndarray, *, sizes: np.ndarray | None = None, threads: int
+) -> Iterator[tuple[np.ndarray | None, str]]:
+    """Decode the whole images of these rows (int64 [n]), in order, as training does on the CPU.
+
+    sizes: int64 [n, 2], what each is resized to, with training's filter; None leaves them as they are. An image that has
+    its size already comes through bit-identically. threads: of the decoder; the result does not depend on them.
+    Yields (uint8 [height, width, 3], "") or (None, why it cannot be decoded). The arrays are the caller's to keep.
+    """
+    images_a_batch = max(_LEAST_IMAGES, _IMAGES_A_THREAD * threads)
+    waiting = _batches(table, rows, sizes, images_a_batch)
+    while True:
+        in_flight: deque[_Batch] = deque()
+        pipeline = _pipeline(
+            _source(waiting, in_flight),
+            batch_size=images_a_batch,
+            threads=threads,
+            prefetch=_PREFETCH,
+        )
+        try:
+            while True:
+                outputs = pipeline.run()
+                yield from _results(outputs, in_flight.popleft().sizes)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not is_about_an_image(error):
+                raise
+        # Each image of the first batch that was not delivered by itself; those behind it go through a new pipeline.
+        del pipeline
+        batch = in_flight.popleft()
+        alone = [batch.inputs(slice(index, index + 1)) for index in range(len(batch.sizes))]
+        make_pipeline = functools.partial(_pipeline, batch_size=1, threads=1, prefetch=1)
+        for index, (outputs, reason) in enumerate(each_alone(alone, make_pipeline)):
+            if outputs is None:
+                yield None, reason
+            else:
+                yield from _results(outputs, batch.sizes[index : index + 1])
+        waiting = itertools.chain(in_flight, waiting)
+
+
+def _source(waiting: Iterator[_Batch], in_flight: deque[_Batch]) -> Callable[[], tuple]:
+    def next_inputs() -> tuple:
+        in_flight.append(next(waiting))
+        return in_flight[-1].inputs()
+
+    return next_inputs
+
+
+def _batches(table: FileTable, rows: np.ndarray, sizes: np.ndarray | None, most: int) -> Iterator[_Batch]:
+    """The rows in batches of at most so many images and, unless it is one, of at most _PIXELS_A_BATCH."""
+    for block in range(0, len(rows), _ROWS_A_BLOCK):
+        chosen = slice(block, block + _ROWS_A_BLOCK)
+        source, _, own_sizes = table.read(rows[chosen])
+        whole = _Batch(source, own_sizes, own_sizes if sizes is None else sizes[chosen])
+        pixels = np.cumsum(whole.sizes.prod(axis=1) + whole.targets.prod(axis=1))
+        first = before = 0
+        while first < len(pixels):
+            fitting = int(np.searchsorted(pixels, before + _PIXELS_A_BATCH, side="right"))
+            stop = min(max(fitting, first + 1), first + most)
+            yield _Batch(*(field[first:stop] for field in whole))
+            first, before = stop, pixels[stop - 1]
+
+
+def _pipeline(source: Callable[[], tuple], *, batch_size: int, threads: int, prefetch: int) -> Pipeline:
+    """Build the pipeline read → decode → resize. Outputs: images [height, width, 3] and what their headers say now."""
+    pipeline = Pipeline(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=None,
+        prefetch_queue_depth=prefetch,
+        exec_dynamic=True,
+    )
+    with pipeline:
+        names, sizes, targets = fn.external_source(
+            source, num_outputs=3, batch=True, dtype=[types.UINT8, types.INT32, types.FLOAT]
+        )
+        files = fn.io.file.read(names)
+        shapes = fn.peek_image_shape(files, adjust_orientation=False, dtype=types.INT32)
+        # A file that was replaced by a far larger image is not decoded beyond the size that is in the table.
+        images = fn.decoders.image_slice(
+            files,
+            start=np.zeros(2, dtype=np.int32),
+            shape=math.min(sizes, shapes[:2]),
+            axes=[0, 1],
+            output_type=types.RGB,
+            adjust_orientation=False,  # these as in training: see graphs.py
+            jpeg_fancy_upsampling=True,
+        )
+        images = fn.resize(images, size=targets, subpixel_scale=False, antialias=True)
+        pipeline.set_outputs(images, shapes)
+    return pipeline
+
+
+def _results(outputs: tuple, sizes: np.ndarray) -> Iterator[tuple[np.ndarray | None, str]]:
+    images, shapes = outputs
+    for index, (height, width) in enumerate(sizes.tolist()):
+        now_height, now_width, _ = shapes.at(index).tolist()
+        if (now_height, now_width) == (height, width):
+            yield images.at(index), ""
+        else:
+            yield None, f"changed since the scan: {now_width}×{now_height} pixels now, {width}×{height} then"
