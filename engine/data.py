@@ -17,7 +17,6 @@ from pipeline.digits import digits_folder
 from pipeline.loader import Batch, DaliLoader, SyntheticLoader
 from pipeline.manifest import Manifest, add_to_quarantine, load_manifest, open_manifest
 from pipeline.plan import IMAGENET_MEAN_RGB, Samples, TrainPlan, ValidationPlan
-from pipeline.recovery import path_of
 
 _SYNTHETIC_CLASSES = 1000
 _SYNTHETIC_IMAGES = 1_281_167  # ImageNet's, so that an epoch means the same
@@ -145,7 +144,7 @@ class Data:
         for index, (row, reason) in enumerate(zip(samples.rows.tolist(), reasons, strict=True)):
             if row not in bad_rows:
                 bad_rows.add(row)
-                news[path_of(samples, index)] = reason
+                news[plan.table.name(samples.source[index])] = reason
         for path, reason in news.items():
             say(f"warning: {path} cannot be decoded ({reason}); going on without it")
         add_to_quarantine(self.manifest, news)

@@ -7,8 +7,6 @@ resume, start-up and memory do not grow with the data set.
 Source of Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
-import math
-
 import numpy as np
 
 _MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -18,7 +16,8 @@ _LOW32, _SHIFT32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 # The last counter word says what a number is for, so that no two purposes ever share one.
 PURPOSE_GEOMETRY = 0  # scale, crop corner (y, x), flip
 PURPOSE_COLOUR = 1  # the three normals of the colour shift
-_PURPOSE_ORDER = 0x100  # + round
+PURPOSE_ORDER = 0x100  # + round
+PURPOSE_SHARD_ORDER = 0x110  # + round
 PURPOSE_SUBSTITUTE = 0x200  # + attempt
 
 _FEISTEL_ROUNDS = 6
@@ -57,30 +56,46 @@ def normals(seed: int, epochs: np.ndarray, rows: np.ndarray, purpose: int) -> np
     return np.stack((radius[0] * np.cos(angle[0]), radius[0] * np.sin(angle[0]), radius[1] * np.cos(angle[1])))
 
 
-def order(positions: np.ndarray, epochs: np.ndarray, length: int, seed: int) -> np.ndarray:
+def order(
+    positions: np.ndarray,
+    epochs: np.ndarray,
+    length: int | np.ndarray,
+    seed: int,
+    *,
+    stream: int | np.ndarray = 0,
+    purpose: int = PURPOSE_ORDER,
+) -> np.ndarray:
     """The rows that stand at these positions of these epochs' random orders.
 
-    positions: int64 [n] in [0, length); epochs: int64 [n]. Returns int64 [n] in [0, length).
-    For each epoch this is a bijection of [0, length): a six-round Feistel network over Z_a × Z_a with a = ⌈√length⌉ and
-    Philox as its round function. The domain a² exceeds the length by at most 2√length, so the few values that fall
-    outside walk on (Black & Rogaway 2002, "Ciphers with arbitrary finite domains") and end after a step or two.
+    positions: int64 [n] in [0, length); epochs: int64 [n]; length and stream: one for all, or int64 [n]. Returns int64 [n] in
+    [0, length). For each (epoch, stream, purpose) this is a bijection of [0, length): a six-round Feistel network over
+    Z_a × Z_a with a = ⌈√length⌉ and Philox as its round function. The domain a² exceeds the length by at most 2√length, so
+    the few values that fall outside walk on (Black & Rogaway 2002, "Ciphers with arbitrary finite domains") and end after a
+    step or two.
     """
-    side = np.uint64(math.isqrt(length - 1) + 1)
-    epochs = np.asarray(epochs, dtype=np.uint64)
-    rows = _feistel(np.asarray(positions, dtype=np.uint64), epochs, side, seed)
-    while len(outside := np.flatnonzero(rows >= np.uint64(length))):
-        rows[outside] = _feistel(rows[outside], epochs[outside], side, seed)
+    shape = np.shape(positions)
+    epochs, lengths, streams = (np.asarray(value, dtype=np.uint64) for value in (epochs, length, stream))
+    # The root of a number below 2⁵² is exact enough for its floor; no data set is longer.
+    sides = np.floor(np.sqrt(lengths - np.uint64(1))).astype(np.uint64) + np.uint64(1)
+    rows = _feistel(np.asarray(positions, dtype=np.uint64), epochs, sides, streams, purpose, seed)
+    while len(outside := np.flatnonzero(rows >= lengths)):
+        some_epochs, some_sides, some_streams = (
+            np.broadcast_to(value, shape)[outside] for value in (epochs, sides, streams)
+        )
+        rows[outside] = _feistel(rows[outside], some_epochs, some_sides, some_streams, purpose, seed)
     return rows.astype(np.int64)
 
 
-def _feistel(values: np.ndarray, epochs: np.ndarray, side: np.uint64, seed: int) -> np.ndarray:
-    left, right = values // side, values % side
+def _feistel(
+    values: np.ndarray, epochs: np.ndarray, sides: np.ndarray, streams: np.ndarray, purpose: int, seed: int
+) -> np.ndarray:
+    left, right = values // sides, values % sides
     key = _key(seed)
     for round_number in range(_FEISTEL_ROUNDS):
-        # side < 2³¹ for any data set, so the word times side fits 64 bits, and the high half is uniform in [0, side).
-        word = philox4x32((right, 0, epochs, _PURPOSE_ORDER + round_number), key)[0]
-        left, right = right, (left + ((word * side) >> _SHIFT32)) % side
-    return left * side + right
+        # sides < 2³¹ for any data set, so the word times the side fits 64 bits, and the high half is uniform in [0, side).
+        word = philox4x32((right, streams, epochs, purpose + round_number), key)[0]
+        left, right = right, (left + ((word * sides) >> _SHIFT32)) % sides
+    return left * sides + right
 
 
 def _words(seed: int, epochs: np.ndarray, rows: np.ndarray, purpose: int) -> np.ndarray:

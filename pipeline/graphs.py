@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 
 def image_pipeline(
     source: Callable[[], tuple],
     *,
+    from_files: bool,
     batch_size: int,
     crop: int,
     device_id: int | None,
@@ -18,23 +19,26 @@ def image_pipeline(
 ) -> Pipeline:
     """Build (without starting) the pipeline read → decode the window → resize and flip → subtract the mean.
 
-    source: returns the inputs() of a plan's Samples, one batch a call. device_id: the GPU, or None for the CPU.
-    decoder: "gpu" (needs a device_id) or "cpu". half: float16 images instead of float32.
-    Outputs: images [batch_size, crop, crop, 3] (NHWC) and labels int64 [batch_size], on the device.
+    source: returns the bytes' source and the inputs() of a plan's Samples, one batch a call. from_files: the bytes' source is
+    a path, uint8 [n, W]; else the bytes themselves, each image's followed by whatever fills up its row of uint8 [n, W].
+    device_id: the GPU, or None for the CPU. decoder: "gpu" (needs a device_id) or "cpu". half: float16 images instead of
+    float32. Outputs: images [batch_size, crop, crop, 3] (NHWC) and labels int64 [batch_size], on the device.
     """
     on_gpu = device_id is not None
     device = "gpu" if on_gpu else "cpu"
-    pipeline = Pipeline(
+
+    @pipeline_def(
         batch_size=batch_size,
         num_threads=threads,
         device_id=device_id,
         prefetch_queue_depth=prefetch,
         exec_dynamic=True,  # outputs can be held by torch without a copy
+        enable_conditionals=True,
     )
-    with pipeline:
-        names, start, shape, roi_start, roi_end, mean, labels = fn.external_source(
+    def graph():
+        encoded, start, shape, roi_start, roi_end, resized, mirrored, mean, labels = fn.external_source(
             source,
-            num_outputs=7,
+            num_outputs=9,
             batch=True,
             dtype=[
                 types.UINT8,
@@ -42,12 +46,14 @@ def image_pipeline(
                 types.INT32,
                 types.FLOAT,
                 types.FLOAT,
+                types.BOOL,
+                types.INT32,
                 types.FLOAT,
                 types.INT64,
             ],
         )
-        windows = fn.decoders.image_slice(
-            fn.io.file.read(names),
+        images = fn.decoders.image_slice(
+            fn.io.file.read(encoded) if from_files else encoded,
             start=start,
             shape=shape,
             axes=[0, 1],
@@ -57,23 +63,26 @@ def image_pipeline(
             jpeg_fancy_upsampling=True,  # the GPU decoder's default differs from the CPU's and from PIL's
         )
         if on_gpu and decoder == "cpu":
-            windows = windows.gpu()
-        crops = fn.resize(
-            windows,
-            device=device,
-            size=[crop, crop],
-            roi_start=roi_start,  # beyond roi_end in x to flip: 2–3 % faster on a CPU than a mirror in the next operator
-            roi_end=roi_end,
-            subpixel_scale=False,  # within 1–2 grey levels of PIL's and torchvision's resize; the default is up to 6 off
-            antialias=True,
-        )
+            images = images.gpu()
+        if resized:  # per sample: an image that has the right size is only cropped
+            images = fn.resize(
+                images,
+                device=device,
+                size=[crop, crop],
+                roi_start=roi_start,  # beyond roi_end in x to flip: on a CPU 2–3 % faster than a mirror afterwards
+                roi_end=roi_end,
+                subpixel_scale=False,  # within 1–2 grey levels of PIL's and torchvision's; the default is up to 6 off
+                antialias=True,
+            )
         images = fn.crop_mirror_normalize(
-            crops,
+            images,
             device=device,
+            mirror=mirrored,
             mean=mean,  # holds the colour shift too: it costs no pass over the image
             std=1.0,
             output_layout="HWC",  # torch sees it as channels_last without a copy
             dtype=types.FLOAT16 if half else types.FLOAT,
         )
-        pipeline.set_outputs(images, labels.gpu() if on_gpu else labels)
-    return pipeline
+        return images, labels.gpu() if on_gpu else labels
+
+    return graph()

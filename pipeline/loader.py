@@ -14,6 +14,7 @@ import torch
 from common.errors import TrainingError
 from pipeline.graphs import image_pipeline
 from pipeline.plan import Samples
+from pipeline.reader import Fetch, fetched
 from pipeline.recovery import cause_of, is_about_an_image, undecodable
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -37,16 +38,19 @@ class DaliLoader:
         half: bool,
         threads: int,
         prefetch: int,
+        fetch: Fetch | None = None,
     ) -> None:
         """batches_after: the plan's batches, endless, less the first so many, each of `batch_size` samples.
 
         lose: called with samples that cannot be decoded, whether nothing of their files can be (bool [n]), and the reasons;
-        the plan must show others from then on. It may raise to end the run. The other arguments are image_pipeline's.
+        the plan must show others from then on. It may raise to end the run. fetch: adds the images' bytes to batches; None
+        where the table is one of files, which DALI reads itself. The other arguments are image_pipeline's.
         """
-        self._batches_after, self._lose = batches_after, lose
+        self._batches_after, self._lose, self._fetch = batches_after, lose, fetch
         self._crop, self._device = crop, device
         self._make_pipeline = functools.partial(
             image_pipeline,
+            from_files=fetch is None,
             batch_size=batch_size,
             crop=crop,
             device_id=device.index if device.type == "cuda" else None,
@@ -83,24 +87,25 @@ class DaliLoader:
 
     def _start(self) -> None:
         """Start DALI at the first batch that was not delivered yet."""
-        batches = self._batches_after(self._delivered)
+        batches = fetched(self._batches_after(self._delivered), self._fetch)
         self._in_flight: collections.deque[Samples] = collections.deque()
 
         def next_inputs() -> tuple:
-            self._in_flight.append(next(batches))
-            return self._in_flight[-1].inputs()
+            samples, encoded = next(batches)
+            self._in_flight.append(samples)
+            return encoded, *samples.inputs()
 
         self._pipeline = self._make_pipeline(next_inputs)
 
     def _do_without_what_fails(self, error: RuntimeError) -> None:
         found = False
         for samples in self._in_flight:  # the one that failed is among those that DALI has been given
-            reasons = undecodable(samples, self._crop)
+            reasons = undecodable(samples, self._crop, self._fetch)
             if reasons:
                 found = True
                 failed = samples.take(list(reasons))
                 dead = np.zeros(len(reasons), dtype=bool)
-                dead[list(undecodable(failed.first_pixels(), self._crop))] = True
+                dead[list(undecodable(failed.first_pixels(), self._crop, self._fetch))] = True
                 self._lose(failed, dead, list(reasons.values()))
         if not found:
             raise TrainingError(

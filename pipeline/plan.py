@@ -8,6 +8,7 @@ Rank r of n takes the r-th n-th of each batch. The only state is one integer, th
 Where an image turns out not to be decodable, the plan is asked again from the same sample on, without it.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline import draws
-from pipeline.tables import FileTable
+from pipeline.orders import GlobalOrder, WindowOrder
+from pipeline.tables import ShardTable, Table
 
 IMAGENET_MEAN_RGB = (123.68, 116.779, 103.939)
 """Mean of ImageNet's training pixels, 0–255, as in the paper authors' released models."""
@@ -43,7 +45,7 @@ class Samples(NamedTuple):
     """What the DALI graph and the loss need to know of n samples. y comes before x everywhere."""
 
     source: np.ndarray
-    """uint8 [n, W]: absolute paths."""
+    """[n, …]: where the images' bytes lie, as the kind of table has it."""
     start: np.ndarray
     """int32 [n, 2]: first pixel of the source window that is decoded."""
     shape: np.ndarray
@@ -51,7 +53,11 @@ class Samples(NamedTuple):
     roi_start: np.ndarray
     """float32 [n, 2]: where the crop begins, in pixels of the decoded window (fractional)."""
     roi_end: np.ndarray
-    """float32 [n, 2]: where it ends; in x before it begins, for an image that is flipped horizontally."""
+    """float32 [n, 2]: where it ends; in x before it begins, for a resized image that is flipped horizontally."""
+    resized: np.ndarray
+    """bool [n]: False where the window is the crop itself, because the image has the right size already."""
+    mirrored: np.ndarray
+    """int32 [n]: 1 where an image that is not resized is flipped horizontally."""
     mean: np.ndarray
     """float32 [n, 3]: what is subtracted from R, G, B (0–255): the data set's mean less the sample's colour shift."""
     labels: np.ndarray
@@ -62,13 +68,19 @@ class Samples(NamedTuple):
     """int64 [n]: the table's row that each sample shows."""
 
     def inputs(self) -> tuple[np.ndarray, ...]:
-        """What the DALI graph takes: all fields but numbers and rows."""
-        return self[:-2]
+        """What the DALI graph takes besides the images' bytes: all fields but source, numbers and rows."""
+        return self[1:-2]
 
     def first_pixels(self) -> "Samples":
         """The same files, but the window is their first pixel: where that cannot be decoded, nothing can."""
         none, one = np.zeros_like(self.start), np.ones_like(self.start)
-        return self._replace(start=none, shape=one, roi_start=none.astype(np.float32), roi_end=one.astype(np.float32))
+        return self._replace(
+            start=none,
+            shape=one,
+            roi_start=none.astype(np.float32),
+            roi_end=one.astype(np.float32),
+            resized=np.ones_like(self.resized),
+        )
 
     def take(self, which: slice | list[int]) -> "Samples":
         return Samples(*(field[which] for field in self))
@@ -76,14 +88,14 @@ class Samples(NamedTuple):
     @property
     def flipped(self) -> np.ndarray:
         """bool [n]"""
-        return self.roi_end[..., 1] < self.roi_start[..., 1]
+        return (self.roi_end[..., 1] < self.roi_start[..., 1]) | (self.mirrored == 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPlan:
     """The endless sequence of training samples over a table (section 3.1 of the paper)."""
 
-    table: FileTable
+    table: Table
     batch_size: int
     """Images in a global batch, over all ranks."""
     crop: int
@@ -92,15 +104,29 @@ class TrainPlan:
     """Lowest and highest training scale S, both included; S is the shorter side after the rescale, at least `crop`."""
     seed: int
     mean_rgb: tuple[float, float, float] = IMAGENET_MEAN_RGB
+    window_shards: int | None = None
+    """Shards of a ShardTable that are shuffled together (WindowOrder); None for a permutation of all images."""
     lost_rows: set[int] = field(default_factory=set)
     """Rows found so far of which nothing can be decoded; others are shown in their place."""
     lost_samples: set[tuple[int, int]] = field(default_factory=set)
     """(sample number, row) found so far where the sample's window of the row cannot be decoded: of a cut file, say."""
 
+    @functools.cached_property
+    def _order(self) -> GlobalOrder | WindowOrder:
+        if self.window_shards is None:
+            return GlobalOrder(len(self.table), self.seed)
+        assert isinstance(self.table, ShardTable)
+        return WindowOrder(self.table.shard_images, self.window_shards, self.seed)
+
     def epochs_and_rows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sample numbers (int64 [n]) → the epoch and the table's row of each (int64 [n], int64 [n])."""
         epochs, positions = np.divmod(numbers, len(self.table))
-        return epochs, draws.order(positions, epochs, len(self.table), self.seed)
+        return epochs, self._order.rows(positions, epochs)
+
+    def read_group(self, samples: Samples) -> int:
+        """Equal for consecutive batches that are best read together: those of one window of shards."""
+        epoch, position = divmod(int(samples.numbers[0]), len(self.table))
+        return self._order.group(epoch, position)
 
     def samples(self, numbers: np.ndarray) -> Samples:
         """All decisions about the samples with these numbers (int64 [n])."""
@@ -172,7 +198,7 @@ class TrainPlan:
 class ValidationPlan:
     """Every image of a table once: rescaled to S, centre crop, no flip, no shift. The last batch is padded."""
 
-    table: FileTable
+    table: Table
     crop: int
     scale: int
     """Shorter side after the rescale, at least `crop`."""
@@ -196,6 +222,10 @@ class ValidationPlan:
     def lose(self, samples: Samples, dead: np.ndarray) -> None:
         """From now on, count these images as lost; dead or not, their window is the same in every pass."""
         self.lost_rows.update(samples.rows.tolist())
+
+    def read_group(self, samples: Samples) -> int:
+        """Each batch is a group of its own: neighbours in the table lie side by side in the shards anyway."""
+        return int(samples.numbers[0])
 
     def _samples(self, rows: np.ndarray) -> Samples:
         own_rows = np.minimum(rows, len(self.table) - 1)
@@ -231,19 +261,23 @@ def source_windows(
 ) -> dict[str, np.ndarray]:
     """The source window of a crop×crop square whose corner lies at `corners` of the rescaled image.
 
-    sizes, rescaled, corners: int64 [n, 2]; flipped: bool [n]. Returns start, shape, roi_start and roi_end, as in Samples.
+    sizes, rescaled, corners: int64 [n, 2]; flipped: bool [n]. Returns start … mirrored, as in Samples.
     Resizing the window's region of interest equals rescaling the whole image and cropping it, because the window has a
-    margin as wide as the support of the triangular filter that the resize uses.
+    margin as wide as the support of the triangular filter that the resize uses. Where rescaling would change nothing, the
+    window is the crop.
     """
+    resized = (sizes != rescaled).any(axis=1)
     ratio = sizes / rescaled
     begin, end = corners * ratio, (corners + crop) * ratio
-    margin = 2 * np.maximum(ratio, 1) + 1
+    margin = np.where(resized[:, None], 2 * np.maximum(ratio, 1) + 1, 0)
     start = np.maximum(np.floor(begin - margin), 0)
     stop = np.minimum(np.ceil(end + margin), sizes)
-    swap = flipped[:, None] & np.array([False, True])
+    swap = (flipped & resized)[:, None] & np.array([False, True])
     return {
         "start": start.astype(np.int32),
         "shape": (stop - start).astype(np.int32),
         "roi_start": (np.where(swap, end, begin) - start).astype(np.float32),
         "roi_end": (np.where(swap, begin, end) - start).astype(np.float32),
+        "resized": resized,
+        "mirrored": (flipped & ~resized).astype(np.int32),
     }

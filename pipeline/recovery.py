@@ -1,13 +1,13 @@
 """Which images of a batch DALI cannot decode. Its own message names a file only sometimes, and its pipeline is then lost."""
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 from nvidia.dali import Pipeline
 
 from pipeline.graphs import image_pipeline
 from pipeline.plan import Samples
+from pipeline.reader import Fetch, fetched
 
 
 def is_about_an_image(error: RuntimeError) -> bool:
@@ -21,11 +21,20 @@ def cause_of(error: RuntimeError) -> str:
     return next(filter(None, lines), str(error)).rstrip(" :")
 
 
-def undecodable(samples: Samples, crop: int) -> dict[int, str]:
+def undecodable(samples: Samples, crop: int, fetch: Fetch | None) -> dict[int, str]:
     """Try the samples one by one on the CPU. Returns the indices of those that fail, with DALI's reason."""
-    alone = [samples.take(slice(index, index + 1)).inputs() for index in range(len(samples.labels))]
+    one_by_one = (samples.take(slice(index, index + 1)) for index in range(len(samples.labels)))
+    alone = [(encoded, *one.inputs()) for one, encoded in fetched(one_by_one, fetch)]
     make_pipeline = functools.partial(
-        image_pipeline, batch_size=1, crop=crop, device_id=None, decoder="cpu", half=False, threads=1, prefetch=1
+        image_pipeline,
+        from_files=fetch is None,
+        batch_size=1,
+        crop=crop,
+        device_id=None,
+        decoder="cpu",
+        half=False,
+        threads=1,
+        prefetch=1,
     )
     return {index: reason for index, (_, reason) in enumerate(each_alone(alone, make_pipeline)) if reason}
 
@@ -54,8 +63,3 @@ def each_alone(
 def _pipeline_over(inputs: Sequence[tuple], make_pipeline: Callable[[Callable[[], tuple]], Pipeline]) -> Pipeline:
     remaining = iter(inputs)
     return make_pipeline(lambda: next(remaining))
-
-
-def path_of(samples: Samples, index: int) -> str:
-    """The path of a sample's file."""
-    return os.path.normpath(os.fsdecode(samples.source[index].tobytes()))

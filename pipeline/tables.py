@@ -1,17 +1,48 @@
-"""Tables of images: one row each, memory-mapped, shared by all ranks."""
+"""Tables of images: one row each, memory-mapped, shared by all ranks. Nothing is read until rows are asked for."""
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from pipeline.storage import Storage
+
+SHARD_ROW = np.dtype(
+    [("shard", "<i4"), ("bytes", "<i4"), ("offset", "<i8"), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")]
+)
+"""A row of a prepared data set's index: where the image file lies in its shard, its label, its size in pixels."""
+
+
+class TableRows(NamedTuple):
+    """Some rows of a table."""
+
+    source: np.ndarray
+    """Where the image's bytes lie: [n, …], as the kind of table has it."""
+    labels: np.ndarray
+    """int64 [n]"""
+    sizes: np.ndarray
+    """int64 [n, 2]: height and width of the image in pixels, as in the file's header, EXIF rotation not applied."""
+
+
+class Table(Protocol):
+    """The images of one split."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: np.ndarray) -> TableRows:
+        """Copy these rows (int64 [n]) out of the table."""
+
+    def name(self, source: np.ndarray) -> str:
+        """What to call an image in a message, by its `source`."""
+
 
 class FileTable:
-    """The images of one split, each a file: nothing is read until rows are asked for, and then only those rows.
+    """Images in files of their own.
 
     root: the data folder. rows: structured array with the fields path (uint8, relative to root, padded on its left with
-    "/"), label, height, width (int32; pixels, as in the file's header, EXIF rotation not applied) and bytes (int64).
+    "/"), label, height, width (int32) and bytes (int64).
+    A source is an absolute path, uint8 [W]; "/" pads on the left of the relative part: a//b is the same path as a/b.
     """
 
     def __init__(self, root: Path, rows: np.ndarray) -> None:
@@ -21,25 +52,54 @@ class FileTable:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, rows: np.ndarray) -> "TableRows":
-        """Copy these rows (int64 [n]) out of the table."""
+    def read(self, rows: np.ndarray) -> TableRows:
         chosen = self._rows[rows]
         names = np.empty((len(rows), len(self._prefix) + chosen["path"].shape[1]), dtype=np.uint8)
         names[:, : len(self._prefix)] = self._prefix
         names[:, len(self._prefix) :] = chosen["path"]
-        return TableRows(
-            source=names,
-            labels=chosen["label"].astype(np.int64),
-            sizes=np.stack((chosen["height"], chosen["width"]), axis=1).astype(np.int64),
-        )
+        return TableRows(source=names, labels=chosen["label"].astype(np.int64), sizes=_sizes(chosen))
+
+    def name(self, source: np.ndarray) -> str:
+        return os.path.normpath(os.fsdecode(source.tobytes()))
 
 
-class TableRows(NamedTuple):
-    """Some rows of a Table."""
+class ShardTable:
+    """Images packed into shards, the tar files that pipeline.prepare writes.
 
-    source: np.ndarray
-    """Where the bytes lie. uint8 [n, W]: absolute paths; "/" pads on the left of the relative part, and a//b is a/b."""
-    labels: np.ndarray
-    """int64 [n]"""
-    sizes: np.ndarray
-    """int64 [n, 2]: height and width of the source in pixels."""
+    storage: where the shards lie. shard_images: int64 [shards], the images in each; rows: SHARD_ROW, in the order in which
+    they lie in the shards. A source is (shard, offset, bytes), int64 [3].
+    """
+
+    def __init__(self, storage: Storage, split: str, shard_images: np.ndarray, rows: np.ndarray) -> None:
+        self.storage, self.split, self.shard_images = storage, split, shard_images
+        self._rows = rows.view(np.ndarray)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, rows: np.ndarray) -> TableRows:
+        chosen = self._rows[rows]
+        source = np.stack([chosen[field].astype(np.int64) for field in ("shard", "offset", "bytes")], axis=1)
+        return TableRows(source=source, labels=chosen["label"].astype(np.int64), sizes=_sizes(chosen))
+
+    def name(self, source: np.ndarray) -> str:
+        shard, offset, _ = source.tolist()
+        header = bytearray(_TAR_BLOCK)
+        self.storage.read(self.shard_name(shard), [offset - _TAR_BLOCK], [memoryview(header)])
+        member = header[:100].rstrip(b"\0").decode("utf-8", "replace")  # the field "name" of every tar format
+        return f"{self.storage.url}/{self.shard_name(shard)}: {member}"
+
+    def shard_name(self, shard: int) -> str:
+        return shard_name(self.split, shard)
+
+
+_TAR_BLOCK = 512
+
+
+def shard_name(split: str, shard: int) -> str:
+    """The file name of a shard."""
+    return f"{split}-{shard:06d}.tar"
+
+
+def _sizes(chosen: np.ndarray) -> np.ndarray:
+    return np.stack((chosen["height"], chosen["width"]), axis=1).astype(np.int64)

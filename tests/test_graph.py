@@ -131,6 +131,7 @@ def test_validation_equals_pil_resize_and_centre_crop(table):
 def test_mean_is_subtracted_and_the_image_flipped_as_asked(table):
     plan = TrainPlan(table=table, batch_size=8, crop=CROP, scale=(256, 256), seed=0)
     samples = plan.samples(np.arange(8))
+    assert samples.resized.all()
     first, last = np.minimum(samples.roi_start, samples.roi_end), np.maximum(samples.roi_start, samples.roi_end)
     plain = samples._replace(roi_start=first, roi_end=last, mean=np.zeros_like(samples.mean))
     flipped = samples._replace(
@@ -158,10 +159,23 @@ def test_images_of_odd_shapes_go_through(tmp_path, size):
 def inspect_gpu_graph(decoder: str):
     """The GPU graph without a GPU: its operators with their devices, the devices of their inputs, and of the outputs."""
     pipeline = image_pipeline(
-        lambda: (), batch_size=2, crop=CROP, device_id=0, decoder=decoder, half=True, threads=1, prefetch=2
+        lambda: (),
+        from_files=True,
+        batch_size=2,
+        crop=CROP,
+        device_id=0,
+        decoder=decoder,
+        half=True,
+        threads=1,
+        prefetch=2,
     )
     pipeline._build_graph()
-    operators = {type(op._op).__name__: op for op in pipeline._ops if type(op._op).__name__ != "ExternalSource"}
+    named = [(type(op._op).__name__, op) for op in pipeline._ops]
+    operators = {name: op for name, op in named if name not in ("ExternalSource", "Split", "Merge")}
+    assert [op._op._device for name, op in named if name == "Merge"] == ["gpu"], "of those resized with those not"
+    assert sorted(op._op._device for name, op in named if name == "Split") == ["cpu", "cpu", "gpu"], (
+        "images, their ROIs"
+    )
     devices = {name: op._op._device for name, op in operators.items()}
     image_inputs = {name: op.inputs[0].device for name, op in operators.items()}
     return devices, image_inputs, [output.device for output in pipeline._graph_outputs]

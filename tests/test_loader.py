@@ -10,7 +10,6 @@ from pipeline.digits import digits_folder
 from pipeline.loader import DaliLoader, SyntheticLoader
 from pipeline.manifest import open_manifest
 from pipeline.plan import TrainPlan
-from pipeline.recovery import path_of
 from tests.images import photo_folder
 
 CPU = torch.device("cpu")
@@ -110,7 +109,7 @@ def test_images_lost_after_the_scan_are_replaced_and_everything_else_goes_on(tmp
 
     def lose(samples, dead, reasons):
         assert all(reasons)
-        lost.extend((Path(path_of(samples, i)), bool(dead[i])) for i in range(len(dead)))
+        lost.extend((Path(table.name(samples.source[i])), bool(dead[i])) for i in range(len(dead)))
         plan.lose(samples, dead)
 
     loader = make_loader(plan, prefetch=prefetch, lose=lose)

@@ -1,0 +1,81 @@
+"""Reads the images of a plan's batches from shards ahead of time: the plan knows the places long before they are needed."""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from pipeline.plan import Samples
+from pipeline.tables import ShardTable
+
+Fetched = tuple[Samples, np.ndarray]
+"""Samples and what DALI reads their images from: the bytes, uint8 [n, W] (W is the largest image's size, other rows end in
+whatever was in memory), or their paths."""
+
+Fetch = Callable[[Iterator[Samples]], Iterator[Fetched]]
+
+
+def fetched(batches: Iterator[Samples], fetch: Fetch | None) -> Iterator[Fetched]:
+    """The batches with what DALI reads them from: what `fetch` adds or, where it is None, the files' paths."""
+    return fetch(batches) if fetch else ((samples, samples.source) for samples in batches)
+
+
+class ShardReader:
+    """Threads that fetch what a plan asks for."""
+
+    def __init__(self, table: ShardTable, *, threads: int | None, batches_ahead: int) -> None:
+        """threads: None for as many as suit the storage. batches_ahead: how many batches are under way at a time, at least."""
+        self._table, self._batches_ahead = table, batches_ahead
+        self._threads = threads or table.storage.threads
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="shard reader")
+
+    def fetch(self, batches: Iterator[Samples], group: Callable[[Samples], int]) -> Iterator[Fetched]:
+        """The batches with their bytes, in order.
+
+        group: equal for consecutive batches whose bytes are requested together, shard by shard in ascending order.
+        Raises TrainingError where a shard cannot be read.
+        """
+        groups = (list(members) for _, members in itertools.groupby(batches, key=group))
+        under_way: collections.deque[tuple[list[Fetched], list[Future]]] = collections.deque()
+        while True:
+            while sum(len(fetched) for fetched, _ in under_way) < self._batches_ahead:
+                members = next(groups, None)
+                if members is None:
+                    break
+                under_way.append(self._request(members))
+            if not under_way:
+                return
+            fetched, requests = under_way.popleft()
+            for request in requests:
+                request.result()
+            if len(fetched) >= self._batches_ahead and (members := next(groups, None)):
+                under_way.append(self._request(members))  # while this one is used up
+            yield from fetched
+
+    def _request(self, batches: list[Samples]) -> tuple[list[Fetched], list[Future]]:
+        fetched, targets = [], []
+        for samples in batches:
+            lengths = samples.source[:, 2].tolist()
+            width = max(lengths)
+            encoded = np.empty((len(lengths), width), dtype=np.uint8)
+            memory = encoded.reshape(-1).data
+            targets += [memory[n * width : n * width + length] for n, length in enumerate(lengths)]
+            fetched.append((samples, encoded))
+        source = np.concatenate([samples.source for samples in batches])
+        ascending = np.lexsort((source[:, 1], source[:, 0]))
+        edges = np.flatnonzero(np.diff(source[ascending, 0])) + 1
+        by_shard = np.split(ascending, edges)
+        a_task = -(-len(by_shard) // self._threads)
+        requests = [
+            self._pool.submit(self._read, source, by_shard[first : first + a_task], targets)
+            for first in range(0, len(by_shard), a_task)
+        ]
+        return fetched, requests
+
+    def _read(self, source: np.ndarray, by_shard: list[np.ndarray], targets: list[memoryview]) -> None:
+        for indices in by_shard:  # one system call, or request, for each image or run of neighbours
+            shard = int(source[indices[0], 0])
+            offsets = source[indices, 1].tolist()
+            self._table.storage.read(self._table.shard_name(shard), offsets, [targets[n] for n in indices.tolist()])
