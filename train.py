@@ -4,9 +4,8 @@
 import json
 import os
 import sys
-import time
 
-from common.errors import EXIT_STOPPED, TrainingError, UserError
+from common.errors import EXIT_STOPPED, TrainingError, UserError, tell
 from engine.config import Config, parse_args
 
 
@@ -51,10 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results = train(parse_args(argv))
     except (UserError, TrainingError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(1)  # most errors are the same on all ranks: rank 0 says it, torchrun ends the others meanwhile
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return tell(error)
     except KeyboardInterrupt:
         print("interrupted; start the same command again to go on from the last checkpoint", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it

@@ -1,5 +1,9 @@
 """The ways in which a program of this project ends early on purpose, with their exit codes."""
 
+import os
+import sys
+import time
+
 EXIT_STOPPED = 75
 """Of a run that was asked to stop and saved its state: sysexits.h's "temporary failure, try again"."""
 
@@ -14,3 +18,11 @@ class TrainingError(Exception):
     """The run itself failed, though everything given was right: a loss that is not finite, an image lost. Exit code 1."""
 
     exit_code = 1
+
+
+def tell(error: UserError | TrainingError) -> int:
+    """Print the error, one line on stderr. Returns the exit code."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(1)  # most errors are the same on all ranks: rank 0 says it, torchrun ends the others meanwhile
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code

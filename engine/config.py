@@ -35,8 +35,9 @@ class Config:
     arch: Literal["A", "A-LRN", "B", "C", "D", "E"] = "D"
     """Configuration of the paper's Table 1; D is VGG-16, E is VGG-19."""
     data: str = dataclasses.field(default_factory=_default_data)
-    """A folder with train/<class>/* and val/<class>/*, `digits` (built in), or `synthetic` (one batch of noise on the
-    device, to measure the step alone). Default: $VGG_DATA, else data/imagenet where it exists, else digits."""
+    """A folder with train/<class>/* and val/<class>/*, a folder or s3:// URL with prepared data (pipeline.prepare),
+    `digits` (built in), or `synthetic` (one batch of noise on the device, to measure the step alone). Default: $VGG_DATA,
+    else data/imagenet where it exists, else digits."""
     out: Path = Path("runs")
     """Folder of the run: checkpoints, logs, configuration. Default: runs/<arch>-<data>."""
     resume: str = "auto"
@@ -100,6 +101,17 @@ class Config:
     """DALI's CPU threads in each rank. Default: the rank's share of the cores."""
     prefetch: int = 2
     """Batches that DALI prepares in advance."""
+
+    order: Literal["global", "window"] = "global"
+    """Of the training images in an epoch. global: a random permutation of all. window: prepared data only, for storage
+    that wants to be read sequentially: shards in random order, and within WINDOW_SHARDS of them all images in random
+    order."""
+    window_shards: int = 16
+    """Shards that are shuffled, and held in memory, together with --order window."""
+    read_threads: int | None = None
+    """Threads in each rank that read prepared data. Default: 8 for a folder, 64 for S3."""
+    read_ahead: int = 8
+    """Batches of prepared data that are read in advance, at least."""
 
     checkpoint_minutes: float = 30.0
     """Time between checkpoints within an epoch; 0: after every step. One is written after every epoch in any case."""
@@ -262,6 +274,10 @@ def _check(config: Config) -> None:
         f"--seed {config.seed}: must be in [0, 2^63)": 0 <= config.seed < 2**63,
         f"--threads {config.threads}: must be at least 1": config.threads is None or config.threads >= 1,
         f"--prefetch {config.prefetch}: must be at least 1": config.prefetch >= 1,
+        f"--window-shards {config.window_shards}: must be at least 1": config.window_shards >= 1,
+        f"--read-threads {config.read_threads}: must be at least 1": config.read_threads is None
+        or config.read_threads >= 1,
+        f"--read-ahead {config.read_ahead}: must be at least 1": config.read_ahead >= 1,
         f"--checkpoint-minutes {config.checkpoint_minutes}: must not be negative": config.checkpoint_minutes >= 0,
         f"--max-bad-images {config.max_bad_images}: must not be negative": (
             config.max_bad_images is None or config.max_bad_images >= 0

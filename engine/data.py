@@ -17,6 +17,9 @@ from pipeline.digits import digits_folder
 from pipeline.loader import Batch, DaliLoader, SyntheticLoader
 from pipeline.manifest import Manifest, add_to_quarantine, load_manifest, open_manifest
 from pipeline.plan import IMAGENET_MEAN_RGB, Samples, TrainPlan, ValidationPlan
+from pipeline.prepared import Prepared, is_prepared, open_prepared
+from pipeline.reader import Fetch, ShardReader
+from pipeline.tables import ShardTable
 
 _SYNTHETIC_CLASSES = 1000
 _SYNTHETIC_IMAGES = 1_281_167  # ImageNet's, so that an epoch means the same
@@ -35,7 +38,7 @@ class Data:
     precision: Precision
     micro_batch: int
     """Images in one training pass of one rank."""
-    manifest: Manifest | None
+    manifest: Manifest | Prepared | None
     """None for synthetic data."""
     bad_rows: set[int] = field(default_factory=set)
     """Training rows that this rank found not to be decodable, or not everywhere."""
@@ -74,6 +77,7 @@ class Data:
             scale=self.config.scale,
             seed=self.config.seed,
             mean_rgb=self.mean_rgb,
+            window_shards=self.config.window_shards if self.config.order == "window" else None,
         )
         rank, world_size, micro_batch = self.ranks.rank, self.ranks.world_size, self.micro_batch
         return self._loader(
@@ -127,7 +131,14 @@ class Data:
             half=self.precision.half_images,
             threads=self.config.threads or self.ranks.cpu_share,
             prefetch=self.config.prefetch,
+            fetch=self._fetch(plan),
         )
+
+    def _fetch(self, plan: TrainPlan | ValidationPlan) -> Fetch | None:
+        if not isinstance(plan.table, ShardTable):
+            return None
+        reader = ShardReader(plan.table, threads=self.config.read_threads, batches_ahead=self.config.read_ahead)
+        return lambda batches: reader.fetch(batches, plan.read_group)
 
     def _lose(
         self,
@@ -147,7 +158,7 @@ class Data:
                 news[plan.table.name(samples.source[index])] = reason
         for path, reason in news.items():
             say(f"warning: {path} cannot be decoded ({reason}); going on without it")
-        add_to_quarantine(self.manifest, news)
+        add_to_quarantine(self.manifest.folder, self.manifest.root, news)
         check_lost(len(bad_rows), self.max_lost(len(plan.table)), self.manifest.folder)
 
 
@@ -169,15 +180,23 @@ def open_data(config: Config, ranks: Ranks, precision: Precision) -> Data:
     if config.decoder == "gpu" and ranks.device.type != "cuda":
         raise UserError("--decoder gpu: needs a GPU; use --decoder cpu or auto")
     micro_batch = _micro_batch(config, ranks)
-    manifest = None if config.data == SYNTHETIC else _shared_manifest(config.data, ranks)
+    manifest = None if config.data == SYNTHETIC else _shared_manifest(config, ranks)
     return Data(config=config, ranks=ranks, precision=precision, micro_batch=micro_batch, manifest=manifest)
 
 
-def _shared_manifest(data: str, ranks: Ranks) -> Manifest:
-    root, folder, fingerprint = first_then_others(
-        ranks, lambda: _open_first(data), lambda answer: _open_again(data, *answer)
-    )
-    manifest = load_manifest(root, folder)
+def _shared_manifest(config: Config, ranks: Ranks) -> Manifest | Prepared:
+    data = config.data
+    manifest: Manifest | Prepared
+    if is_prepared(data):
+        fingerprint = first_then_others(ranks, lambda: open_prepared(data).fingerprint, lambda found: found)
+        manifest = open_prepared(data, check_shards=False)
+    else:
+        if config.order == "window":
+            raise UserError("--order window: needs prepared data; make it with python -m pipeline.prepare")
+        root, folder, fingerprint = first_then_others(
+            ranks, lambda: _open_first(data), lambda answer: _open_again(data, *answer)
+        )
+        manifest = load_manifest(root, folder)
     if manifest.fingerprint != fingerprint:
         raise UserError(f"--data {data}: rank {ranks.rank} sees other images than rank 0; copy the data set anew")
     return manifest

@@ -14,8 +14,9 @@ from engine.data import Data
 
 # Settings that say how a run is carried out, not what it computes: free to change between a run and its resumption.
 _FREE_SETTINGS = {
-    "data", "out", "resume", "device", "micro_batch", "epochs", "steps", "threads", "prefetch", "decoder", "log_every",
-    "checkpoint_minutes", "max_bad_images", "allow_changed_data", "compile", "compile_mode",
+    "data", "out", "resume", "device", "micro_batch", "epochs", "steps", "threads", "prefetch", "decoder",
+    "read_threads", "read_ahead", "log_every", "checkpoint_minutes", "max_bad_images", "allow_changed_data",
+    "compile", "compile_mode",
 }  # fmt: skip
 
 

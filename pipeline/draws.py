@@ -18,6 +18,7 @@ PURPOSE_GEOMETRY = 0  # scale, crop corner (y, x), flip
 PURPOSE_COLOUR = 1  # the three normals of the colour shift
 PURPOSE_ORDER = 0x100  # + round
 PURPOSE_SHARD_ORDER = 0x110  # + round
+PURPOSE_PACKING = 0x120  # + round
 PURPOSE_SUBSTITUTE = 0x200  # + attempt
 
 _FEISTEL_ROUNDS = 6

@@ -31,6 +31,7 @@ from pipeline.tables import FileTable
 
 _VERSION = 1
 _FOLDER_NAME = ".vgg-manifest"
+QUARANTINE = "quarantine.tsv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +63,7 @@ def open_manifest(root: Path, *, rescan: bool = False) -> Manifest:
     if manifest is None:
         manifest = load_manifest(root, _write(root, scan(root)))
     if manifest.quarantined:
-        say(
-            f"{manifest.quarantined:,} files cannot be decoded and are left out: see {manifest.folder / 'quarantine.tsv'}"
-        )
+        say(f"{manifest.quarantined:,} files cannot be decoded and are left out: see {manifest.folder / QUARANTINE}")
     return manifest
 
 
@@ -78,14 +77,17 @@ def load_manifest(root: Path, folder: Path) -> Manifest:
     return manifest
 
 
-def add_to_quarantine(manifest: Manifest, reasons: dict[str, str]) -> None:
-    """Append files (paths with reasons) that turned out at run time not to be decodable to quarantine.tsv."""
-    lines = [
-        f"{_printable(os.path.relpath(path, manifest.root.absolute()))}\t{_printable(reason)}\n"
-        for path, reason in reasons.items()
-    ]
-    with open(manifest.folder / "quarantine.tsv", "ab") as file:  # whole lines at once: other ranks append too
-        file.write("".join(lines).encode("utf-8", "backslashreplace"))
+def add_to_quarantine(folder: Path, root: str | Path, reasons: dict[str, str]) -> None:
+    """Append images of the data set `root` (names with reasons) that turned out not to be decodable to quarantine.tsv."""
+    with open(folder / QUARANTINE, "ab") as file:  # whole lines at once: other ranks append too
+        file.write(quarantine_lines(root, reasons))
+
+
+def quarantine_lines(root: str | Path, reasons: dict[str, str]) -> bytes:
+    """Images (names with reasons) as lines of quarantine.tsv, in which names are relative to the data set."""
+    beginning = f"{root if '://' in str(root) else os.path.abspath(root)}/"
+    lines = [f"{_printable(name.removeprefix(beginning))}\t{_printable(reason)}\n" for name, reason in reasons.items()]
+    return "".join(lines).encode("utf-8", "backslashreplace")
 
 
 # ---- loading -----------------------------------------------------------------------------------------------------
@@ -145,7 +147,6 @@ def _write(root: Path, found: Scan) -> Path:
         "tables": table_names,
         "folders": found.folders,
     }
-    lines = ["path\treason", *("\t".join(_printable(text) for text in row) for row in found.quarantine)]
     problems = []
     for folder in _possible_folders(root):
         try:
@@ -153,8 +154,8 @@ def _write(root: Path, found: Scan) -> Path:
             for split in SPLITS:
                 with replacing(folder / table_names[split]) as file:
                     np.save(file, found.tables[split])
-            with replacing(folder / "quarantine.tsv") as file:
-                file.write(("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
+            with replacing(folder / QUARANTINE) as file:
+                file.write(b"path\treason\n" + quarantine_lines(root, dict(found.quarantine)))
             with replacing(folder / "manifest.json") as file:
                 file.write(json.dumps(description).encode())
         except OSError as error:
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.exit_code
-    reasons = Counter(line.split("\t")[1] for line in (manifest.folder / "quarantine.tsv").read_text().splitlines()[1:])
+    reasons = Counter(line.split("\t")[1] for line in (manifest.folder / QUARANTINE).read_text().splitlines()[1:])
     for reason, count in reasons.most_common():
         say(f"{count:8,} left out: {reason}")
     result = {

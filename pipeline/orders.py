@@ -18,10 +18,6 @@ class GlobalOrder:
         """The rows at these positions (int64 [n] in [0, length)) of these epochs (int64 [n]): int64 [n]."""
         return draws.order(positions, epochs, self._length, self._seed)
 
-    def group(self, epoch: int, position: int) -> int:
-        """A number of its own for each place: nothing is gained by reading neighbours together."""
-        return epoch * self._length + position
-
 
 class _Layout(NamedTuple):
     """How the shards follow each other in one epoch."""
@@ -64,7 +60,7 @@ class WindowOrder:
             rows[chosen] = self._first_rows[shards] + places - (layout.shard_ends[nth] - self._shard_images[shards])
         return rows
 
-    def group(self, epoch: int, position: int) -> int:
+    def window(self, epoch: int, position: int) -> int:
         """The number of the window, over all epochs, that a position lies in."""
         return epoch * self._windows + int(np.searchsorted(self._layout(epoch).window_ends, position, side="right"))
 

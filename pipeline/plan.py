@@ -9,7 +9,7 @@ Where an image turns out not to be decodable, the plan is asked again from the s
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -123,10 +123,13 @@ class TrainPlan:
         epochs, positions = np.divmod(numbers, len(self.table))
         return epochs, self._order.rows(positions, epochs)
 
-    def read_group(self, samples: Samples) -> int:
-        """Equal for consecutive batches that are best read together: those of one window of shards."""
-        epoch, position = divmod(int(samples.numbers[0]), len(self.table))
-        return self._order.group(epoch, position)
+    @property
+    def read_group(self) -> Callable[[Samples], int] | None:
+        """What is equal for consecutive batches that are best read together, of one window of shards; None: nothing."""
+        order = self._order
+        if isinstance(order, GlobalOrder):
+            return None
+        return lambda samples: order.window(*divmod(int(samples.numbers[0]), len(self.table)))
 
     def samples(self, numbers: np.ndarray) -> Samples:
         """All decisions about the samples with these numbers (int64 [n])."""
@@ -223,9 +226,9 @@ class ValidationPlan:
         """From now on, count these images as lost; dead or not, their window is the same in every pass."""
         self.lost_rows.update(samples.rows.tolist())
 
-    def read_group(self, samples: Samples) -> int:
-        """Each batch is a group of its own: neighbours in the table lie side by side in the shards anyway."""
-        return int(samples.numbers[0])
+    @property
+    def read_group(self) -> None:
+        """Each batch is read by itself: neighbours in the table lie side by side in the shards anyway."""
 
     def _samples(self, rows: np.ndarray) -> Samples:
         own_rows = np.minimum(rows, len(self.table) - 1)

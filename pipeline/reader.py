@@ -31,13 +31,16 @@ class ShardReader:
         self._threads = threads or table.storage.threads
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="shard reader")
 
-    def fetch(self, batches: Iterator[Samples], group: Callable[[Samples], int]) -> Iterator[Fetched]:
+    def fetch(self, batches: Iterator[Samples], group: Callable[[Samples], int] | None) -> Iterator[Fetched]:
         """The batches with their bytes, in order.
 
-        group: equal for consecutive batches whose bytes are requested together, shard by shard in ascending order.
-        Raises TrainingError where a shard cannot be read.
+        group: equal for consecutive batches whose bytes are requested together, shard by shard in ascending order; None:
+        each batch by itself. Raises TrainingError where a shard cannot be read.
         """
-        groups = (list(members) for _, members in itertools.groupby(batches, key=group))
+        if group is None:
+            groups = ([samples] for samples in batches)
+        else:
+            groups = (list(members) for _, members in itertools.groupby(batches, key=group))
         under_way: collections.deque[tuple[list[Fetched], list[Future]]] = collections.deque()
         while True:
             while sum(len(fetched) for fetched, _ in under_way) < self._batches_ahead:

@@ -3,10 +3,10 @@
 import collections
 import io
 import os
+import shutil
 import threading
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from common.errors import TrainingError, UserError
 from common.progress import say
@@ -24,7 +24,7 @@ class Storage(Protocol):
     """Named files that can be read by ranges."""
 
     url: str
-    """The folder or the URL, without a slash at its end."""
+    """The folder, as an absolute path, or the URL, without a slash at its end."""
     threads: int
     """Requests in flight that suit it."""
 
@@ -35,8 +35,11 @@ class Storage(Protocol):
         decodable, and the run goes on without it. Raises TrainingError where the file as a whole cannot be read.
         """
 
-    def fetch(self, name: str) -> bytes:
-        """The whole content of a small file. Raises UserError."""
+    def copy(self, name: str, target: BinaryIO) -> None:
+        """Write the whole content of file `name` into target. Raises UserError."""
+
+    def sizes(self) -> dict[str, int]:
+        """The files that are there, with their sizes in bytes. Raises UserError."""
 
 
 def open_storage(url: str) -> Storage:
@@ -50,7 +53,7 @@ class FolderStorage:
     threads = 8
 
     def __init__(self, folder: str) -> None:
-        self.url = folder.rstrip("/") or "/"
+        self.url = os.path.abspath(folder)
         self._lock = threading.Lock()
         self._files: collections.OrderedDict[str, io.FileIO] = collections.OrderedDict()
 
@@ -75,11 +78,19 @@ class FolderStorage:
                     self._read_one(name, descriptor, offset, target)
             first = last
 
-    def fetch(self, name: str) -> bytes:
+    def copy(self, name: str, target: BinaryIO) -> None:
         try:
-            return Path(self.url, name).read_bytes()
+            with open(os.path.join(self.url, name), "rb") as file:
+                shutil.copyfileobj(file, target)
         except OSError as error:
             raise UserError(f"{self.url}/{name}: cannot be read ({error.strerror})") from error
+
+    def sizes(self) -> dict[str, int]:
+        try:
+            with os.scandir(self.url) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except OSError as error:
+            raise UserError(f"{self.url}: cannot be read ({error.strerror})") from error
 
     def _read_one(self, name: str, descriptor: int, offset: int, target: memoryview) -> None:
         done, cause = 0, _BEYOND_END
@@ -123,7 +134,7 @@ class S3Storage:
         except ImportError as error:
             raise UserError(f"--data {url}: needs the package obstore; pip install obstore") from error
         self.url = url.rstrip("/")
-        self._error = BaseError
+        self._errors = (BaseError, FileNotFoundError, PermissionError)
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
         options: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
         options["region"] = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
@@ -131,26 +142,33 @@ class S3Storage:
         try:
             self._store = S3Store.from_url(self.url, **options)
         except BaseError as error:
-            raise UserError(f"--data {url}: cannot be opened ({_first_line(error)})") from error
+            raise UserError(f"--data {url}: cannot be opened ({_one_line(error)})") from error
 
     def read(self, name: str, offsets: Sequence[int], targets: Sequence[memoryview]) -> None:
         lengths = [len(target) for target in targets]
         try:
             # Near ranges become one request, and all requests are under way at the same time.
             ranges = self._store.get_ranges(name, starts=offsets, lengths=lengths)
-        except (self._error, FileNotFoundError, PermissionError) as error:
-            raise TrainingError(_unreadable(f"{self.url}/{name}", _first_line(error))) from error
+        except self._errors as error:
+            raise TrainingError(_unreadable(f"{self.url}/{name}", _one_line(error))) from error
         for offset, target, content in zip(offsets, targets, ranges, strict=True):
             if len(content) == len(target):
                 target[:] = memoryview(content)
             else:
                 _fill_with_zeros(f"{self.url}/{name}", offset, target, _BEYOND_END)
 
-    def fetch(self, name: str) -> bytes:
+    def copy(self, name: str, target: BinaryIO) -> None:
         try:
-            return bytes(self._store.get(name).bytes())
-        except (self._error, FileNotFoundError, PermissionError) as error:
-            raise UserError(f"{self.url}/{name}: cannot be read ({_first_line(error)})") from error
+            for chunk in self._store.get(name).stream(min_chunk_size=8 << 20):
+                target.write(chunk)
+        except self._errors as error:
+            raise UserError(f"{self.url}/{name}: cannot be read ({_one_line(error)})") from error
+
+    def sizes(self) -> dict[str, int]:
+        try:
+            return {entry["path"]: entry["size"] for page in self._store.list() for entry in page}
+        except self._errors as error:
+            raise UserError(f"{self.url}: cannot be read ({_one_line(error)})") from error
 
 
 def _fill_with_zeros(path: str, offset: int, target: memoryview, cause: str) -> None:
@@ -164,5 +182,5 @@ def _unreadable(path: str, cause: object) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]

@@ -234,7 +234,7 @@ def test_start_up_on_a_table_of_imagenets_size(folder):
 
 def test_reading_rows_takes_the_same_time_for_any_length(folder):
     table = open_manifest(folder).train
-    large = FileTable(folder, np.resize(table._rows, 2_000_000))
+    large = FileTable(folder, np.resize(table._rows._rows, 2_000_000))
     rows = np.random.default_rng(0).integers(0, len(large), 4096)
     large.read(rows)
     started = time.perf_counter()
