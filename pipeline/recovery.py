@@ -18,7 +18,10 @@ def is_about_an_image(error: RuntimeError) -> bool:
 def cause_of(error: RuntimeError) -> str:
     """What happened, in one line out of DALI's dozen: the one after "encountered:"."""
     lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines()]
-    return next(filter(None, lines), str(error)).rstrip(" :")
+    cause = next(filter(None, lines), str(error)).rstrip(" :")
+    if cause.startswith(("Failed to decode sample", "nvImageCodec failure")):
+        return "corrupt image data"  # DALI's word is a number that nobody outside can read
+    return cause
 
 
 def undecodable(samples: Samples, crop: int, fetch: Fetch | None) -> dict[int, str]:

@@ -86,6 +86,10 @@ class FileTable:
     def name(self, source: np.ndarray) -> str:
         return os.path.normpath(os.fsdecode(source.tobytes()))
 
+    def path(self, row: int) -> Path:
+        """The path of one row's file."""
+        return Path(os.path.normpath(os.fsdecode(self.read(np.array([row])).source.tobytes())))
+
 
 class ShardTable:
     """Images packed into shards, the tar files that pipeline.prepare writes.
