@@ -18,6 +18,12 @@ def say(message: str) -> None:
     sys.stderr.flush()
 
 
+def printable(text: str) -> str:
+    """The same text on one line, in characters that any terminal and file takes: names of files can hold anything."""
+    escaped = text.replace("\\", "\\\\")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in escaped)
+
+
 def track(items: Iterable[T], *, total: int, label: str, unit: str, weight: int = 1) -> Iterator[T]:
     """Yield the items and show how far they are. total counts units; each item stands for `weight` of them."""
     if sys.stderr.isatty():

@@ -15,7 +15,8 @@ from engine.config import DIGITS, SYNTHETIC, Config
 from engine.precision import Precision
 from pipeline.digits import digits_folder
 from pipeline.loader import Batch, DaliLoader, SyntheticLoader
-from pipeline.manifest import Manifest, add_to_quarantine, load_manifest, open_manifest
+from pipeline.manifest import open_manifest
+from pipeline.manifest_files import QUARANTINE, Manifest, add_to_quarantine, load_manifest
 from pipeline.plan import IMAGENET_MEAN_RGB, Samples, TrainPlan, ValidationPlan
 from pipeline.prepared import Prepared, is_prepared, open_prepared
 from pipeline.reader import Fetch, ShardReader
@@ -167,7 +168,7 @@ def check_lost(lost: int, limit: int, manifest_folder: Path) -> None:
     if lost > limit:
         raise TrainingError(
             f"{lost} images cannot be decoded, more than the {limit} that --max-bad-images allows; they are listed in "
-            f"{manifest_folder / 'quarantine.tsv'}"
+            f"{manifest_folder / QUARANTINE}"
         )
 
 

@@ -131,8 +131,7 @@ def _pipeline(source: Callable[[], tuple], *, batch_size: int, threads: int, pre
 def _results(outputs: tuple, sizes: np.ndarray) -> Iterator[tuple[np.ndarray | None, str]]:
     images, shapes = outputs
     for index, (height, width) in enumerate(sizes.tolist()):
-        now_height, now_width, _ = shapes.at(index).tolist()
-        if (now_height, now_width) == (height, width):
-            yield images.at(index), ""
-        else:
-            yield None, f"changed since the scan: {now_width}×{now_height} pixels now, {width}×{height} then"
+        is_as_scanned = shapes.at(index)[:2].tolist() == [height, width]
+        yield (
+            (images.at(index), "") if is_as_scanned else (None, "changed to another size since the scan; run --rescan")
+        )

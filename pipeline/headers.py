@@ -6,8 +6,11 @@ import struct
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-# What DALI's decoders read (each tried against PIL, bit by bit); PIL's names of the formats.
-_DECODABLE_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
+"""What DALI's decoders read (each tried against PIL, bit by bit); PIL's names of the formats."""
+
+MAX_PIXELS = 178_956_970
+"""A header can say anything, in a file of any size. This is where PIL sees an attack: 0.5 GB in each decoding thread."""
 
 
 class Header(NamedTuple):
@@ -16,6 +19,8 @@ class Header(NamedTuple):
     height: int = 0
     width: int = 0
     bytes: int = 0
+    format: str = ""
+    """One of FORMATS."""
     reason: str = ""
 
 
@@ -32,6 +37,7 @@ def read_header(path: Path) -> Header:
         with open(path, "rb") as file:
             first_bytes = file.read(12)
             file.seek(0)
+            Image.MAX_IMAGE_PIXELS = None  # no warnings: our own limit stands below
             try:
                 with Image.open(file) as image:
                     image_format, (width, height) = image.format, image.size
@@ -40,15 +46,17 @@ def read_header(path: Path) -> Header:
                 return Header(reason="no image header (cut or corrupt JPEG)" if is_jpeg else "not an image")
             except Exception as error:  # PIL's plugins raise all kinds on corrupt headers
                 return Header(reason=f"no image header ({error})")
-            if image_format not in _DECODABLE_FORMATS:
+            if image_format not in FORMATS:
                 return Header(reason=f"{image_format}: a format that is not decoded here")
             if width < 1 or height < 1:
                 return Header(reason=f"no image header ({width}x{height} pixels)")
+            if width * height > MAX_PIXELS:
+                return Header(reason=f"more than {MAX_PIXELS:,} pixels")
             if not _has_end(file, status.st_size, image_format):
                 return Header(reason=f"no end marker (truncated {image_format})")
     except OSError as error:
         return Header(reason=f"cannot be read: {error.strerror or error}")
-    return Header(height=height, width=width, bytes=status.st_size)
+    return Header(height=height, width=width, bytes=status.st_size, format=image_format)
 
 
 def _has_end(file: BinaryIO, size: int, image_format: str) -> bool:

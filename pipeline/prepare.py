@@ -35,7 +35,8 @@ from common.progress import say, track
 from common.ranks import Ranks, first_then_others, ranks_of_this_run, wait_for_all
 from pipeline import draws
 from pipeline.decoding import decode_whole
-from pipeline.manifest import QUARANTINE, Manifest, load_manifest, open_manifest, quarantine_lines
+from pipeline.manifest import open_manifest
+from pipeline.manifest_files import QUARANTINE, Manifest, load_manifest, quarantine_lines
 from pipeline.plan import rescaled_sizes
 from pipeline.prepared import FORMAT, INDEX, read_index
 from pipeline.scan import SPLITS
@@ -272,7 +273,7 @@ def _finish(shards: list[Shard], manifest: Manifest, destination: Path, settings
         "classes": manifest.classes,
         "images": {split: len(tables[split]) for split in SPLITS},
         "quarantined": manifest.quarantined + len(quarantine),
-        "val_lost": sum(path.startswith(str(manifest.root / "val")) for path in quarantine),
+        "val_lost": manifest.val_lost + sum(path.startswith(str(manifest.root / "val")) for path in quarantine),
         "tables": table_names,
         "shard_images": {split: [len(part) for part in parts[split]] for split in SPLITS},
         "shard_bytes": {

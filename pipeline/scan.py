@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import signal
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -10,10 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import UserError
-from common.progress import say, track
-from pipeline.headers import Header, read_header
+from common.progress import printable, say, track
+from pipeline.headers import FORMATS, Header, read_header
 
 SPLITS = ("train", "val")
+
+# Those of torchvision's ImageFolder, and two more.
+_IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
 
 _FILES_A_CHUNK = 512
 _FILES_WORTH_A_POOL = 8192  # below, starting worker processes takes longer than reading the headers
@@ -29,7 +34,9 @@ class Scan(NamedTuple):
     folders: dict[str, int]
     """Every folder that was listed, relative to the data folder, with its modification time in ns."""
     quarantine: list[tuple[str, str]]
-    """Files that cannot be used, relative to the data folder, each with the reason."""
+    """Files that cannot be used, relative to the data folder and printable, each with the reason."""
+    val_lost: int
+    """Images of val that cannot be used. Files that do not say by their extension that they are images do not count."""
 
 
 class Listing(NamedTuple):
@@ -62,13 +69,31 @@ def scan(root: Path) -> Scan:
         good: list[tuple[str, int, Header]] = []
         for (path, label), header in zip(listing.files, headers, strict=True):
             if header.reason:
-                quarantine.append((path, header.reason))
+                quarantine.append((printable(path), printable(header.reason)))
             else:
                 good.append((path, label, header))
-        _check_no_empty_class(root, split, classes, (label for _, label, _ in good))
+        check_no_empty_class(root, split, classes, [label for _, label, _ in good], quarantine)
         tables[split] = _build_table(good)
     folders = {path: time for listing in listings.values() for path, time in listing.folders.items()}
-    return Scan(classes=classes, tables=tables, folders=folders, quarantine=quarantine)
+    val_lost = sum(path.startswith("val/") and path.lower().endswith(_IMAGE_EXTENSIONS) for path, _ in quarantine)
+    return Scan(classes=classes, tables=tables, folders=folders, quarantine=quarantine, val_lost=val_lost)
+
+
+def check_no_empty_class(
+    root: Path, split: str, classes: list[str], labels: Iterable[int], quarantine: list[tuple[str, str]]
+) -> None:
+    """Raise UserError unless each class has a label among these: its folder's files are all in the quarantine, if any."""
+    missing = sorted(set(range(len(classes))) - set(labels))
+    if not missing:
+        return
+    folder = f"{split}/{classes[missing[0]]}"
+    reasons = Counter(reason for path, reason in quarantine if path.startswith(printable(folder) + "/"))
+    found = "; ".join(f"{count:,} × {reason}" for reason, count in reasons.most_common()) or "no files at all"
+    more = f" ({len(missing) - 1:,} more such folders)" if len(missing) > 1 else ""
+    raise UserError(
+        f"{root / printable(folder)}: class folder without an image that can be decoded: {found}{more}; "
+        "put images in, or remove the class from train/ and val/"
+    )
 
 
 def _class_names(root: Path) -> list[str]:
@@ -109,11 +134,6 @@ def _list_folder(root: Path, path: str, label: int, listing: Listing, ancestors:
                 listing.files.append((f"{path}/{entry.name}", label))
 
 
-def _check_no_empty_class(root: Path, split: str, classes: list[str], labels: Iterable[int]) -> None:
-    if missing := sorted(set(range(len(classes))) - set(labels)):
-        raise UserError(f"{root / split / classes[missing[0]]}: class folder without an image that can be decoded")
-
-
 def _read_headers(root: Path, paths: list[str], label: str) -> Iterator[Header]:
     chunks = [(root, paths[first : first + _FILES_A_CHUNK]) for first in range(0, len(paths), _FILES_A_CHUNK)]
     if len(paths) < _FILES_WORTH_A_POOL:
@@ -122,7 +142,10 @@ def _read_headers(root: Path, paths: list[str], label: str) -> Iterator[Header]:
         return
     # "spawn": a fork of a process in which torch's and DALI's threads run can hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
+    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of them, and is for this process to handle
+    with ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)), mp_context=context, initializer=signal.signal, initargs=ignore_interrupts
+    ) as pool:
         results = pool.map(_read_chunk, chunks)
         yield from _flatten(track(results, total=len(paths), label=label, unit="files", weight=_FILES_A_CHUNK))
 
@@ -141,10 +164,11 @@ def _build_table(images: list[tuple[str, int, Header]]) -> np.ndarray:
     names = [os.fsencode(path) for path, _, _ in images]
     width = max(map(len, names))
     fields = [("path", "u1", (width,)), ("label", "<i4"), ("height", "<i4"), ("width", "<i4"), ("bytes", "<i8")]
-    table = np.zeros(len(images), dtype=fields)
+    table = np.zeros(len(images), dtype=[*fields, ("format", "u1")])
     padded = b"".join(name.rjust(width, b"/") for name in names)
     table["path"] = np.frombuffer(padded, dtype=np.uint8).reshape(len(images), width)
     table["label"] = [label for _, label, _ in images]
     for field in ("height", "width", "bytes"):
         table[field] = [getattr(header, field) for _, _, header in images]
+    table["format"] = [FORMATS.index(header.format) for _, _, header in images]
     return table

@@ -133,8 +133,8 @@ def test_files_damaged_after_the_scan_have_a_reason_and_the_others_are_as_before
         assert bool(reason) == (row in victims)
         if image is not None:
             assert np.array_equal(image, before[row])
-    for row, size in ((13, "9×9"), (25, "900×900")):
-        assert f"changed since the scan: {size} pixels now" in results[row][1]
+    for row in (13, 25):
+        assert "changed to another size since the scan" in results[row][1]
 
 
 def test_no_rows_no_images(table):

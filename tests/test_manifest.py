@@ -83,6 +83,22 @@ def test_files_that_cannot_be_decoded_are_left_out_with_the_reason(folder, capsy
     }
 
 
+def test_files_of_val_that_say_they_are_images_count_as_lost(folder, capsys):
+    for name in ("a.jpg", "b.JPEG", "c.PnG", "d.gif", "e.JP2", "f.webp", "README.txt", "Thumbs.db", "jpg", "ILSVRC"):
+        for split in ("train", "val"):
+            (folder / split / "class0" / name).write_bytes(b"nothing")
+    manifest = open_manifest(folder)
+    assert (manifest.quarantined, manifest.val_lost) == (20, 6)
+    assert "(6 images of val among them count as wrong)" in capsys.readouterr().err
+
+
+def test_absurd_sizes_are_not_believed(tmp_path):
+    path = tmp_path / "image.png"
+    Image.new("1", (20_000, 20_000)).save(path)
+    assert path.stat().st_size < 100_000
+    assert read_header(path).reason == "more than 178,956,970 pixels"
+
+
 def test_bytes_after_the_end_are_harmless_but_a_thumbnails_end_does_not_count(tmp_path):
     image = photographs()[0].resize((200, 150))
     thumbnail = tmp_path / "thumbnail.jpg"
@@ -91,7 +107,7 @@ def test_bytes_after_the_end_are_harmless_but_a_thumbnails_end_does_not_count(tm
     image.save(path, comment=thumbnail.read_bytes())
     content = path.read_bytes()
     path.write_bytes(content + b"\0" * 5000)
-    assert read_header(path) == Header(height=150, width=200, bytes=len(content) + 5000)
+    assert read_header(path) == Header(height=150, width=200, bytes=len(content) + 5000, format="JPEG")
     path.write_bytes(content[:-2] + b"\0" * 5000)
     assert read_header(path).reason == "no end marker (truncated JPEG)"
 
@@ -170,7 +186,14 @@ def test_names_that_are_not_ascii_nested_folders_and_links(folder):
         (lambda root: (root / "val/extra").mkdir(), "classes differ: extra in val/ but not in train/"),
         (
             lambda root: [(root / split / "none").mkdir() for split in ("train", "val")],
-            "train/none: class folder without",
+            "train/none: class folder without an image that can be decoded: no files at all",
+        ),
+        (
+            lambda root: (
+                [(root / f"val/class1/{name}").write_bytes(b"") for name in ("001.JPEG", "2.jpg", "3.jpg")]
+                + [(root / "val/class1/a").write_text("text")]
+            ),
+            "val/class1: class folder without an image that can be decoded: 3 × empty file; 1 × not an image",
         ),
         (lambda root: (root / "train").rename(root / "old") and (root / "train").mkdir(), "holds no class folders"),
     ],

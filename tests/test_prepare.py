@@ -138,7 +138,7 @@ def test_images_that_cannot_be_decoded_are_left_out_and_named(tmp_path):
         os.truncate(folder / path, 3000)
     assert prepare.main([str(folder), str(tmp_path / "out"), *FLAGS]) == 0
     data = open_prepared(str(tmp_path / "out"))
-    assert (len(data.train), len(data.val), data.quarantined) == (11, 4, 2)
+    assert (len(data.train), len(data.val), data.quarantined, data.val_lost) == (11, 4, 2, 1)
     assert data.train.shard_images.sum() == 11
     lines = (tmp_path / "out/quarantine.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["path", "train/class0/004.JPEG", "val/class1/003.JPEG"]

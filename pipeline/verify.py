@@ -1,0 +1,127 @@
+"""Decode every image of a manifest once, and leave out those that fail, so that a run starts clean.
+
+What has been decoded is noted beside the manifest every few seconds: interrupted at any moment, it goes on from there.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import replacing
+from common.progress import printable, say, track
+from pipeline.decoding import decode_whole
+from pipeline.headers import read_header
+from pipeline.manifest_files import Manifest, load_manifest, read_scan, write_manifest
+from pipeline.scan import SPLITS, check_no_empty_class
+from pipeline.tables import FileTable
+
+PROGRESS = "verify-progress.json"
+
+_SECONDS_BETWEEN_SAVES = 3.0
+
+
+@dataclass(frozen=True)
+class _Progress:
+    fingerprint: str
+    """Of the manifest whose rows are meant."""
+    done: dict[str, int]
+    """For each split, how many of its first rows have been decoded."""
+    bad: dict[str, dict[int, str]]
+    """For each split, those rows among them that cannot be decoded, with the reasons."""
+
+
+def verify(manifest: Manifest) -> Manifest:
+    """Decode every image, in all cores, and take what fails out of the tables. Returns the manifest that this makes.
+
+    Raises UserError: a class is left without an image, or the manifest cannot be written. On KeyboardInterrupt, what has
+    been done is noted first.
+    """
+    if manifest.verified:
+        say("every image has been decoded before; to do it again, add --rescan")
+        return manifest
+    try:
+        progress = _decode_all(manifest)
+        verified = _write_without_bad_rows(manifest, progress)
+    except OSError as error:
+        raise UserError(f"cannot write the manifest in {manifest.folder} ({error.strerror})") from error
+    return verified
+
+
+def _decode_all(manifest: Manifest) -> _Progress:
+    progress, tables = _load(manifest), {"train": manifest.train, "val": manifest.val}
+    total = sum(map(len, tables.values()))
+    if before := sum(progress.done.values()):
+        say(f"going on after {before:,} of {total:,} images")
+    try:
+        _save(progress, manifest.folder)  # where that is not possible, it shows at once
+        for split, table in tables.items():
+            _decode_split(split, table, progress, manifest.folder)
+    except KeyboardInterrupt:
+        _save(progress, manifest.folder)
+        done = sum(progress.done.values())
+        raise KeyboardInterrupt(
+            f"interrupted after {done:,} of {total:,} images; the same command goes on from there"
+        ) from None
+    _save(progress, manifest.folder)
+    return progress
+
+
+def _decode_split(split: str, table: FileTable, progress: _Progress, folder: Path) -> None:
+    bad = progress.bad[split]
+    # Those that failed before are tried again: they may have been repaired since.
+    rows = np.array([*sorted(bad), *range(progress.done[split], len(table))], dtype=np.int64)
+    results = decode_whole(table, rows, threads=len(os.sched_getaffinity(0)))
+    saved = time.monotonic()
+    for row, (image, reason) in zip(
+        rows.tolist(), track(results, total=len(rows), label=f"verifying {split}", unit="images"), strict=True
+    ):
+        if image is None:
+            bad[row] = read_header(table.path(row)).reason or reason  # "empty file" says more than the decoder does
+        else:
+            bad.pop(row, None)
+        progress.done[split] = max(progress.done[split], row + 1)
+        if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
+            _save(progress, folder)
+            saved = time.monotonic()
+
+
+def _write_without_bad_rows(manifest: Manifest, progress: _Progress) -> Manifest:
+    found = read_scan(manifest.folder)
+    kept, quarantine = {}, list(found.quarantine)
+    for split, table in (("train", manifest.train), ("val", manifest.val)):
+        kept[split] = np.delete(found.tables[split], list(progress.bad[split]))
+        for row, reason in progress.bad[split].items():
+            path = os.path.relpath(table.path(row), os.path.abspath(manifest.root))
+            quarantine.append((printable(path), printable(reason)))
+    for split in SPLITS:
+        labels = np.unique(kept[split]["label"]).tolist()
+        check_no_empty_class(manifest.root, split, found.classes, labels, quarantine)
+    val_lost = found.val_lost + len(progress.bad["val"])
+    write_manifest(
+        manifest.folder,
+        found._replace(tables=kept, quarantine=quarantine, val_lost=val_lost),
+        verified=True,
+    )
+    (manifest.folder / PROGRESS).unlink(missing_ok=True)
+    return load_manifest(manifest.root, manifest.folder)
+
+
+def _load(manifest: Manifest) -> _Progress:
+    try:
+        noted = json.loads((manifest.folder / PROGRESS).read_text())
+        if noted["fingerprint"] == manifest.fingerprint:
+            bad = {split: {int(row): reason for row, reason in noted["bad"][split].items()} for split in SPLITS}
+            return _Progress(manifest.fingerprint, noted["done"], bad)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # none, or none that can be read: from the start
+    return _Progress(manifest.fingerprint, dict.fromkeys(SPLITS, 0), {split: {} for split in SPLITS})
+
+
+def _save(progress: _Progress, folder: Path) -> None:
+    with replacing(folder / PROGRESS) as file:
+        file.write(json.dumps(asdict(progress)).encode())
