@@ -1,6 +1,7 @@
 """From --data to loaders: the one place where the configuration meets the pipeline."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,18 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import TrainingError, UserError
-from common.progress import say
+from common.progress import printable, say
 from common.ranks import Ranks, first_then_others
 from engine.config import DIGITS, SYNTHETIC, Config
 from engine.precision import Precision
 from pipeline.digits import digits_folder
+from pipeline.headers import read_header
 from pipeline.loader import Batch, DaliLoader, SyntheticLoader
 from pipeline.manifest import open_manifest
 from pipeline.manifest_files import QUARANTINE, Manifest, add_to_quarantine, load_manifest
 from pipeline.plan import IMAGENET_MEAN_RGB, Samples, TrainPlan, ValidationPlan
 from pipeline.prepared import Prepared, is_prepared, open_prepared
 from pipeline.reader import Fetch, ShardReader
-from pipeline.tables import ShardTable
+from pipeline.tables import FileTable, ShardTable
 
 _SYNTHETIC_CLASSES = 1000
 _SYNTHETIC_IMAGES = 1_281_167  # ImageNet's, so that an epoch means the same
@@ -51,6 +53,11 @@ class Data:
     @property
     def train_images(self) -> int:
         return len(self.manifest.train) if self.manifest else _SYNTHETIC_IMAGES
+
+    @property
+    def val_lost(self) -> int:
+        """Validation images that were left out when the data set was scanned or verified."""
+        return self.manifest.val_lost if self.manifest else 0
 
     @property
     def fingerprint(self) -> str:
@@ -156,11 +163,22 @@ class Data:
         for index, (row, reason) in enumerate(zip(samples.rows.tolist(), reasons, strict=True)):
             if row not in bad_rows:
                 bad_rows.add(row)
-                news[plan.table.name(samples.source[index])] = reason
-        for path, reason in news.items():
-            say(f"warning: {path} cannot be decoded ({reason}); going on without it")
-        add_to_quarantine(self.manifest.folder, self.manifest.root, news)
+                name = plan.table.name(samples.source[index])
+                if isinstance(plan.table, FileTable):  # "empty file" says more than the decoder does
+                    reason = read_header(Path(name)).reason or reason
+                news[name] = reason
+        for name, reason in news.items():
+            say(f"warning: {printable(name)} cannot be decoded ({reason}); going on without it")
+        try:
+            add_to_quarantine(self.manifest.folder, self.manifest.root, news)
+        except OSError as error:
+            _warn_once(f"warning: {self.manifest.folder / QUARANTINE} cannot be added to ({error.strerror})")
         check_lost(len(bad_rows), self.max_lost(len(plan.table)), self.manifest.folder)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    say(message)
 
 
 def check_lost(lost: int, limit: int, manifest_folder: Path) -> None:

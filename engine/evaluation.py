@@ -37,16 +37,19 @@ def evaluate(
     *,
     ranks: Ranks,
     precision: Precision,
+    lost_before: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Accuracy | None:
     """Run `steps` batches of this rank's loader through the model; count on the device, add up over ranks, divide once.
 
     Rows with PADDING_LABEL count for nothing, those with LOST_LABEL as wrong. The model is in training mode again
     afterwards. One device sync, at the end.
+    lost_before: images of the set that are in no batch because they cannot be decoded; they count as wrong, too.
     stop: asked after each batch, gives the same answer on all ranks; once it says yes, the result is None.
     """
     model.eval()
-    sums = torch.zeros(5, dtype=torch.float64, device=ranks.device)  # loss, top-1, top-5, images, lost
+    start = [0, 0, 0, lost_before, lost_before] if ranks.is_main else [0] * 5  # once, not once for each rank
+    sums = torch.tensor(start, dtype=torch.float64, device=ranks.device)  # loss, top-1, top-5, images, lost
     for _ in range(steps):
         images, labels = next(batches)
         with precision.autocast():

@@ -217,7 +217,13 @@ class Trainer:
         if self._validation is not None:
             batches, steps = self._validation
             accuracy = evaluate(
-                self._model, batches, steps, ranks=self._ranks, precision=self._precision, stop=requests.agreed
+                self._model,
+                batches,
+                steps,
+                ranks=self._ranks,
+                precision=self._precision,
+                lost_before=self._data.val_lost,
+                stop=requests.agreed,
             )
             if accuracy is None:
                 self._stopped = True

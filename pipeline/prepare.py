@@ -266,6 +266,7 @@ def _finish(shards: list[Shard], manifest: Manifest, destination: Path, settings
             raise UserError(f"{manifest.root / split / name}: class folder without an image that can be decoded")
         digest.update(tables[split].data)
     fingerprint = digest.hexdigest()
+    val_folder = os.path.join(os.path.abspath(manifest.root), "val", "")
     table_names = {split: f"{split}-{fingerprint}.npy" for split in SPLITS}
     description = {
         "format": FORMAT,
@@ -273,7 +274,7 @@ def _finish(shards: list[Shard], manifest: Manifest, destination: Path, settings
         "classes": manifest.classes,
         "images": {split: len(tables[split]) for split in SPLITS},
         "quarantined": manifest.quarantined + len(quarantine),
-        "val_lost": manifest.val_lost + sum(path.startswith(str(manifest.root / "val")) for path in quarantine),
+        "val_lost": manifest.val_lost + sum(path.startswith(val_folder) for path in quarantine),
         "tables": table_names,
         "shard_images": {split: [len(part) for part in parts[split]] for split in SPLITS},
         "shard_bytes": {

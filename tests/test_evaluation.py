@@ -59,6 +59,27 @@ def test_a_network_that_says_the_same_of_every_class_is_not_right_every_time():
     assert accuracy.top5 == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_images_lost_before_count_as_wrong_once_whatever_the_number_of_ranks(rank):
+    ranks = Ranks(
+        rank=rank, world_size=3, local_rank=rank, local_world_size=3, device=torch.device("cpu"), patient_group=None
+    )
+    batches = iter([(torch.zeros(4, 1), torch.tensor([0, 0, -2, -1]))])
+    accuracy = evaluate(
+        Lookup([torch.tensor([[1.0, 0.0]] * 4)]),
+        batches,
+        1,
+        ranks=ranks,
+        precision=Precision("fp32", "cpu"),
+        lost_before=5,
+    )
+    assert accuracy
+    own = 5 if rank == 0 else 0  # without a group, nothing is added up
+    assert (accuracy.images, accuracy.lost) == (3 + own, 1 + own)
+    assert accuracy.top1 == pytest.approx(2 / (3 + own))
+    assert accuracy.loss == pytest.approx(np.log(1 + np.exp(-1)))
+
+
 def test_an_evaluation_that_is_stopped_has_no_result():
     model, asked = Lookup(torch.zeros(9, 4, 3)), []
     batches = ((torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64)) for _ in range(9))
