@@ -12,22 +12,22 @@ from engine.config import Config, parse_args
 def train(config: Config) -> dict:
     """Run a configuration to its end. Returns the results, on every rank. Raises UserError, TrainingError."""
     # Here, not above: --help and mistyped flags answer without waiting for torch.
-    from common.ranks import ranks_of_this_run
+    from common.lock import FolderLock
+    from common.ranks import first_then_others, ranks_of_this_run
     from engine.data import open_data
     from engine.precision import choose_precision, set_numerics
     from engine.resume import check_same_data, claim_out, open_checkpoint
     from engine.trainer import Trainer
     from model.vgg import build
 
-    with ranks_of_this_run(config.device) as ranks:
+    with ranks_of_this_run(config.device) as ranks, FolderLock(config.out) as lock:
         set_numerics(deterministic=config.deterministic)
         precision = choose_precision(config.precision, ranks.device)
-        checkpoint = open_checkpoint(config, ranks)
+        checkpoint = open_checkpoint(config, ranks, lock)
         data = open_data(config, ranks, precision)
         if checkpoint:
             check_same_data(checkpoint, data, allow_changed=config.allow_changed_data)
-        if ranks.is_main:
-            claim_out(config, checkpoint)
+        first_then_others(ranks, lambda: claim_out(config, checkpoint, lock), lambda _: None)
         model = build(
             config.arch,
             classes=len(data.classes),

@@ -1,5 +1,6 @@
-"""Checkpoints: last.pt, the one before it (previous.pt), and the best by validation top-1 (best.pt).
+"""Checkpoints: last.pt, the last few by their steps (step-00001234.pt), and the best by validation top-1 (best.pt).
 
+All are names of the same files: last.pt is also the newest of the numbered ones, so that it costs no disk of its own.
 A file appears under its name only when it is complete and on the disk, so a crash at any moment leaves the last good one.
 There are no states of random generators in a checkpoint: order, augmentation and dropout are functions of (seed, samples
 or steps done, rank), so the two counters say it all, for any number of ranks.
@@ -13,9 +14,11 @@ import torch
 
 from common.errors import TrainingError, UserError
 from common.files import link_over, replacing
+from common.progress import say
 
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+LAST, BEST = "last.pt", "best.pt"
 _FORMAT = "vgg-dali checkpoint 1"
+_DAMAGED = "damaged, or not a checkpoint of this trainer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +45,14 @@ class Checkpoint:
     """Of the data set's manifest."""
     config: dict
     """The configuration of the run, as in config.yaml."""
+    world_size: int
+    """Ranks that the run had."""
 
 
-def save(checkpoint: Checkpoint, out: Path, *, is_best: bool) -> Path:
-    """Write OUT/last.pt, keeping the one before; make OUT/best.pt the same file if it is the best. Returns last.pt's path.
+def save(checkpoint: Checkpoint, out: Path, *, is_best: bool, keep: int) -> Path:
+    """Write OUT/last.pt and give it its number; make OUT/best.pt the same file if it is the best. Returns last.pt's path.
 
+    keep: numbered checkpoints that stay; those of later steps, which a run has left that went back, do not.
     Raises TrainingError, with the last good checkpoint in place, where weights are not finite or the disk refuses.
     """
     last = out / LAST
@@ -57,12 +63,18 @@ def save(checkpoint: Checkpoint, out: Path, *, is_best: bool) -> Path:
             # Not asdict(), which would copy every tensor.
             content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
             torch.save({"format": _FORMAT, **content}, file)
-            if last.exists():
-                link_over(last, out / PREVIOUS)
+        link_over(last, out / f"step-{checkpoint.steps:08}.pt")
         if is_best:
             link_over(last, out / BEST)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        cause = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        numbered = _numbered(out)
+        for number in sorted(number for number in numbered if number <= checkpoint.steps)[-keep:]:
+            del numbered[number]
+        for outdated in numbered.values():
+            outdated.unlink()
+    except (OSError, RuntimeError) as error:
+        # After a failed write, torch complains of where the file ends; what happened is the exception before.
+        cause = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None)
+        cause = cause or str(error).splitlines()[0]
         raise TrainingError(
             f"cannot write a checkpoint to {out} ({cause}); the last good one is {last_good(out)}"
         ) from error
@@ -75,6 +87,27 @@ def last_good(out: Path) -> str:
     return str(last) if last.exists() else "none: nothing was saved yet"
 
 
+def all_in(out: Path) -> list[Path]:
+    """The checkpoints in a folder, good or not, in the order in which a run would rather go on from them."""
+    numbered = _numbered(out)
+    names = [out / LAST, *(numbered[number] for number in sorted(numbered, reverse=True)), out / BEST]
+    return [path for path in names if path.exists()]
+
+
+def newest_good(out: Path) -> Path | None:
+    """The newest checkpoint in a folder that can be read, with a warning if a newer one cannot; None if there is none.
+
+    Raises UserError where there are checkpoints and none of them is good.
+    """
+    found = all_in(out)
+    good = next((path for path in found if _is_good(path)), None)
+    if found and not good:
+        load(found[0])  # says what is wrong with it
+    if good and good != found[0]:
+        say(f"warning: checkpoint {found[0]}: {_DAMAGED}; going on from the newest good one")
+    return good
+
+
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint, its tensors memory-mapped on the CPU.
 
@@ -83,11 +116,9 @@ def load(path: Path) -> Checkpoint:
     try:
         return _read(path)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
-        cause = (
-            "no such file" if isinstance(error, FileNotFoundError) else "damaged, or not a checkpoint of this trainer"
-        )
-        other = _good_one_beside(path)
-        hint = f"; go on from the one before with --resume {other}" if other else ""
+        cause = "no such file" if isinstance(error, FileNotFoundError) else _DAMAGED
+        other = next((other for other in all_in(path.parent) if other != path and _is_good(other)), None)
+        hint = f"; go on from another one with --resume {other}" if other else ""
         raise UserError(f"checkpoint {path}: {cause}{hint}") from error
 
 
@@ -98,14 +129,14 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(**content)
 
 
-def _good_one_beside(path: Path) -> Path | None:
-    for name in (PREVIOUS, BEST):
-        other = path.with_name(name)
-        if other == path or not other.exists():
-            continue
-        try:
-            _read(other)
-        except Exception:  # whatever is wrong with it, it is not good
-            continue
-        return other
-    return None
+def _is_good(path: Path) -> bool:
+    try:
+        _read(path)
+    except Exception:  # whatever is wrong with it, it is not good
+        return False
+    return True
+
+
+def _numbered(out: Path) -> dict[int, Path]:
+    """Steps → path of the numbered checkpoints."""
+    return {int(path.stem[5:]): path for path in out.glob("step-*.pt") if path.stem[5:].isdecimal()}

@@ -41,7 +41,7 @@ class Config:
     out: Path = Path("runs")
     """Folder of the run: checkpoints, logs, configuration. Default: runs/<arch>-<data>."""
     resume: str = "auto"
-    """`auto`: go on from OUT/last.pt where there is one. `never`: start anew, an earlier run in OUT is moved aside.
+    """`auto`: go on from the newest good checkpoint in OUT, if any. `never`: start anew, an earlier run in OUT is moved aside.
     Or the path of a checkpoint to go on from."""
     recipe: Path | None = None
     """YAML file of defaults: keys are flags, unknown ones are refused. OUT/config.yaml of a run is one."""
@@ -115,6 +115,8 @@ class Config:
 
     checkpoint_minutes: float = 30.0
     """Time between checkpoints within an epoch; 0: after every step. One is written after every epoch in any case."""
+    keep: int = 2
+    """Checkpoints that stay besides the best: OUT/step-*.pt, the newest of which is also OUT/last.pt."""
     max_bad_images: int | None = None
     """Images that may turn out not to be decodable during the run; more end it. Default: 0.1 % of the images."""
     allow_changed_data: bool = False
@@ -279,6 +281,7 @@ def _check(config: Config) -> None:
         or config.read_threads >= 1,
         f"--read-ahead {config.read_ahead}: must be at least 1": config.read_ahead >= 1,
         f"--checkpoint-minutes {config.checkpoint_minutes}: must not be negative": config.checkpoint_minutes >= 0,
+        f"--keep {config.keep}: must be at least 1": config.keep >= 1,
         f"--max-bad-images {config.max_bad_images}: must not be negative": (
             config.max_bad_images is None or config.max_bad_images >= 0
         ),

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from common.errors import UserError
+from common.lock import FolderLock
 from common.progress import say
 from common.ranks import Ranks, first_then_others
 from engine import checkpoint as checkpoints
@@ -15,17 +16,17 @@ from engine.data import Data
 # Settings that say how a run is carried out, not what it computes: free to change between a run and its resumption.
 _FREE_SETTINGS = {
     "data", "out", "resume", "device", "micro_batch", "epochs", "steps", "threads", "prefetch", "decoder",
-    "read_threads", "read_ahead", "log_every", "checkpoint_minutes", "max_bad_images", "allow_changed_data",
+    "read_threads", "read_ahead", "log_every", "checkpoint_minutes", "keep", "max_bad_images", "allow_changed_data",
     "compile", "compile_mode",
 }  # fmt: skip
 
 
-def open_checkpoint(config: Config, ranks: Ranks) -> Checkpoint | None:
-    """The checkpoint that --resume names, None to start anew; changes nothing on the disk.
+def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoint | None:
+    """The checkpoint that --resume names, None to start anew. Takes the lock of OUT, if there is an OUT yet.
 
-    Raises UserError: OUT cannot be written, the checkpoint cannot be read, or holds another network.
+    Raises UserError: OUT cannot be written, another run writes to it, no checkpoint can be read, or holds another network.
     """
-    path = first_then_others(ranks, lambda: _find(config), lambda found: found)
+    path = first_then_others(ranks, lambda: _find(config, lock), lambda found: found)
     if path is None:
         return None
     checkpoint = checkpoints.load(path)
@@ -41,6 +42,11 @@ def open_checkpoint(config: Config, ranks: Ranks) -> Checkpoint | None:
             before = checkpoint.config.get(setting)
             if setting not in _FREE_SETTINGS and before != value:
                 say(f"  note: {setting} was {before} until now and is {value} from here on")
+        if checkpoint.world_size != ranks.world_size:
+            say(
+                f"  note: ranks were {checkpoint.world_size} until now and are {ranks.world_size} from here on; the batches "
+                "stay the same, dropout and rounding do not"
+            )
     return checkpoint
 
 
@@ -58,37 +64,50 @@ def check_same_data(checkpoint: Checkpoint, data: Data, *, allow_changed: bool) 
         )
 
 
-def claim_out(config: Config, checkpoint: Checkpoint | None) -> None:
+def claim_out(config: Config, checkpoint: Checkpoint | None, lock: FolderLock) -> None:
     """Take possession of OUT, on rank 0, when all that was given is known to be right.
 
     Moves an earlier run aside if this one starts anew, removes files that a killed run left half-written, saves config.yaml.
+    Raises UserError: another run writes to OUT, or the disk refuses.
     """
     out = config.out
-    out.mkdir(parents=True, exist_ok=True)
-    for unfinished in out.glob(".*.tmp"):  # of a run that was killed while it wrote a checkpoint
-        unfinished.unlink()
-    if checkpoint is None:
-        earlier = [entry for entry in out.iterdir() if not entry.name.startswith("earlier-")]
-        if any(entry.name == checkpoints.LAST for entry in earlier):
-            aside = next(out / f"earlier-{n}" for n in range(1, 10**6) if not (out / f"earlier-{n}").exists())
-            aside.mkdir()
-            for entry in earlier:
-                entry.rename(aside / entry.name)
-            say(f"the earlier run in {out} is now in {aside}")
-    save_config(config, out / "config.yaml")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        for unfinished in out.glob(".*.tmp"):  # of a run that was killed while it wrote a checkpoint
+            unfinished.unlink()
+        if checkpoint is None and checkpoints.all_in(out):
+            _move_aside(out)
+        save_config(config, out / "config.yaml")
+    except OSError as error:
+        raise _cannot_be_written(out, error) from error
 
 
-def _find(config: Config) -> Path | None:
+def _move_aside(out: Path) -> None:
+    earlier = [
+        entry for entry in out.iterdir() if not entry.name.startswith("earlier-") and entry.name != FolderLock.NAME
+    ]
+    aside = next(out / f"earlier-{n}" for n in range(1, 10**6) if not (out / f"earlier-{n}").exists())
+    aside.mkdir()
+    for entry in earlier:
+        entry.rename(aside / entry.name)
+    say(f"the earlier run in {out} is now in {aside}")
+
+
+def _find(config: Config, lock: FolderLock) -> Path | None:
     nearest = next(folder for folder in (config.out, *config.out.absolute().parents) if folder.exists())
     try:
         descriptor, probe = tempfile.mkstemp(dir=nearest, prefix=".probe.")
         os.close(descriptor)
         os.unlink(probe)
+        if nearest == config.out:
+            lock.take()  # before looking for checkpoints: a run that is just ending may write one more
     except OSError as error:
-        raise UserError(f"--out {config.out}: cannot be written ({error.strerror}); choose another folder") from error
+        raise _cannot_be_written(config.out, error) from error
     if config.resume == "never":
         return None
-    if config.resume != "auto":
-        return Path(config.resume)
-    last = config.out / checkpoints.LAST
-    return last if last.exists() else None
+    return checkpoints.newest_good(config.out) if config.resume == "auto" else Path(config.resume)
+
+
+def _cannot_be_written(out: Path, error: OSError) -> UserError:
+    return UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder")

@@ -109,6 +109,11 @@ class Trainer:
                 f"the GPU's memory is too small for {self._data.micro_batch} images at a time; halve it with "
                 f"--micro-batch {max(1, self._data.micro_batch // 2)} (the result stays the same)"
             ) from error
+        except OSError as error:  # of the log: checkpoints and data report their own
+            raise TrainingError(
+                f"cannot write the log to {self._config.out} ({error.strerror or error}); the last good checkpoint is "
+                f"{checkpoints.last_good(self._config.out)}"
+            ) from error
         return self._results()
 
     def _train(self, log: RunLog | None) -> None:
@@ -283,9 +288,10 @@ class Trainer:
             history=self._history,
             fingerprint=self._data.fingerprint,
             config=to_dict(self._config),
+            world_size=self._ranks.world_size,
         )
         with self._clock.saving():
-            checkpoints.save(checkpoint, self._config.out, is_best=is_best)
+            checkpoints.save(checkpoint, self._config.out, is_best=is_best, keep=self._config.keep)
 
     def _count_steps(self) -> int:
         """Steps of the whole training: those done and those that the epochs still need; the last may straddle the end."""

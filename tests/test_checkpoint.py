@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import random
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from common.errors import TrainingError, UserError
 from common.files import link_over, replacing
 from engine import checkpoint as checkpoints
-from engine.checkpoint import Checkpoint, load, save
+from engine.checkpoint import Checkpoint, load, newest_good, save
 
 
 def make(steps: int = 1, weight: float = 1.0) -> Checkpoint:
@@ -24,11 +25,12 @@ def make(steps: int = 1, weight: float = 1.0) -> Checkpoint:
         history=[{"epoch": 1, "loss": 0.5, "top1": 0.9, "top5": 1.0, "images": 10}],
         fingerprint="abc",
         config={"arch": "A", "lr": 0.1},
+        world_size=1,
     )
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    assert save(make(7), tmp_path, is_best=False) == tmp_path / "last.pt"
+    assert save(make(7), tmp_path, is_best=False, keep=2) == tmp_path / "last.pt"
     loaded = load(tmp_path / "last.pt")
     for field in dataclasses.fields(Checkpoint):
         if field.name not in ("model", "optimizer"):
@@ -37,24 +39,36 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert torch.equal(loaded.optimizer["state"][0]["momentum_buffer"], torch.ones(64, 64))
 
 
-def test_last_previous_and_best(tmp_path):
-    for steps in (1, 2, 3, 4):
-        save(make(steps), tmp_path, is_best=steps == 2)
-    kept = {name: load(tmp_path / name).steps for name in ("last.pt", "previous.pt", "best.pt")}
-    assert kept == {"last.pt": 4, "previous.pt": 3, "best.pt": 2}
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["best.pt", "last.pt", "previous.pt"]
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_last_best_and_as_many_numbered_ones_as_asked_for(tmp_path, keep):
+    for steps in (1, 2, 9, 10):  # 10 is later than 9, in whatever order names sort
+        save(make(steps), tmp_path, is_best=steps == 2, keep=keep)
+    kept = {entry.name: load(entry).steps for entry in tmp_path.iterdir()}
+    numbered = {"step-00000010.pt": 10, "step-00000009.pt": 9, "step-00000002.pt": 2}
+    assert kept == {"last.pt": 10, "best.pt": 2, **dict(list(numbered.items())[:keep])}
+    assert (tmp_path / "last.pt").samefile(tmp_path / "step-00000010.pt")
+    assert (tmp_path / "best.pt").stat().st_nlink == (2 if keep == 3 else 1)
+
+
+def test_a_run_that_goes_back_leaves_none_of_its_later_checkpoints(tmp_path):
+    (tmp_path / "step-by-step.pt").write_text("not ours")
+    for steps in (10, 20, 30, 15):
+        save(make(steps), tmp_path, is_best=False, keep=3)
+    assert sorted(entry.name for entry in tmp_path.glob("step-0*")) == ["step-00000010.pt", "step-00000015.pt"]
+    assert load(tmp_path / "last.pt").steps == 15
+    assert (tmp_path / "step-by-step.pt").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    save(make(1), tmp_path, is_best=False)
+    save(make(1), tmp_path, is_best=False, keep=2)
     with pytest.raises(TrainingError, match=r"not finite any more; the last good checkpoint is .*last\.pt"):
-        save(make(2, weight=float("nan")), tmp_path, is_best=False)
+        save(make(2, weight=float("nan")), tmp_path, is_best=False, keep=2)
     assert load(tmp_path / "last.pt").steps == 1
 
 
 @pytest.mark.parametrize("moment", ["write", "fsync", "rename"])
 def test_a_failure_at_any_moment_leaves_the_last_good_one(tmp_path, monkeypatch, moment):
-    save(make(1), tmp_path, is_best=False)
+    save(make(1), tmp_path, is_best=False, keep=2)
 
     def fail(*_):
         raise OSError(28, "No space left on device")
@@ -62,23 +76,42 @@ def test_a_failure_at_any_moment_leaves_the_last_good_one(tmp_path, monkeypatch,
     target = {"write": (torch, "save"), "fsync": (os, "fsync"), "rename": (os, "replace")}[moment]
     monkeypatch.setattr(*target, fail)
     with pytest.raises(TrainingError, match=r"No space left on device.*the last good one is"):
-        save(make(2), tmp_path, is_best=True)
+        save(make(2), tmp_path, is_best=True, keep=2)
     monkeypatch.undo()
     assert load(tmp_path / "last.pt").steps == 1
     assert not (tmp_path / "best.pt").exists()
     assert not [entry for entry in tmp_path.iterdir() if entry.name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.9, 0.999])
-def test_a_truncated_checkpoint_is_named_with_the_one_before(tmp_path, share):
-    save(make(1), tmp_path, is_best=False)
-    save(make(2), tmp_path, is_best=False)
-    last = tmp_path / "last.pt"
-    os.truncate(last, int(last.stat().st_size * share))
-    with pytest.raises(UserError, match=r"last\.pt: damaged.*--resume .*previous\.pt") as caught:
-        load(last)
-    assert "\n" not in str(caught.value)
-    assert load(tmp_path / "previous.pt").steps == 1
+def test_cut_at_any_byte_it_is_damaged_and_the_one_before_is_used(tmp_path, capsys):
+    """The first and the last 64 lengths, and 200 between them."""
+    save(make(1), tmp_path, is_best=True, keep=2)
+    save(make(2), tmp_path, is_best=False, keep=2)
+    last, before = tmp_path / "last.pt", tmp_path / "step-00000001.pt"
+    whole = last.read_bytes()
+    lengths = [*range(64), *random.sample(range(64, len(whole) - 64), 200), *range(len(whole) - 64, len(whole))]
+    for length in lengths:
+        last.write_bytes(whole[:length])  # and step-00000002.pt with it, which is the same file
+        with pytest.raises(UserError, match=rf"last\.pt: damaged.*--resume {before}$") as caught:
+            load(last)
+        assert "\n" not in str(caught.value)
+        assert newest_good(tmp_path) == before, length
+        assert f"warning: checkpoint {last}: damaged" in capsys.readouterr().err
+    before.write_bytes(b"")
+    with pytest.raises(UserError, match=r"last\.pt: damaged, or not a checkpoint of this trainer$"):
+        newest_good(tmp_path)
+    last.write_bytes(whole)
+    assert newest_good(tmp_path) == last
+
+
+def test_the_newest_good_one_of_a_folder(tmp_path):
+    assert newest_good(tmp_path) is None
+    for steps in (9, 10):
+        save(make(steps), tmp_path, is_best=steps == 9, keep=1)
+    (tmp_path / "last.pt").unlink()
+    assert newest_good(tmp_path) == tmp_path / "step-00000010.pt"
+    (tmp_path / "step-00000010.pt").unlink()
+    assert newest_good(tmp_path) == tmp_path / "best.pt"
 
 
 @pytest.mark.parametrize(

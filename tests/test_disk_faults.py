@@ -1,0 +1,176 @@
+"""Disks that are full or read-only, crashes in the middle of a checkpoint, two runs in one folder."""
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import train
+from common import lock
+from common.errors import UserError
+from common.lock import FolderLock
+from engine.checkpoint import load
+from engine.runlog import RunLog
+from tests.mounts import remount, small_disk
+from tests.runs import ROOT, SMALL, assert_same_weights
+
+# A checkpoint of SMALL takes 216 MiB: one and its successor's beginning fit on this disk, two do not.
+SMALL_DISK = 300
+FLAGS = [*SMALL, "--steps", "3", "--checkpoint-minutes", "0"]
+
+
+def error_of(capsys, *flags: str, code: int) -> str:
+    """Run train.py in this process; the error that it ends with."""
+    assert train.main(list(flags)) == code
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of the uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    assert train.main([*FLAGS, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(whole, tmp_path, capsys):
+    with small_disk(tmp_path / "disk", SMALL_DISK) as disk:
+        out = disk / "out"
+        error = error_of(capsys, *FLAGS, "--out", str(out), code=1)
+        assert re.search(
+            r"cannot write a checkpoint to .* \(No space left on device\); the last good one is .*/last\.pt$", error
+        )
+        assert load(out / "last.pt").steps == 1
+        assert not list(out.glob(".*.tmp"))
+        remount(disk, "size=1g")
+        assert train.main([*FLAGS, "--out", str(out)]) == 0
+        assert_same_weights(whole / "last.pt", out / "last.pt")
+
+
+def test_a_disk_that_is_full_from_the_start(tmp_path, capsys):
+    with small_disk(tmp_path / "disk", 1) as disk:
+        fill(disk)
+        error = error_of(capsys, *FLAGS, "--out", str(disk / "out"), code=2)
+        assert "cannot be written (No space left on device); choose another folder" in error
+
+
+def test_a_disk_that_is_too_full_for_the_log(tmp_path, capsys, monkeypatch):
+    with small_disk(tmp_path / "disk", 1) as disk:
+        monkeypatch.setattr(RunLog, "advance", lambda self: fill(disk))
+        error = error_of(capsys, *FLAGS, "--out", str(disk / "out"), code=1)
+        assert "cannot write the log to" in error
+        assert "No space left on device" in error
+
+
+def fill(disk) -> None:
+    with open(disk / "filler", "ab", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+        except OSError:
+            return
+
+
+def test_a_read_only_disk(tmp_path, capsys):
+    with small_disk(tmp_path / "disk", SMALL_DISK) as disk:
+        (disk / "empty").mkdir()
+        remount(disk, "ro")
+        for out in ("empty", "new"):
+            error = error_of(capsys, *FLAGS, "--out", str(disk / out), code=2)
+            assert f"--out {disk / out}: cannot be written (Read-only file system); choose another folder" in error
+
+
+@pytest.mark.parametrize(("moment", "survivor"), [("replace", 1), ("link", 2)])
+def test_killed_between_writing_and_renaming_or_linking(whole, tmp_path, moment, survivor):
+    """In the second checkpoint, kill -9 before last.pt is replaced, or after that and before it gets its number."""
+    code = f"""
+import os, signal, sys, train
+call, number = os.{moment}, 0
+def killing(source, target):
+    global number
+    number += str(target).endswith("last.pt") or "step-" in str(target) and "{moment}" == "link"
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    call(source, target)
+os.{moment} = killing
+train.main(sys.argv[1:])
+"""
+    flags = [*FLAGS, "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert load(tmp_path / "last.pt").steps == survivor
+    assert len(list(tmp_path.glob(".*.tmp"))) == (1 if moment == "replace" else 0)
+    assert train.main(flags) == 0
+    assert_same_weights(whole / "last.pt", tmp_path / "last.pt")
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(whole, tmp_path, capsys):
+    flags = [*FLAGS, "--out", str(tmp_path)]
+    assert train.main([*flags, "--steps", "2"]) == 0
+    os.truncate(tmp_path / "last.pt", 10**8)
+    capsys.readouterr()
+    assert train.main(flags) == 0
+    said = capsys.readouterr().err
+    assert f"warning: checkpoint {tmp_path}/last.pt: damaged" in said
+    assert f"going on from {tmp_path}/step-00000001.pt: step 1" in said
+    assert_same_weights(whole / "last.pt", tmp_path / "last.pt")
+
+
+# ---- two runs in one folder --------------------------------------------------------------------------------------
+
+
+def test_two_runs_in_one_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0.3)
+    with FolderLock(tmp_path) as first:
+        first.take()
+        error = error_of(capsys, *FLAGS, "--out", str(tmp_path), code=2)
+    expected = rf"another run \(pid {os.getpid()}, host .+\) is writing to {tmp_path}; end it first, or choose another"
+    assert re.search(expected, error)
+    assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_run_waits_for_one_that_is_ending(tmp_path):
+    with FolderLock(tmp_path) as first:
+        first.take()
+        threading.Timer(0.5, first.__exit__, (None, None, None)).start()
+        with FolderLock(tmp_path) as second:
+            second.take()
+            second.take()  # once is enough
+        first._descriptor = None  # closed by the timer
+
+
+def test_the_lock_of_a_killed_run_is_free(tmp_path, monkeypatch):
+    code = "import pathlib, sys; from common.lock import FolderLock; lock = FolderLock(pathlib.Path(sys.argv[1]))"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; lock.take(); print(flush=True); input()", str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout
+    holder.stdout.readline()
+    monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0)
+    with FolderLock(tmp_path) as ours, pytest.raises(UserError, match=rf"pid {holder.pid}, host"):
+        ours.take()
+    holder.kill()
+    holder.wait()
+    with FolderLock(tmp_path) as ours:
+        ours.take()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with FolderLock(tmp_path) as first, FolderLock(tmp_path) as second:
+        first.take()
+        second.take()
