@@ -1,6 +1,8 @@
 """Ranks, their process group, and the few things that they say to each other outside of DDP."""
 
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ T = TypeVar("T")
 
 # How long ranks wait for the one that scans a data set for the first time: hours, for a large one on a slow disk.
 _PATIENCE = timedelta(days=2)
+# And for all ranks to be there, once torchrun has started them on every machine.
+_PATIENCE_TO_START = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ def ranks_of_this_run(device: str) -> Iterator[Ranks]:
         on_gpu = own_device.type == "cuda"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=_store_of_this_attempt(),
+            store=_store_of_this_start(rank, world_size),
             rank=rank,
             world_size=world_size,
             device_id=own_device if on_gpu else None,
@@ -79,14 +83,32 @@ def ranks_of_this_run(device: str) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _store_of_this_attempt() -> dist.Store:
-    """torchrun's key-value store, with keys of our own for each restart.
+def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
+    """torchrun's key-value store, with keys of our own for each start of the ranks. Raises TrainingError: one never comes.
 
-    Without --rdzv-backend=c10d, torchrun keeps the store over its restarts, and with it the addresses of the ranks that are
-    gone: a restarted rank that reads before the others have written would try to connect to those.
+    torchrun keeps the store over restarts, and with it the addresses of ranks that are gone: one that is restarted and reads
+    before the others have written would try to connect to those. Its count of restarts tells them apart on one machine only:
+    on several, each counts its own failures, and not those who joined or left. So rank 0 makes up a name for this start, and
+    gives it to whoever asks with a word that was made up for this start too.
     """
     store, _, _ = next(dist.rendezvous("env://"))
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", name)
+        name = store.get(f"answer/{name}").decode()  # waits for it
+        store.set(f"{name}/has/{rank}", "")
+        return dist.PrefixStore(name, store)
+    missing, deadline = set(range(1, world_size)), time.monotonic() + _PATIENCE_TO_START.total_seconds()
+    while missing:
+        for other in tuple(missing):
+            if store.check([f"{name}/has/{other}"]):
+                missing.remove(other)
+            elif store.check([f"asks/{other}"]):  # perhaps one of an earlier start: then it asks again
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)
+        if time.monotonic() > deadline:
+            raise TrainingError(f"rank {min(missing)} did not come within {_PATIENCE_TO_START.seconds // 60} minutes")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def _own_device(device: str, local_rank: int, local_world_size: int) -> torch.device:

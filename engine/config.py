@@ -54,7 +54,8 @@ class Config:
     batch_size: int = 256
     """Images in one step over all ranks together; must divide by their number. (digits: 32)"""
     micro_batch: int | None = None
-    """Images in one pass of one rank; below the rank's share, gradients are accumulated. Default: the share."""
+    """Most images in one pass of one rank; below the rank's share, gradients are accumulated over passes of the largest
+    size that divides the share. Default: the share."""
     epochs: int = 74
     """Passes over the training images. (digits: 14)"""
     steps: int | None = None

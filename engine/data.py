@@ -235,13 +235,12 @@ def _open_again(data: str, root: Path, folder: Path, fingerprint: str) -> tuple[
 
 
 def _micro_batch(config: Config, ranks: Ranks) -> int:
+    """The largest divisor of the rank's share that --micro-batch allows: the share changes with the number of ranks."""
     share, remainder = divmod(config.batch_size, ranks.world_size)
     if remainder:
         raise UserError(
-            f"--batch-size {config.batch_size} does not divide among {ranks.world_size} ranks; "
-            f"take a multiple of {ranks.world_size}"
+            f"--batch-size {config.batch_size} does not divide among {ranks.world_size} ranks; run on a number of ranks "
+            f"that divides it, or take a multiple of {ranks.world_size}"
         )
-    micro_batch = config.micro_batch or share
-    if share % micro_batch:
-        raise UserError(f"--micro-batch {micro_batch} does not divide each rank's share of the batch, {share} images")
-    return micro_batch
+    limit = min(config.micro_batch or share, share)
+    return next(size for size in range(limit, 0, -1) if share % size == 0)

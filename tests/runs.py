@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from engine.checkpoint import load
@@ -18,15 +19,65 @@ SMALL = ["--arch", "A", "--data", "digits", "--batch-size", "12", "--schedule", 
 
 def run(*flags: str, ranks: int = 0, script: str = "train.py", check: bool = True) -> subprocess.CompletedProcess:
     """Run train.py (ranks=0) or torchrun train.py, in the repository."""
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, *(one_machine(ranks) if ranks else [])]
     done = subprocess.run(
-        [*launcher, script, *flags], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=280, check=False
+        [*launcher, script, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=280,
+        check=False,
     )
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def start(*flags: str, torchrun: list[str] | None = None, script: str = "train.py") -> subprocess.Popen:
+    """Start train.py, or torchrun with those flags, without waiting for it."""
+    return subprocess.Popen(
+        [sys.executable, *(torchrun or []), script, *flags],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def one_machine(ranks: int, *, restarts: int = 0) -> list[str]:
+    """torchrun's flags for so many ranks on this machine."""
+    flags = ["--nproc_per_node", str(ranks), "--max-restarts", str(restarts), "--master_port", str(free_port())]
+    return ["-m", "torch.distributed.run", *flags]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def wait_for(process: subprocess.Popen, beginning: str) -> None:
+    """Read what a process says until a line begins like that; fails the test if none does."""
+    assert process.stderr
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if line.strip().startswith(beginning):
+            return
+    pytest.fail(f"ended without a line that begins with {beginning}:\n{''.join(seen)}")
+
+
+def workers_of(launcher: subprocess.Popen) -> list[int]:
+    """Process ids of the ranks that a torchrun has started."""
+    workers = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue  # it has ended meanwhile
+        if parent == launcher.pid and b"--arch" in command:
+            workers.append(int(process.name))
+    return sorted(workers)
 
 
 def free_port() -> int:
@@ -36,7 +87,11 @@ def free_port() -> int:
 
 
 def results_of(done: subprocess.CompletedProcess) -> dict:
-    return json.loads(done.stdout.splitlines()[-1])
+    return results_of_output(done.stdout)
+
+
+def results_of_output(output: str) -> dict:
+    return json.loads(output.splitlines()[-1])
 
 
 def assert_same_weights(one: Path, other: Path) -> None:

@@ -3,8 +3,6 @@
 import functools
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,47 +12,7 @@ import train
 from engine.checkpoint import load
 from engine.preemption import StopRequests
 from tests.images import photo_folder
-from tests.runs import ROOT, SMALL, assert_same_weights, free_port, run
-
-
-def start(*flags: str, ranks: int = 0, restarts: int = 0) -> subprocess.Popen:
-    launcher = [sys.executable]
-    if ranks:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--max-restarts", str(restarts)]
-        launcher += ["--master_port", str(free_port())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*launcher, "train.py", *flags],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(process: subprocess.Popen, beginning: str) -> None:
-    assert process.stderr
-    seen = []
-    for line in process.stderr:
-        seen.append(line)
-        if line.startswith(beginning):
-            return
-    pytest.fail(f"ended without a line that begins with {beginning}:\n{''.join(seen)}")
-
-
-def workers_of(launcher: subprocess.Popen) -> list[int]:
-    """Process ids of the ranks that a torchrun has started."""
-    workers = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            command = (process / "cmdline").read_bytes()
-        except OSError:
-            continue  # it has ended meanwhile
-        if parent == launcher.pid and b"train.py" in command:
-            workers.append(int(process.name))
-    return sorted(workers)
+from tests.runs import SMALL, assert_same_weights, one_machine, run, start, wait_for, workers_of
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +31,7 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_saves_and_the_same_command_goes_on_bit_exactly(uninterrupted, tmp_path, ranks):
     flags = [*SMALL, "--steps", "8", "--out", str(tmp_path)]
-    process = start(*flags, ranks=ranks)
+    process = start(*flags, torchrun=one_machine(ranks) if ranks else None)
     wait_for(process, "step 2/8")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
@@ -90,7 +48,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_exactly(uninterrupted, t
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
 def test_torchrun_restarts_ranks_that_stopped_or_were_killed(uninterrupted, tmp_path, number):
     flags = [*SMALL, "--steps", "8", "--checkpoint-minutes", "0", "--out", str(tmp_path)]
-    process = start(*flags, ranks=2, restarts=1)
+    process = start(*flags, torchrun=one_machine(2, restarts=1))
     wait_for(process, "step 3/8")
     workers = workers_of(process)
     assert len(workers) == 2

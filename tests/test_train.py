@@ -118,7 +118,8 @@ def test_two_ranks_resumed_on_one_go_on_alike(two_ranks, tmp_path):
     out = tmp_path / "out"
     flags = [*SMOOTH, "--out", str(out)]
     run(*flags, "--steps", "3", ranks=2)
-    run(*flags, "--steps", "6")
+    done = run(*flags, "--steps", "6")
+    assert "note: ranks were 2 until now and are 1 from here on; the batches stay the same" in done.stderr
     uninterrupted, resumed = load(two_ranks / "last.pt"), load(out / "last.pt")
     assert resumed.samples_seen == uninterrupted.samples_seen == 72
     for name, weight in uninterrupted.model.items():
@@ -141,6 +142,12 @@ def test_accumulation_over_ranks_equals_one_rank(two_ranks, tmp_path):
     reference, accumulated = load(two_ranks / "last.pt"), load(tmp_path / "last.pt")
     for name, weight in reference.model.items():
         assert (weight - accumulated.model[name]).norm() / weight.norm().clamp(min=1e-3) < 1e-4, name
+
+
+@pytest.mark.parametrize(("at_most", "passes", "size"), [(5, 3, 4), (12, 1, 12), (100, 1, 12), (7, 2, 6)])
+def test_micro_batch_is_the_largest_divisor_that_it_allows(tmp_path, capsys, at_most, passes, size):
+    assert train.main([*SMALL, "--micro-batch", str(at_most), "--steps", "1", "--out", str(tmp_path)]) == 0
+    assert f"batch 12 = 1 ranks × {passes} passes × {size} images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("compression", ["bf16", "fp16"])
@@ -231,7 +238,6 @@ def fails(capsys, *flags: str, code: int = 2) -> str:
         (["--arch", "F"], "invalid choice 'F'"),
         (["--crop", "100"], "--crop 100: must be a multiple of 32"),
         (["--data", "/no/such/folder"], "--data /no/such/folder: no such folder"),
-        (["--micro-batch", "5"], "--micro-batch 5 does not divide each rank's share of the batch, 12 images"),
         (["--decoder", "gpu"], "--decoder gpu: needs a GPU"),
         (["--device", "cuda"], "--device cuda: torch finds no GPU here"),
         (["--resume", "no.pt"], "no.pt: no such file"),
@@ -248,7 +254,10 @@ def test_a_batch_that_does_not_divide_among_ranks(tmp_path):
     done = run(*flags, ranks=3, check=False)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: --batch-size 100 does not divide among 3 ranks; take a multiple of 3"]
+    assert errors == [
+        "error: --batch-size 100 does not divide among 3 ranks; run on a number of ranks that divides it, or take a "
+        "multiple of 3"
+    ]
 
 
 def test_class_folders_that_are_empty_or_missing(capsys, tmp_path, photos):
