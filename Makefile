@@ -18,6 +18,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck sweeps/*.sh sweeps/*.sbatch .ci/run
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

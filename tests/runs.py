@@ -1,13 +1,14 @@
 """Runs of train.py as a user starts them."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from engine.checkpoint import load
@@ -56,14 +57,14 @@ def environment() -> dict[str, str]:
 
 
 def wait_for(process: subprocess.Popen, beginning: str) -> None:
-    """Read what a process says until a line begins like that; fails the test if none does."""
+    """Read what a process says until a line begins like that; AssertionError if none does."""
     assert process.stderr
     seen = []
     for line in process.stderr:
         seen.append(line)
         if line.strip().startswith(beginning):
             return
-    pytest.fail(f"ended without a line that begins with {beginning}:\n{''.join(seen)}")
+    raise AssertionError(f"ended without a line that begins with {beginning}:\n{''.join(seen)}")
 
 
 def workers_of(launcher: subprocess.Popen) -> list[int]:
@@ -78,6 +79,15 @@ def workers_of(launcher: subprocess.Popen) -> list[int]:
         if parent == launcher.pid and b"--arch" in command:
             workers.append(int(process.name))
     return sorted(workers)
+
+
+def kill_all(launcher: subprocess.Popen) -> None:
+    """kill -9 of a torchrun, if it still runs, and of its ranks: nothing is left to say goodbye."""
+    if launcher.poll() is None:
+        for process in (*workers_of(launcher), launcher.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        launcher.communicate()
 
 
 def free_port() -> int:

@@ -1,6 +1,5 @@
 """Machines that join and leave; here, two torchruns on this one."""
 
-import os
 import signal
 import threading
 
@@ -9,7 +8,7 @@ import torch.distributed as dist
 
 from common import ranks
 from common.errors import TrainingError
-from tests.runs import SMALL, free_port, results_of_output, start, wait_for, workers_of
+from tests.runs import SMALL, free_port, kill_all, results_of_output, start, wait_for
 from tests.used import read_used
 
 
@@ -22,20 +21,24 @@ def test_a_machine_joins_and_leaves(tmp_path, monkeypatch, fault):
     torchrun += ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{free_port()}", "--rdzv_conf=last_call_timeout=2"]
     flags = [*SMALL, "--steps", "150", "--checkpoint-minutes", "0.05", "--out", str(tmp_path)]
     first = start(*flags, torchrun=torchrun, script="tests/recording_worker.py")
-    wait_for(first, "step 3/")
-    second = start(*flags, torchrun=torchrun, script="tests/recording_worker.py")
-    wait_for(first, "note: ranks were 1 until now and are 2")
-    for _ in range(5):
-        wait_for(first, "step ")
-    if fault == signal.SIGKILL:
-        for process in (*workers_of(second), second.pid):
-            os.kill(process, signal.SIGKILL)
-    else:
-        second.terminate()
-    wait_for(first, "going on from")
-    output, error = first.communicate(timeout=150)
-    assert first.returncode == 0, error
-    second.communicate(timeout=60)
+    second = None
+    try:
+        wait_for(first, "step 3/")
+        second = start(*flags, torchrun=torchrun, script="tests/recording_worker.py")
+        wait_for(first, "note: ranks were 1 until now and are 2")
+        for _ in range(5):
+            wait_for(first, "step ")
+        if fault == signal.SIGKILL:
+            kill_all(second)
+        else:
+            second.terminate()
+        wait_for(first, "going on from")
+        output, error = first.communicate(timeout=150)
+        assert first.returncode == 0, error
+        second.communicate(timeout=60)
+    finally:
+        for torchruns in filter(None, (first, second)):
+            kill_all(torchruns)
     assert results_of_output(output)["steps"] == 150
     used = read_used(tmp_path, batch_size=12)
     assert used.world_sizes == [1, 2, 1]

@@ -20,8 +20,12 @@ class Used:
     """Of the starts, in order."""
     repeated_steps: int
     """Steps that were begun more than once."""
-    differing: set[int]
-    """Numbers that showed another row or other pixels when they were repeated."""
+    seen: dict[int, set[Image]]
+    """All that a number showed, in steps that were repeated too: one image, if all is well."""
+
+    @property
+    def differing(self) -> dict[int, set[Image]]:
+        return {number: images for number, images in self.seen.items() if len(images) > 1}
 
     def rows(self, epoch: int, size: int) -> Counter:
         """Row → how often it was used in an epoch of so many images."""
@@ -42,16 +46,18 @@ def read_used(out: Path, batch_size: int) -> Used:
             shown = zip(entry["rows"], entry["pixels"], strict=True)
             steps.setdefault(entry["step"], {}).update(zip(entry["numbers"], shown, strict=True))
     images: dict[int, Image] = {}
+    seen: dict[int, set[Image]] = {}
     last_made: dict[int, dict[int, Image]] = {}
-    repeated, differing = set(), set()
+    repeated = set()
     for _, steps in sorted(starts.items()):
         for step, batch in steps.items():
             if step in last_made:
                 repeated.add(step)
             last_made[step] = batch
-            differing |= {number for number, image in batch.items() if images.setdefault(number, image) != image}
             images.update(batch)
+            for number, image in batch.items():
+                seen.setdefault(number, set()).add(image)
     for step, batch in last_made.items():
         assert sorted(batch) == list(range(step * batch_size, (step + 1) * batch_size)), f"step {step}: {sorted(batch)}"
     assert sorted(last_made) == list(range(len(last_made))), "a step is missing"
-    return Used(images, len(starts), [size for _, size in sorted(starts)], len(repeated), differing)
+    return Used(images, len(starts), [size for _, size in sorted(starts)], len(repeated), seen)
