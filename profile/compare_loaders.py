@@ -2,7 +2,9 @@
 
 DIR holds train/<class>/*.JPEG and val/<class>/*. All loaders get the same files, batch size and cores, and make the paper's
 sample: shorter side rescaled to S, random 224×224 crop, random flip, random colour shift, mean subtracted, float32. Ours
-leaves them in channels_last, as the network wants them; the others are not charged for that.
+leaves them in channels_last, as the network wants them; the others are not charged for that. At S = 256 there are two more:
+this loader on DIR as pipeline.prepare packs it at 256 pixels, and ffcv, where it is installed, with its authors' ImageNet
+recipe (500 pixels, JPEG quality 90; its own random crops, no colour shift).
 
 They take turns, round after round. A turn begins with a pause, in which the one before fills its queues and falls silent, and
 with batches that are not counted, until what was prefetched meanwhile is used up. Figures are medians over rounds; ratios are
@@ -14,6 +16,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter, sleep
@@ -22,23 +25,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from ffcv_loader import ffcv_loader  # type: ignore[import-not-found]
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
-from common.errors import UserError
+from common.errors import UserError, tell
 from common.progress import say
+from common.ranks import ranks_of_this_run
 from pipeline.loader import DaliLoader
 from pipeline.manifest import open_manifest
 from pipeline.plan import IMAGENET_EIGENVALUES, IMAGENET_EIGENVECTORS, IMAGENET_MEAN_RGB, TrainPlan
+from pipeline.prepare import Settings, prepare
+from pipeline.prepared import open_prepared
+from pipeline.reader import Fetch, ShardReader
 from pipeline.tables import FileTable
 
 OURS = "this project"
 USUAL_DALI = "DALI, decode all"
 PIL = "torchvision, PIL"
 TENSORS = "torchvision, tensors"
+PREPARED = "this project, prepared"
+FFCV = "ffcv"
 _PREFETCH = 2
 _COLOUR_SHIFT_SIGMA = 0.1
 _BATCHES_NOT_COUNTED = 8
@@ -58,50 +68,81 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         table = open_manifest(arguments.data).train
+        with tempfile.TemporaryDirectory() as work:
+            scales = {
+                name: compare(make_loaders(table, scale, arguments, Path(work)), arguments, name)
+                for name, scale in (("S=256", (256, 256)), ("S in [256;512]", (256, 512)))
+            }
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-
+        return tell(error)
     result = {
         "data": str(arguments.data),
         "images": len(table),
         "batch_size": arguments.batch_size,
         "threads": arguments.threads,
         "rounds": arguments.rounds,
-        "scales": {},
+        "scales": scales,
     }
-    for scale in ((256, 256), (256, 512)):
-        name = "S=256" if scale[0] == scale[1] else f"S in [{scale[0]};{scale[1]}]"
-        rates = measure(make_loaders(table, scale, arguments), arguments)
-        result["scales"][name] = summarise(rates)
-        print_table(name, result["scales"][name])
     print(json.dumps(result))
     return 0
 
 
-def make_loaders(table: FileTable, scale: tuple[int, int], arguments: argparse.Namespace) -> dict[str, Iterator]:
-    """Endless iterators of batches, by name."""
+def compare(loaders: dict[str, Iterator], arguments: argparse.Namespace, title: str) -> dict:
+    """Measure, print the table, return its figures."""
+    summary = summarise(measure(loaders, arguments))
+    print_table(title, summary)
+    return summary
+
+
+def make_loaders(
+    table: FileTable, scale: tuple[int, int], arguments: argparse.Namespace, work: Path
+) -> dict[str, Iterator]:
+    """Endless iterators of batches, by name. work: a folder for what some of them read."""
     size, crop, threads = arguments.batch_size, arguments.crop, arguments.threads
     plan = TrainPlan(table=table, batch_size=size, crop=crop, scale=scale, seed=0)
     rows = table.read(np.arange(len(table)))
     paths = [os.path.normpath(os.fsdecode(bytes(name))) for name in rows.source]
     labels = rows.labels.tolist()
-    return {
-        OURS: DaliLoader(
-            lambda skip: plan.batches(start=0, rank=0, world_size=1, micro_batch=size, skip=skip),
-            lose=lambda samples, dead, reasons: plan.lose(samples, dead),
-            batch_size=size,
-            crop=crop,
-            device=torch.device("cpu"),
-            decoder="cpu",
-            half=False,
-            threads=threads,
-            prefetch=_PREFETCH,
-        ),
+    loaders = {
+        OURS: our_loader(plan, threads, fetch=None),
         USUAL_DALI: usual_dali(paths, labels, scale, crop, size, threads),
         PIL: torchvision_loader(paths, labels, read_pil, scale, crop, size, threads),
         TENSORS: torchvision_loader(paths, labels, read_tensor, scale, crop, size, threads),
     }
+    if scale == (256, 256):
+        loaders[PREPARED] = our_prepared_loader(arguments, work / "prepared")
+        try:
+            peer = ffcv_loader(paths, labels, work, crop, size, threads)
+            next(peer)  # numba compiles
+            loaders[FFCV] = peer
+        except ImportError as error:
+            say(f"{FFCV} is left out: {error}")
+    return loaders
+
+
+def our_loader(plan: TrainPlan, threads: int, fetch: Fetch | None) -> DaliLoader:
+    return DaliLoader(
+        lambda skip: plan.batches(start=0, rank=0, world_size=1, micro_batch=plan.batch_size, skip=skip),
+        lose=lambda samples, dead, reasons: plan.lose(samples, dead),
+        batch_size=plan.batch_size,
+        crop=plan.crop,
+        device=torch.device("cpu"),
+        decoder="cpu",
+        half=False,
+        threads=threads,
+        prefetch=_PREFETCH,
+        fetch=fetch,
+    )
+
+
+def our_prepared_loader(arguments: argparse.Namespace, folder: Path) -> DaliLoader:
+    settings = Settings(short_side="256", quality=90, shard_images=2048)
+    with ranks_of_this_run("cpu") as ranks:
+        prepare(arguments.data, folder, settings, threads=arguments.threads, ranks=ranks)
+    table = open_prepared(str(folder)).train
+    plan = TrainPlan(table=table, batch_size=arguments.batch_size, crop=arguments.crop, scale=(256, 256), seed=0)
+    reader = ShardReader(table, threads=None, batches_ahead=8)
+    return our_loader(plan, arguments.threads, fetch=lambda batches: reader.fetch(batches, plan.read_group))
 
 
 def measure(loaders: dict[str, Iterator], arguments: argparse.Namespace) -> dict[str, list[float]]:
@@ -123,27 +164,29 @@ def measure(loaders: dict[str, Iterator], arguments: argparse.Namespace) -> dict
     return rates
 
 
-def summarise(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median, lowest and highest images per second of each loader; ours divided by it, round by round."""
-    summary = {}
+def summarise(rates: dict[str, list[float]]) -> dict[str, dict]:
+    """Median, lowest and highest images per second of each loader; how many times as fast each of ours is, by rounds."""
+    summary: dict[str, dict] = {}
     for name, values in rates.items():
-        ratios = [ours / other for ours, other in zip(rates[OURS], values, strict=True)]
-        summary[name] = {
-            "images_per_second": round(statistics.median(values), 1),
-            "lowest": round(min(values), 1),
-            "highest": round(max(values), 1),
-            "ours_is_times": round(statistics.median(ratios), 3),
-            "ours_is_times_lowest": round(min(ratios), 3),
-            "ours_is_times_highest": round(max(ratios), 3),
-        }
+        summary[name] = {"images_per_second": median_and_range(values, digits=1)}
+        for ours in (OURS, PREPARED):
+            if ours in rates:
+                ratios = [own / other for own, other in zip(rates[ours], values, strict=True)]
+                summary[name][f"times {ours}"] = median_and_range(ratios, digits=3)
     return summary
 
 
-def print_table(title: str, summary: dict[str, dict[str, float]]) -> None:
-    print(f"\n{title:22}{'images/s':>10}{'lowest':>9}{'highest':>9}{'ours is … times':>24}")
+def median_and_range(values: list[float], digits: int) -> list[float]:
+    """[median, lowest, highest]"""
+    return [round(value, digits) for value in (statistics.median(values), min(values), max(values))]
+
+
+def print_table(title: str, summary: dict[str, dict]) -> None:
+    compared = [name for name in (OURS, PREPARED) if name in summary]
+    print(f"\n{title:24}{'images/s':>24}" + "".join(f"{name + ' is … times':>36}" for name in compared))
     for name, row in summary.items():
-        ratio = "{ours_is_times:.2f}  ({ours_is_times_lowest:.2f}–{ours_is_times_highest:.2f})".format(**row)
-        print(f"{name:22}{row['images_per_second']:10,.0f}{row['lowest']:9,.0f}{row['highest']:9,.0f}{ratio:>24}")
+        line = f"{name:24}" + "{:10,.0f} ({:,.0f}–{:,.0f})".format(*row["images_per_second"]).rjust(24)
+        print(line + "".join("{:.2f} ({:.2f}–{:.2f})".format(*row[f"times {ours}"]).rjust(36) for ours in compared))
 
 
 # ---- the others --------------------------------------------------------------------------------------------------

@@ -1,0 +1,129 @@
+"""ffcv as a peer in a comparison of image loaders on the CPU."""
+
+import hashlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+_LONGER_SIDE = 500
+_JPEG_QUALITY = 90
+_LEAST_IMAGES_IN_FILE = 2_000
+_LEAST_IMAGES_IN_EPOCH = 100_000
+
+
+def ffcv_loader(
+    paths: list[str], labels: list[int], folder: Path, crop: int, batch_size: int, workers: int
+) -> Iterator[tuple]:
+    """ffcv on the CPU, by the recipe of its authors' ImageNet training, with every image kept as a JPEG; endless batches.
+
+    The file is that of write_imagenet.py in https://github.com/libffcv/ffcv-imagenet: longer side 500 pixels at most, JPEG
+    quality 90. The recipe for ResNet-50 keeps half of the images as raw pixels (write mode "proportion", 0.5); here all are
+    JPEGs (write mode "jpg"). The pipeline is that of create_train_loader in train_imagenet.py there: decode the whole image,
+    random crop of 8 to 100 % of its area resized to crop × crop, random flip, IMAGENET_MEAN and IMAGENET_STD. Two things
+    differ: the output is float32, not float16, and NormalizeImage stands before ToTensor, which is where it runs on a CPU.
+    The order is random; the file is read through the page cache.
+
+    Each image is in the file as often as brings it to 2000 images, and an epoch goes over the file often enough for 100,000,
+    because ffcv allocates and fills all its buffers anew in each. The file is written to folder unless it is there.
+
+    A batch is (images, labels): images [batch, 3, crop, crop], float32, channels_last in memory; labels int64. Both are views
+    into ffcv's ring of buffers: the next batch asked for may overwrite them.
+
+    ImportError where ffcv is not installed, at the call. The first batch takes long: numba compiles the pipeline.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        from ffcv.fields.basics import IntDecoder
+        from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
+
+        file = _write_once(paths, labels, folder)
+        images_in_file = len(paths) * _copies(paths)
+        loader = Loader(
+            str(file),
+            batch_size=batch_size,
+            num_workers=workers,
+            os_cache=True,
+            order=OrderOption.RANDOM,
+            seed=0,
+            indices=np.tile(np.arange(images_in_file, dtype=np.uint64), -(-_LEAST_IMAGES_IN_EPOCH // images_in_file)),
+            drop_last=True,
+            pipelines={
+                "image": [
+                    RandomResizedCropRGBImageDecoder((crop, crop)),
+                    RandomHorizontalFlip(),
+                    NormalizeImage(
+                        np.array([0.485, 0.456, 0.406]) * 255, np.array([0.229, 0.224, 0.225]) * 255, np.float32
+                    ),
+                    ToTensor(),
+                    ToTorchImage(),
+                ],
+                "label": [IntDecoder(), ToTensor(), Squeeze()],
+            },
+        )
+    finally:
+        torch.set_num_threads(threads)  # importing ffcv sets it to 1 for the whole process
+    return _batches(loader)
+
+
+def _batches(loader) -> Iterator[tuple]:
+    while True:
+        epoch = iter(loader)
+        try:
+            yield from epoch
+        finally:
+            epoch.close()  # ends its thread, which would otherwise wait for ever with a full queue
+
+
+def _copies(paths: list[str]) -> int:
+    return -(-_LEAST_IMAGES_IN_FILE // len(paths))
+
+
+def _write_once(paths: list[str], labels: list[int], folder: Path) -> Path:
+    """The .beton of these images, named after the list; written by a fresh process, since ffcv's writer forks.
+
+    This process may hold threads of other loaders, with which a fork is not safe.
+    """
+    listed = "\n".join(f"{path}\t{label}" for path, label in zip(paths, labels, strict=True))
+    digest = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()[:12]
+    file = folder / f"{digest}-{_LONGER_SIDE}px-q{_JPEG_QUALITY}-x{_copies(paths)}.beton"
+    if file.exists():
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    writer = multiprocessing.get_context("spawn").Process(target=_write, args=(paths, labels, unfinished))
+    writer.start()
+    writer.join()
+    if writer.exitcode:
+        raise RuntimeError(f"writing {unfinished} for ffcv failed: exit status {writer.exitcode}")
+    unfinished.rename(file)
+    return file
+
+
+def _write(paths: list[str], labels: list[int], file: Path) -> None:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    image = RGBImageField(write_mode="jpg", max_resolution=_LONGER_SIDE, jpeg_quality=_JPEG_QUALITY)
+    writer = DatasetWriter(str(file), {"image": image, "label": IntField()}, num_workers=len(os.sched_getaffinity(0)))
+    writer.from_indexed_dataset(_Images(paths, labels), indices=np.tile(np.arange(len(paths)), _copies(paths)))
+    sys.stdout.flush()
+
+
+class _Images:
+    def __init__(self, paths: list[str], labels: list[int]) -> None:
+        self._paths, self._labels = paths, labels
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.open(self._paths[index]).convert("RGB"), self._labels[index]
