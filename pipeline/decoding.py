@@ -1,7 +1,6 @@
 """Whole images out of a table, each decoded with training's own decoder: to check that it can be, or to prepare it anew."""
 
 import functools
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from nvidia.dali import Pipeline, fn, math, types
 
+from pipeline.fifos import FifoGuard
 from pipeline.recovery import each_alone, is_about_an_image
 from pipeline.tables import FileTable
 
@@ -45,42 +45,39 @@ def decode_whole(
     """
     images_a_batch = max(_LEAST_IMAGES, _IMAGES_A_THREAD * threads)
     waiting = _batches(table, rows, sizes, images_a_batch)
-    while True:
-        in_flight: deque[_Batch] = deque()
-        pipeline = _pipeline(
-            _source(waiting, in_flight),
-            batch_size=images_a_batch,
-            threads=threads,
-            prefetch=_PREFETCH,
-        )
-        try:
-            while True:
-                outputs = pipeline.run()
-                yield from _results(outputs, in_flight.popleft().sizes)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if not is_about_an_image(error):
-                raise
-        # Each image of the first batch that was not delivered by itself; those behind it go through a new pipeline.
-        del pipeline
-        batch = in_flight.popleft()
-        alone = [batch.inputs(slice(index, index + 1)) for index in range(len(batch.sizes))]
-        make_pipeline = functools.partial(_pipeline, batch_size=1, threads=1, prefetch=1)
-        for index, (outputs, reason) in enumerate(each_alone(alone, make_pipeline)):
-            if outputs is None:
-                yield None, reason
-            else:
-                yield from _results(outputs, batch.sizes[index : index + 1])
-        waiting = itertools.chain(in_flight, waiting)
+    in_flight: deque[_Batch] = deque()
+    given_back: deque[_Batch] = deque()
 
-
-def _source(waiting: Iterator[_Batch], in_flight: deque[_Batch]) -> Callable[[], tuple]:
     def next_inputs() -> tuple:
-        in_flight.append(next(waiting))
+        in_flight.append(given_back.popleft() if given_back else next(waiting))
         return in_flight[-1].inputs()
 
-    return next_inputs
+    with FifoGuard(lambda: [batch.source for batch in list(in_flight)]):
+        while True:
+            pipeline = _pipeline(next_inputs, batch_size=images_a_batch, threads=threads, prefetch=_PREFETCH)
+            try:
+                while True:
+                    outputs = pipeline.run()
+                    yield from _results(outputs, in_flight.popleft().sizes)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not is_about_an_image(error):
+                    raise
+            # The first batch that was not delivered image by image; those behind it go through a new pipeline.
+            yield from _one_by_one(in_flight[0])
+            given_back.extendleft(list(in_flight)[:0:-1])
+            in_flight.clear()
+
+
+def _one_by_one(batch: _Batch) -> Iterator[tuple[np.ndarray | None, str]]:
+    alone = [batch.inputs(slice(index, index + 1)) for index in range(len(batch.sizes))]
+    make_pipeline = functools.partial(_pipeline, batch_size=1, threads=1, prefetch=1)
+    for index, (outputs, reason) in enumerate(each_alone(alone, make_pipeline)):
+        if outputs is None:
+            yield None, reason
+        else:
+            yield from _results(outputs, batch.sizes[index : index + 1])
 
 
 def _batches(table: FileTable, rows: np.ndarray, sizes: np.ndarray | None, most: int) -> Iterator[_Batch]:
@@ -111,7 +108,7 @@ def _pipeline(source: Callable[[], tuple], *, batch_size: int, threads: int, pre
         names, sizes, targets = fn.external_source(
             source, num_outputs=3, batch=True, dtype=[types.UINT8, types.INT32, types.FLOAT]
         )
-        files = fn.io.file.read(names)
+        files = fn.io.file.read(names, dont_use_mmap=True)  # as in training: see graphs.py
         shapes = fn.peek_image_shape(files, adjust_orientation=False, dtype=types.INT32)
         # A file that was replaced by a far larger image is not decoded beyond the size that is in the table.
         images = fn.decoders.image_slice(
