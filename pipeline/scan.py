@@ -100,7 +100,7 @@ def _class_names(root: Path) -> list[str]:
     names = {}
     for split in SPLITS:
         with os.scandir(root / split) as entries:
-            names[split] = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+            names[split] = {entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith(".")}
         if not names[split]:
             raise UserError(f"{root / split}: holds no class folders; {split}/<class>/* is needed")
     for one, other in (SPLITS, SPLITS[::-1]):
@@ -110,11 +110,24 @@ def _class_names(root: Path) -> list[str]:
     return sorted(names["train"])
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a link to itself, say: its header will not be read either, and the reason then says why
+
+
 def _list_split(root: Path, split: str, classes: list[str]) -> Listing:
     listing = Listing([], {})
     listing.folders[split] = os.stat(root / split).st_mtime_ns
+    above = tuple((status.st_dev, status.st_ino) for status in (os.stat(root), os.stat(root / split)))
     for label, name in enumerate(classes):
-        _list_folder(root, f"{split}/{name}", label, listing, ancestors=())
+        try:
+            _list_folder(root, f"{split}/{name}", label, listing, ancestors=above)
+        except OSError as error:
+            raise UserError(
+                f"{printable(str(error.filename))}: cannot be listed ({error.strerror}); make it readable for this user"
+            ) from error
     return listing
 
 
@@ -127,7 +140,7 @@ def _list_folder(root: Path, path: str, label: int, listing: Listing, ancestors:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 inside = (*ancestors, (status.st_dev, status.st_ino))
                 _list_folder(root, f"{path}/{entry.name}", label, listing, inside)
             else:
