@@ -5,8 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from common.ranks import Ranks
 from engine.checkpoint import load
+from engine.config import parse_args
+from engine.data import open_data
+from engine.precision import Precision
 from tests.images import photo_folder
 from tests.runs import results_of, run
 
@@ -16,8 +21,11 @@ FLAGS += ["--schedule", "step", "--dropout", "0", "--lr", "0.001"]
 
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory) -> Path:
-    """A folder that was good when it was scanned."""
+    """A folder that was good when it was scanned, but for two images of val."""
     folder = photo_folder(tmp_path_factory.mktemp("data") / "photos", train=25, val=9)
+    (folder / "val/class0/empty.jpg").write_bytes(b"")
+    (folder / "val/class1/text.png").write_text("text")
+    (folder / "val/class1/README.txt").write_text("not an image, and not meant to be one")
     run(*FLAGS, "--data", str(folder), "--steps", "1", "--out", str(folder.parent / "out"))
     return folder
 
@@ -46,8 +54,8 @@ def test_training_and_validation_go_on_without_them(damaged, tmp_path):
         if not ranks:
             assert done.stderr.count("cannot be decoded (") == 4, "each once"
         history = load(out / "last.pt").history
-        assert [(entry["images"], entry["lost"]) for entry in history] == [(9, 1)] * 3
-        assert all(entry["top1"] <= 8 / 9 for entry in history)
+        assert [(entry["images"], entry["lost"]) for entry in history] == [(11, 3)] * 3
+        assert all(entry["top1"] <= 8 / 11 for entry in history)
     quarantine = (damaged / ".vgg-manifest/quarantine.tsv").read_text()
     for name in ("train/class0/004.JPEG", "train/class1/011.JPEG", "train/class0/016.JPEG", "val/class1/003.JPEG"):
         assert f"{name}\t" in quarantine
@@ -66,3 +74,30 @@ def test_too_many_of_them_end_the_run(damaged, tmp_path):
     assert len(errors) == 1
     assert "3 images cannot be decoded, more than the 2 that --max-bad-images allows" in errors[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_three_ranks_count_as_one_does(damaged, tmp_path):
+    for ranks in (0, 3):
+        out = tmp_path / str(ranks)
+        run(*FLAGS, "--data", str(damaged), "--max-bad-images", "9", "--epochs", "1", "--out", str(out), ranks=ranks)
+    alone, together = (load(tmp_path / f"{ranks}/last.pt").history for ranks in (0, 3))
+    assert [(entry["images"], entry["lost"], entry["top1"]) for entry in alone] == [
+        (entry["images"], entry["lost"], entry["top1"]) for entry in together
+    ]
+    assert (alone[0]["images"], alone[0]["lost"]) == (11, 3)
+
+
+def test_a_list_that_cannot_be_written_is_warned_of_once_and_ends_nothing(damaged, capsys):
+    (damaged / ".vgg-manifest/quarantine.tsv").unlink()
+    (damaged / ".vgg-manifest/quarantine.tsv").mkdir()  # in the way, since permissions do not stop root
+    ranks = Ranks(
+        rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), patient_group=None
+    )
+    config = parse_args([*FLAGS, "--data", str(damaged), "--max-bad-images", "9"])
+    batches = open_data(config, ranks, Precision("fp32", "cpu")).train_batches(0)
+    for _ in range(8):
+        next(batches)
+    output = capsys.readouterr().err
+    assert output.count("going on without it") == 3
+    assert output.count("quarantine.tsv cannot be added to (Is a directory)") == 1
