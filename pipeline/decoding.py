@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from nvidia.dali import Pipeline, fn, math, types
 
-from pipeline.fifos import FifoGuard
 from pipeline.recovery import each_alone, is_about_an_image
 from pipeline.tables import FileTable
 
@@ -52,22 +51,21 @@ def decode_whole(
         in_flight.append(given_back.popleft() if given_back else next(waiting))
         return in_flight[-1].inputs()
 
-    with FifoGuard(lambda: [batch.source for batch in list(in_flight)]):
-        while True:
-            pipeline = _pipeline(next_inputs, batch_size=images_a_batch, threads=threads, prefetch=_PREFETCH)
-            try:
-                while True:
-                    outputs = pipeline.run()
-                    yield from _results(outputs, in_flight.popleft().sizes)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not is_about_an_image(error):
-                    raise
-            # The first batch that was not delivered image by image; those behind it go through a new pipeline.
-            yield from _one_by_one(in_flight[0])
-            given_back.extendleft(list(in_flight)[:0:-1])
-            in_flight.clear()
+    while True:
+        pipeline = _pipeline(next_inputs, batch_size=images_a_batch, threads=threads, prefetch=_PREFETCH)
+        try:
+            while True:
+                outputs = pipeline.run()
+                yield from _results(outputs, in_flight.popleft().sizes)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not is_about_an_image(error):
+                raise
+        # The first batch that was not delivered image by image; those behind it go through a new pipeline.
+        yield from _one_by_one(in_flight[0])
+        given_back.extendleft(list(in_flight)[:0:-1])
+        in_flight.clear()
 
 
 def _one_by_one(batch: _Batch) -> Iterator[tuple[np.ndarray | None, str]]:

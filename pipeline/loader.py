@@ -66,24 +66,26 @@ class DaliLoader:
         return self
 
     def __next__(self) -> Batch:
+        images, labels = self._run()
+        self._delivered += 1
+        self._in_flight.popleft()
+        # NHWC memory permuted to NCHW is what torch calls channels_last: no copy.
+        return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), torch.from_dlpack(labels.as_tensor())
+
+    def _run(self) -> tuple:
+        """DALI's outputs for the next batch, which is the first in flight."""
         while True:
             try:
                 if self._device.type == "cuda":
                     # Given torch's stream, DALI orders its outputs on it: nobody waits on the host, and the memory goes
                     # back to DALI's pool only after the work that torch has queued by then.
-                    images, labels = self._pipeline.run(torch.cuda.current_stream(self._device))
-                else:
-                    images, labels = self._pipeline.run()
-                break
+                    return self._pipeline.run(torch.cuda.current_stream(self._device))
+                return self._pipeline.run()
             except RuntimeError as error:
                 if not is_about_an_image(error):
                     raise
                 self._do_without_what_fails(error)
                 self._start()
-        self._delivered += 1
-        self._in_flight.popleft()
-        # NHWC memory permuted to NCHW is what torch calls channels_last: no copy.
-        return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), torch.from_dlpack(labels.as_tensor())
 
     def _start(self) -> None:
         """Start DALI at the first batch that was not delivered yet."""
