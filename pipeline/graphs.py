@@ -75,15 +75,15 @@ def image_pipeline(
                 subpixel_scale=False,  # within 1–2 grey levels of PIL's and torchvision's; the default is up to 6 off
                 antialias=True,
             )
-        images = fn.crop_mirror_normalize(
-            images,
-            device=device,
-            mirror=mirrored,
-            mean=mean,  # holds the colour shift too: it costs no pass over the image
-            std=1.0,
-            output_layout="HWC",  # torch sees it as channels_last without a copy
-            dtype=types.FLOAT16 if half else types.FLOAT,
-        )
+        # The mean holds the colour shift too: it costs no pass over the image. NHWC is what torch calls channels_last.
+        dtype = types.FLOAT16 if half else types.FLOAT
+        if on_gpu:
+            images = fn.crop_mirror_normalize(
+                images, device="gpu", mirror=mirrored, mean=mean, std=1.0, output_layout="HWC", dtype=dtype
+            )
+        else:  # on a CPU, two operators are faster than the one: 70 instead of 120 µs of a core for 224×224 pixels
+            images = fn.flip(images, horizontal=mirrored)
+            images = fn.normalize(images, mean=fn.reshape(mean, shape=[1, 1, 3]), stddev=1.0, axes=[0, 1], dtype=dtype)
         return images, labels.gpu() if on_gpu else labels
 
     return graph()
