@@ -96,11 +96,9 @@ def inflict(fault: str, run: Run, images: list[Path], dice: random.Random) -> st
         image.write_bytes(b"not an image any more")
         return f"{image.parent.name}/{image.name} overwritten"
     if fault == "rank":
-        ranks = workers_of(run.torchrun)
-        if not ranks:
-            return "no rank there to kill: between two starts"
-        victim = dice.choice(ranks)
-        os.kill(victim, signal.SIGKILL)
+        while not (ranks := workers_of(run.torchrun)):  # between two starts
+            time.sleep(0.1)
+        os.kill(dice.choice(ranks), signal.SIGKILL)
         return f"kill -9 of one of {len(ranks)} ranks"
     before = run.world_size
     if fault == "torchrun":
@@ -146,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--kinds", nargs="+", default=FAULTS, choices=FAULTS, help="taken in turns, in random order")
     parser.add_argument("--seed", type=int, default=0, help="of the faults, their order and their moments")
-    parser.add_argument("--epochs", type=int, default=6, help="must last longer than the faults")
+    parser.add_argument("--epochs", type=int, default=4, help="must last longer than the faults")
     parser.add_argument("--batch-size", type=int, default=12, help="a multiple of 6, for 1 to 3 ranks")
     args = parser.parse_args(argv)
     began, dice = time.monotonic(), random.Random(args.seed)
@@ -162,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         # One in four at any moment after the last one: while ranks start, or save; the others while steps are made.
         if dice.random() < 0.75 and run.wait(for_a_step=True):
             raise SystemExit(f"the run was done before fault {number}: give it more --epochs")
-        time.sleep(3 * dice.random())
+        time.sleep(8 * dice.random())
         latest = max(run.steps_said(), default=None)
         said = inflict(fault, run, images, dice)
         say(

@@ -41,6 +41,15 @@ def test_compare_loaders(tmp_path):
             assert "times this project" in row
 
 
+def test_soak():
+    """A rank is killed, then torchrun, whose ranks stop by themselves; torchrun restarts the first time, the script the second."""
+    flags = ["--faults", "2", "--kinds", "rank", "torchrun", "--epochs", "1", "--batch-size", "48"]
+    result = run_script("soak", "pass", *flags)
+    assert result["faults"] == {"rank": 1, "torchrun": 1, "stop": 0, "size": 0, "file": 0}
+    assert (result["steps"], result["starts_of_torchrun"], result["torchrun_gave_up"]) == (30, 2, 0)
+    assert (result["rows_not_used_once"], result["images_changed_in_repeated_steps"], result["exact"]) == (0, 0, True)
+
+
 def test_step_overhead():
     flags = ["--crop", "32", "--train-scale", "32", "--batch-size", "2"]
     result = run_script("step_overhead", "script._STEPS_A_TURN = 2; script._TURNS = 4", *flags)
