@@ -46,7 +46,8 @@ class Run:
         self.out, self.log, self.world_size = folder / "out", folder / "log", world_size
         self.starts, self.unasked_ends = 0, 0
         self._flags = ["--arch", "A", "--data", str(folder / "digits"), "--crop", "32", "--train-scale", "36"]
-        self._flags += ["--batch-size", str(batch_size), "--epochs", str(epochs), "--schedule", "cosine"]
+        self._flags += ["--batch-size", str(batch_size), "--epochs", str(epochs)]
+        self._flags += ["--schedule", "cosine", "--warmup-epochs", "1"]
         self._flags += ["--max-bad-images", "1000", "--log-every", "1", "--checkpoint-minutes", "0.05"]
         self.start()
 
@@ -184,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         "torchrun_gave_up": run.unasked_ends,
         "world_sizes": used.world_sizes,
         **judgement,
-        "top1": checkpoint.history[-1]["top1"],
+        "top1": [entry["top1"] for entry in checkpoint.history],
         "seconds": round(time.monotonic() - began),
         "exact": exact and checkpoint.steps == -(-args.epochs * total // args.batch_size),
     }

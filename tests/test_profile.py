@@ -42,7 +42,7 @@ def test_compare_loaders(tmp_path):
 
 
 def test_soak():
-    """A rank is killed, then torchrun, whose ranks stop by themselves; torchrun restarts the first time, the script the second."""
+    """A rank is killed, and torchrun restarts all; torchrun is killed, whose ranks stop by themselves, and started again."""
     flags = ["--faults", "2", "--kinds", "rank", "torchrun", "--epochs", "1", "--batch-size", "48"]
     result = run_script("soak", "pass", *flags)
     assert result["faults"] == {"rank": 1, "torchrun": 1, "stop": 0, "size": 0, "file": 0}
