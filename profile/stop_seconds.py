@@ -30,16 +30,17 @@ def stop_once(flags: list[str], out: Path) -> dict[str, float]:
     time.sleep(random.random() * (time.time() - began))
     signalled = time.time()
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate()
+    wait_for(process, "step ")
+    step_ended = time.time()
+    process.communicate()
     left = time.time()
     if process.returncode != 75:
         raise subprocess.CalledProcessError(process.returncode, flags)
     saved = (out / "last.pt").stat().st_ctime  # when the file got its last name
-    writing = json.loads(output.splitlines()[-1])["checkpoint_seconds"]
     figures = {
         "until_saved": saved - signalled,
-        "of_it_the_step": saved - signalled - writing,
-        "of_it_writing": writing,
+        "of_it_the_step": step_ended - signalled,
+        "of_it_writing": saved - step_ended,
         "until_left": left - signalled,
     }
     return {name: round(value, 2) for name, value in figures.items()}
