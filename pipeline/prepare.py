@@ -224,7 +224,7 @@ def _in_order(
 
 def _encode(image: np.ndarray, quality: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, optimize=True)
     return buffer.getvalue()
 
 
