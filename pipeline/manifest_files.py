@@ -85,21 +85,22 @@ def add_to_quarantine(folder: Path, root: str | Path, reasons: dict[str, str]) -
 
     Raises OSError where that cannot be written.
     """
-    with open(folder / QUARANTINE, "ab") as file:  # whole lines at once: other ranks append too
-        file.write(quarantine_lines(root, reasons))
-
-
-def quarantine_lines(root: str | Path, reasons: dict[str, str]) -> bytes:
-    """Images (names with reasons) as lines of quarantine.tsv, in which names are relative to the data set."""
     beginning = f"{root if '://' in str(root) else os.path.abspath(root)}/"
     lines = [f"{printable(name.removeprefix(beginning))}\t{printable(reason)}\n" for name, reason in reasons.items()]
-    return "".join(lines).encode()
+    with open(folder / QUARANTINE, "ab") as file:  # whole lines at once: other ranks append too
+        file.write("".join(lines).encode())
 
 
 def read_quarantine(folder: Path) -> list[tuple[str, str]]:
     """Paths and reasons, both printable, in quarantine.tsv: first those of the manifest, then what runs have added."""
     lines = (folder / QUARANTINE).read_text(encoding="utf-8").split("\n")[1:-1]
     return [(path, reason) for path, _, reason in (line.partition("\t") for line in lines)]
+
+
+def write_quarantine(folder: Path, quarantine: list[tuple[str, str]]) -> None:
+    """Write quarantine.tsv: paths and reasons, both printable. Raises OSError."""
+    with replacing(folder / QUARANTINE) as file:
+        file.write("".join(f"{path}\t{reason}\n" for path, reason in [("path", "reason"), *quarantine]).encode())
 
 
 def write_manifest(folder: Path, found: Scan, *, verified: bool) -> None:
@@ -123,8 +124,7 @@ def write_manifest(folder: Path, found: Scan, *, verified: bool) -> None:
     for split in SPLITS:
         with replacing(folder / table_names[split]) as file:
             np.save(file, found.tables[split])
-    with replacing(folder / QUARANTINE) as file:
-        file.write("".join(f"{path}\t{reason}\n" for path, reason in [("path", "reason"), *found.quarantine]).encode())
+    write_quarantine(folder, found.quarantine)
     with replacing(folder / "manifest.json") as file:
         file.write(json.dumps(description).encode())
     for stale in folder.glob("*.npy"):

@@ -31,15 +31,15 @@ from PIL import Image
 
 from common.errors import TrainingError, UserError, tell
 from common.files import replacing
-from common.progress import say, track
+from common.progress import printable, say, track
 from common.ranks import Ranks, first_then_others, ranks_of_this_run, wait_for_all
 from pipeline import draws
 from pipeline.decoding import decode_whole
 from pipeline.manifest import open_manifest
-from pipeline.manifest_files import QUARANTINE, Manifest, load_manifest, quarantine_lines
+from pipeline.manifest_files import Manifest, load_manifest, read_quarantine, write_quarantine
 from pipeline.plan import rescaled_sizes
 from pipeline.prepared import FORMAT, INDEX, read_index
-from pipeline.scan import SPLITS
+from pipeline.scan import SPLITS, check_no_empty_class
 from pipeline.storage import S3_SCHEME, open_storage
 from pipeline.tables import SHARD_ROW, FileTable, shard_name
 
@@ -254,27 +254,28 @@ def _finish(shards: list[Shard], manifest: Manifest, destination: Path, settings
     """Join the parts of the index and write it; index.json, written last, makes the data set complete."""
     digest = hashlib.blake2b(json.dumps(manifest.classes).encode(), digest_size=16)
     parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    quarantine: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for shard in shards:
         with np.load(_part(destination, shard)) as part:
             parts[shard.split].append(part["index"])
-            quarantine |= json.loads(part["reasons"].tobytes())
+            reasons |= json.loads(part["reasons"].tobytes())
     tables = {split: np.concatenate(parts[split]) for split in SPLITS}
+    root = os.path.abspath(manifest.root)
+    quarantine = read_quarantine(manifest.folder)[: manifest.quarantined]
+    quarantine += [(printable(os.path.relpath(path, root)), printable(reason)) for path, reason in reasons.items()]
     for split in SPLITS:
-        if missing := sorted(set(range(len(manifest.classes))) - set(tables[split]["label"].tolist())):
-            name = manifest.classes[missing[0]]
-            raise UserError(f"{manifest.root / split / name}: class folder without an image that can be decoded")
+        labels = np.unique(tables[split]["label"]).tolist()
+        check_no_empty_class(manifest.root, split, list(manifest.classes), labels, quarantine)
         digest.update(tables[split].data)
     fingerprint = digest.hexdigest()
-    val_folder = os.path.join(os.path.abspath(manifest.root), "val", "")
     table_names = {split: f"{split}-{fingerprint}.npy" for split in SPLITS}
     description = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "classes": manifest.classes,
         "images": {split: len(tables[split]) for split in SPLITS},
-        "quarantined": manifest.quarantined + len(quarantine),
-        "val_lost": manifest.val_lost + sum(path.startswith(val_folder) for path in quarantine),
+        "quarantined": len(quarantine),
+        "val_lost": manifest.val_lost + sum(path.startswith(os.path.join(root, "val", "")) for path in reasons),
         "tables": table_names,
         "shard_images": {split: [len(part) for part in parts[split]] for split in SPLITS},
         "shard_bytes": {
@@ -286,8 +287,7 @@ def _finish(shards: list[Shard], manifest: Manifest, destination: Path, settings
     for split in SPLITS:
         with replacing(destination / table_names[split]) as file:
             np.save(file, tables[split])
-    with replacing(destination / QUARANTINE) as file:
-        file.write((manifest.folder / QUARANTINE).read_bytes() + quarantine_lines(manifest.root, quarantine))
+    write_quarantine(destination, quarantine)
     with replacing(destination / INDEX) as file:
         file.write(json.dumps(description).encode())
     shutil.rmtree(destination / _UNFINISHED)
