@@ -6,6 +6,7 @@ import os
 import sys
 
 from common.errors import EXIT_STOPPED, TrainingError, UserError, tell
+from common.orphans import end_with_torchrun
 from engine.config import Config, parse_args
 
 
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns the exit code: 0, 1 (the run failed), 2 (something given is wrong), 75 (stopped by SIGTERM or SIGUSR1, its state
     saved: start the same command again), 130 (Ctrl-C).
     """
+    end_with_torchrun()
     try:
         results = train(parse_args(argv))
     except (UserError, TrainingError) as error:

@@ -1,10 +1,8 @@
 """SIGTERM or SIGUSR1 on any rank: all ranks stop after the same step, so that a checkpoint of it can be written.
 
-So does the death of a rank's torchrun (kill -9, out of memory): nobody would restart these ranks any more, and they would
-stand in the way of those that the next torchrun starts.
+So does the death of a rank's torchrun, of which the kernel tells by SIGTERM (common/orphans.py).
 """
 
-import os
 import signal
 from types import FrameType
 
@@ -30,9 +28,6 @@ class StopRequests:
 
     def __enter__(self) -> "StopRequests":
         self._before = {number: signal.signal(number, self._ask) for number in _SIGNALS}
-        self._parent = (
-            os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        )  # else, a shell that may well leave
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,8 +40,6 @@ class StopRequests:
         With several ranks, the answer is about what was asked by the time of the call before: each call starts a sum over
         gloo that the next one collects, so that nobody waits for a message on its way.
         """
-        if self._parent not in (None, os.getppid()):
-            self._asked = True
         if self._ranks.patient_group is None:
             return self._asked
         stop = False

@@ -95,3 +95,24 @@ def test_signals_mean_what_they_did_before_once_the_run_is_over():
         os.kill(os.getpid(), signal.SIGTERM)
         assert requests.agreed()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+@pytest.mark.parametrize("moment", ["at the start", "in training"])
+def test_ranks_do_not_outlive_a_torchrun_that_is_killed(tmp_path, moment):
+    """While ranks find each other they end at once; in training they save first."""
+    process = start(*SMALL, "--steps", "500", "--out", str(tmp_path), torchrun=one_machine(2))
+    if moment == "in training":
+        wait_for(process, "step 2/")
+    while len(workers := workers_of(process)) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    if moment == "at the start":
+        time.sleep(0.5)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}/stat").exists() for pid in workers):
+        assert time.monotonic() < deadline, "a rank outlives its torchrun"
+        time.sleep(0.1)
+    if moment == "in training":
+        assert load(tmp_path / "last.pt").steps >= 2
