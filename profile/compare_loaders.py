@@ -62,7 +62,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* and val/<class>/*")
     parser.add_argument("--batch-size", type=int, default=64, help="images in a batch")
     parser.add_argument("--crop", type=int, default=224, help="side of the crop in pixels")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores for each loader")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)) + 1,
+        help="threads or worker processes of each loader: one more than there are cores, since each waits now and then",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each loader")
     parser.add_argument("--batches", type=int, default=20, help="batches counted in a turn")
     arguments = parser.parse_args(argv)
@@ -112,7 +117,7 @@ def make_loaders(
     if scale == (256, 256):
         loaders[PREPARED] = our_prepared_loader(arguments, work / "prepared")
         try:
-            peer = ffcv_loader(paths, labels, work, crop, size, threads)
+            peer = ffcv_loader(paths, labels, work, crop, size, min(threads, len(os.sched_getaffinity(0))))  # its limit
             next(peer)  # numba compiles
             loaders[FFCV] = peer
         except ImportError as error:
