@@ -99,7 +99,7 @@ class Config:
     decoder: Literal["auto", "gpu", "cpu"] = "auto"
     """Where JPEGs are decoded. auto: where the network runs."""
     threads: int | None = None
-    """DALI's CPU threads in each rank. Default: the rank's share of the cores."""
+    """DALI's CPU threads in each rank. Default: one more than the rank's share of the cores."""
     prefetch: int = 2
     """Batches that DALI prepares in advance."""
 

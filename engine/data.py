@@ -137,7 +137,7 @@ class Data:
             device=self.ranks.device,
             decoder=decoder,
             half=self.precision.half_images,
-            threads=self.config.threads or self.ranks.cpu_share,
+            threads=self.config.threads or self.ranks.cpu_share + 1,  # each waits at the end of every operator
             prefetch=self.config.prefetch,
             fetch=self._fetch(plan),
         )
