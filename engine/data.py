@@ -206,7 +206,7 @@ def open_data(config: Config, ranks: Ranks, precision: Precision) -> Data:
 def _shared_manifest(config: Config, ranks: Ranks) -> Manifest | Prepared:
     data = config.data
     manifest: Manifest | Prepared
-    if is_prepared(data):
+    if data != DIGITS and is_prepared(data):
         fingerprint = first_then_others(ranks, lambda: open_prepared(data).fingerprint, lambda found: found)
         manifest = open_prepared(data, check_shards=False)
     else:

@@ -5,9 +5,11 @@ What has been decoded is noted beside the manifest every few seconds: interrupte
 
 import json
 import os
+import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 
@@ -57,21 +59,35 @@ def _decode_all(manifest: Manifest) -> _Progress:
     total = sum(map(len, tables.values()))
     if before := sum(progress.done.values()):
         say(f"going on after {before:,} of {total:,} images")
-    try:
-        _save(progress, manifest.folder)  # where that is not possible, it shows at once
+    _save(progress, manifest.folder)  # where that is not possible, it shows at once
+    with _AfterThisImage() as interrupt:
         for split, table in tables.items():
-            _decode_split(split, table, progress, manifest.folder)
-    except KeyboardInterrupt:
-        _save(progress, manifest.folder)
-        done = sum(progress.done.values())
-        raise KeyboardInterrupt(
-            f"interrupted after {done:,} of {total:,} images; the same command goes on from there"
-        ) from None
+            if not interrupt.asked:
+                _decode_split(split, table, progress, manifest.folder, interrupt)
     _save(progress, manifest.folder)
+    if interrupt.asked:
+        done = sum(progress.done.values())
+        raise KeyboardInterrupt(f"interrupted after {done:,} of {total:,} images; the same command goes on from there")
     return progress
 
 
-def _decode_split(split: str, table: FileTable, progress: _Progress, folder: Path) -> None:
+class _AfterThisImage:
+    """A context manager in which Ctrl-C only asks: raised in the middle of DALI's clean-up, it would be lost."""
+
+    asked = False
+
+    def __enter__(self) -> "_AfterThisImage":
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+def _decode_split(split: str, table: FileTable, progress: _Progress, folder: Path, interrupt: _AfterThisImage) -> None:
     bad = progress.bad[split]
     # Those that failed before are tried again: they may have been repaired since.
     rows = np.array([*sorted(bad), *range(progress.done[split], len(table))], dtype=np.int64)
@@ -85,6 +101,8 @@ def _decode_split(split: str, table: FileTable, progress: _Progress, folder: Pat
         else:
             bad.pop(row, None)
         progress.done[split] = max(progress.done[split], row + 1)
+        if interrupt.asked:
+            return
         if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
             _save(progress, folder)
             saved = time.monotonic()

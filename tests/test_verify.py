@@ -119,7 +119,7 @@ def test_a_class_without_an_image_is_named_with_the_reasons_and_can_be_repaired(
     assert len(open_manifest(folder).val) == 6
 
 
-@pytest.mark.parametrize("images", [0, 3, 14, 15, 22])
+@pytest.mark.parametrize("images", [1, 4, 15, 16, 23])
 def test_interrupted_after_any_image_it_goes_on_there(folder, capsys, monkeypatch, images):
     monkeypatch.setattr(verify, "_SECONDS_BETWEEN_SAVES", 0.0)
     decode_whole = verify.decode_whole
@@ -127,9 +127,9 @@ def test_interrupted_after_any_image_it_goes_on_there(folder, capsys, monkeypatc
 
     def interrupted(table, rows, **arguments):
         for result in decode_whole(table, rows, **arguments):
-            if len(asked) == images:
-                raise KeyboardInterrupt
             asked.append(result)
+            if len(asked) == images:
+                signal.raise_signal(signal.SIGINT)
             yield result
 
     open_manifest(folder)
@@ -176,7 +176,8 @@ def test_killed_at_any_moment_it_goes_on(folder):
         process.send_signal(signal.SIGKILL if attempt % 2 else signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert "Traceback" not in errors
-        assert process.returncode in (-signal.SIGKILL, 130, 0)
+        # -SIGINT: when all was done, while the interpreter was ending.
+        assert process.returncode in (-signal.SIGKILL, -signal.SIGINT, 130, 0)
         interrupted += process.returncode != 0
         assert len(open_manifest(folder).train) in (14, 12)
     assert interrupted
