@@ -62,11 +62,13 @@ def resident_now_mib() -> float:
 
 def plot(resident_mib: list[float], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot(range(1, len(resident_mib) + 1), resident_mib, marker="o")
-    axes.set(xlabel="epoch", ylabel="resident memory, MiB", ylim=(0, None))
+    axes.set(xlabel="epoch", ylabel="resident memory, MiB", ylim=(0, 1.15 * max(resident_mib)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 

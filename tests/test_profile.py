@@ -50,6 +50,15 @@ def test_soak():
     assert (result["rows_not_used_once"], result["images_changed_in_repeated_steps"], result["exact"]) == (0, 0, True)
 
 
+def test_loader_memory(tmp_path):
+    folder = photo_folder(tmp_path / "photos", train=10, val=2)
+    flags = ["--data", str(folder), "--epochs", "3", "--batch-size", "5", "--plot", str(tmp_path / "memory.png")]
+    result = run_script("loader_memory", "pass", *flags)
+    assert len(result["resident_mib"]) == 3
+    assert 50 < min(result["resident_mib"]) <= max(result["resident_mib"]) < 10_000
+    assert (tmp_path / "memory.png").stat().st_size > 1000
+
+
 def test_step_overhead():
     flags = ["--crop", "32", "--train-scale", "32", "--batch-size", "2"]
     result = run_script("step_overhead", "script._STEPS_A_TURN = 2; script._TURNS = 4", *flags)
