@@ -217,15 +217,18 @@ def _in_order(
         waiting.append((None if image is None else pool.submit(_encode, image, quality), reason))
         if len(waiting) > ahead:
             future, reason = waiting.popleft()
-            yield future.result() if future else None, reason
+            yield future.result() if future else (None, reason)
     for future, reason in waiting:
-        yield future.result() if future else None, reason
+        yield future.result() if future else (None, reason)
 
 
-def _encode(image: np.ndarray, quality: int) -> bytes:
+def _encode(image: np.ndarray, quality: int) -> tuple[bytes | None, str]:
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality, optimize=True)
-    return buffer.getvalue()
+    try:
+        Image.fromarray(image).save(buffer, "JPEG", quality=quality, optimize=True)
+    except (OSError, ValueError):  # a JPEG's sides end at 65,500 pixels
+        return None, f"too long for a JPEG ({image.shape[1]}×{image.shape[0]} pixels)"
+    return buffer.getvalue(), ""
 
 
 def _key(class_name: str, row: int, path: str) -> str:
@@ -351,6 +354,9 @@ def main(argv: list[str] | None = None) -> int:
                 print(json.dumps({**summary, "seconds": round(time.monotonic() - started, 1)}))
     except (UserError, TrainingError) as error:
         return tell(error)
+    except OSError as error:
+        place = error.filename or arguments.destination
+        return tell(TrainingError(f"{place}: {error.strerror or error}; when that is mended, the same command goes on"))
     except KeyboardInterrupt:
         print("interrupted; start the same command again to go on", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it

@@ -19,6 +19,7 @@ from pipeline import prepare
 from pipeline.manifest import open_manifest
 from pipeline.prepared import open_prepared
 from tests.images import photo_folder
+from tests.mounts import small_disk
 from tests.runs import ROOT, free_port
 
 FLAGS = ["--short-side", "256", "--shard-images", "2"]
@@ -143,6 +144,30 @@ def test_images_that_cannot_be_decoded_are_left_out_and_named(tmp_path):
     lines = (tmp_path / "out/quarantine.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["path", "train/class0/004.JPEG", "val/class1/003.JPEG"]
     assert all(line.split("\t")[1] for line in lines)
+
+
+def test_an_image_too_long_for_a_jpeg_is_named(tmp_path):
+    folder = photo_folder(tmp_path / "photos", train=4, val=4)
+    Image.new("RGB", (70_000, 3)).save(folder / "train/class0/long.png")
+    assert prepare.main([str(folder), str(tmp_path / "out"), *FLAGS]) == 0
+    assert len(open_prepared(str(tmp_path / "out")).train) == 4
+    assert (
+        "train/class0/long.png\ttoo long for a JPEG (70000×3 pixels)" in (tmp_path / "out/quarantine.tsv").read_text()
+    )
+
+
+def test_a_full_disk_ends_with_a_sentence_and_with_more_room_it_goes_on(source, prepared, tmp_path, capsys):
+    with small_disk(tmp_path / "small", mebibytes=2) as place:
+        (place / "filler").write_bytes(bytes(1_700_000))
+        assert prepare.main([str(source), str(place / "out"), *FLAGS]) == 1
+        error = capsys.readouterr().err
+        assert error.splitlines()[-1].startswith("error: ")
+        assert "No space left on device" in error
+        assert "Traceback" not in error
+        assert not (place / "out/index.json").exists()
+        (place / "filler").unlink()
+        assert prepare.main([str(source), str(place / "out"), *FLAGS]) == 0
+        assert content(place / "out") == content(prepared)
 
 
 def test_a_complete_data_set_is_left_alone(source, prepared, capsys):
