@@ -5,7 +5,6 @@ labels: int64 [n]; PADDING_LABEL where a validation batch is filled up, LOST_LAB
 """
 
 import collections
-import ctypes
 import functools
 from collections.abc import Callable, Iterator
 
@@ -17,8 +16,6 @@ from pipeline.graphs import image_pipeline
 from pipeline.plan import Samples
 from pipeline.reader import Fetch, fetched
 from pipeline.recovery import cause_of, is_about_an_image, undecodable
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -62,7 +59,6 @@ class DaliLoader:
             threads=threads,
             prefetch=prefetch,
         )
-        _give_large_buffers_back()
         self._delivered = 0
         self._start()
 
@@ -118,14 +114,6 @@ class DaliLoader:
                 f"DALI failed on a batch ({cause_of(error)}), though each image of it can be decoded on the CPU; "
                 "try --decoder cpu"
             ) from error
-
-
-def _give_large_buffers_back() -> None:
-    """Have glibc map each buffer above 1 MB by itself, and unmap it when it is freed.
-
-    Else batches of ever differing sizes leave holes in the heap: 1 GB more after 60,000 images of 224×224 pixels, seen.
-    """
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 class SyntheticLoader:
