@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, tell
 from engine.runlog import METRICS
 
 
@@ -58,8 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         path = draw_curves(Path(arguments[0]))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return tell(error)
     print(json.dumps({"curves": str(path)}))
     return 0
 

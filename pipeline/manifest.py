@@ -20,7 +20,7 @@ import os
 import sys
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, tell
 from common.files import cache_folder
 from common.progress import say
 from pipeline.manifest_files import QUARANTINE, Manifest, find_manifest, load_manifest, write_manifest
@@ -93,8 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
             manifest = verify(manifest)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.exit_code
+        return tell(error)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells have it

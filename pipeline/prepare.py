@@ -65,12 +65,12 @@ class Settings:
     def sizes(self, sizes: np.ndarray) -> np.ndarray:
         """What images of these sizes (int64 [n, 2]) are resized to: int64 [n, 2], never larger."""
         if self.short_side.startswith("max:"):
-            longer = sizes.max(axis=1, keepdims=True)
-            smaller = np.maximum((2 * sizes * self.pixels + longer) // (2 * longer), 1)
+            side = sizes.max(axis=1, keepdims=True)
+            smaller = np.maximum((2 * sizes * self.pixels + side) // (2 * side), 1)
         else:
-            longer = sizes.min(axis=1, keepdims=True)
+            side = sizes.min(axis=1, keepdims=True)
             smaller = rescaled_sizes(sizes, np.full(len(sizes), self.pixels))
-        return np.where(longer > self.pixels, smaller, sizes)
+        return np.where(side > self.pixels, smaller, sizes)
 
 
 class Shard(NamedTuple):

@@ -88,7 +88,7 @@ class FileTable:
 
     def path(self, row: int) -> Path:
         """The path of one row's file."""
-        return Path(os.path.normpath(os.fsdecode(self.read(np.array([row])).source.tobytes())))
+        return Path(self.name(self.read(np.array([row])).source[0]))
 
 
 class ShardTable:

@@ -106,7 +106,7 @@ def make_loaders(
     size, crop, threads = arguments.batch_size, arguments.crop, arguments.threads
     plan = TrainPlan(table=table, batch_size=size, crop=crop, scale=scale, seed=0)
     rows = table.read(np.arange(len(table)))
-    paths = [os.path.normpath(os.fsdecode(bytes(name))) for name in rows.source]
+    paths = [table.name(source) for source in rows.source]
     labels = rows.labels.tolist()
     loaders = {
         OURS: our_loader(plan, threads, fetch=None),

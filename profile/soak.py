@@ -26,7 +26,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 
 from common.progress import say
 from engine.checkpoint import load
@@ -134,9 +133,7 @@ def judge(used: Used, lost: set[int], *, epochs: int, images: int) -> dict:
 def rows_of(paths: set[Path], data: Path) -> set[int]:
     """The rows of the training table that show these files."""
     table = open_manifest(data).train
-    source, _, _ = table.read(np.arange(len(table)))
-    shown = [Path(os.path.normpath(os.fsdecode(path.tobytes()))) for path in source]
-    return {row for row, path in enumerate(shown) if path in paths}
+    return {row for row in range(len(table)) if table.path(row) in paths}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.errors import TrainingError, UserError
+from common.errors import TrainingError, UserError, tell
 from common.ranks import Ranks, ranks_of_this_run
 from engine.config import SYNTHETIC, parse_args
 from engine.data import Data
@@ -96,8 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             with ranks_of_this_run(config.device) as ranks:
                 result = measure(config, ranks)
         except (UserError, TrainingError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
+            return tell(error)
     low, high = result["trainer_to_bare_quartiles"]
     print(
         f"{result['arch']}, batch {result['batch_size']}, crop {result['crop']}, {result['device']}, {result['precision']}"

@@ -17,13 +17,12 @@ import torch
 import train
 from common.errors import TrainingError, UserError
 from pipeline import prepare
-from pipeline.loader import DaliLoader
 from pipeline.plan import TrainPlan
 from pipeline.prepared import open_prepared
-from pipeline.reader import ShardReader
 from pipeline.storage import open_storage
 from tests.images import photo_folder
 from tests.runs import free_port, results_of, run
+from tests.test_shards import make_loader
 
 FLAGS = ["--arch", "A", "--crop", "32", "--train-scale", "64", "--batch-size", "6", "--schedule", "step"]
 FLAGS += ["--lr", "0.001", "--log-every", "1", "--epochs", "1"]
@@ -79,20 +78,7 @@ def batches(data: str, window_shards: int | None) -> list[torch.Tensor]:
     """The images of a first epoch and a half."""
     table = open_prepared(data).train
     plan = TrainPlan(table=table, batch_size=6, crop=32, scale=(64, 64), seed=0, window_shards=window_shards)
-    reader = ShardReader(table, threads=None, batches_ahead=3)
-    loader = DaliLoader(
-        lambda skip: plan.batches(start=0, rank=0, world_size=1, micro_batch=6, skip=skip),
-        lose=lambda samples, dead, reasons: pytest.fail(f"lost an image: {reasons}"),
-        batch_size=6,
-        crop=32,
-        device=torch.device("cpu"),
-        decoder="cpu",
-        half=False,
-        threads=2,
-        prefetch=2,
-        fetch=lambda batches: reader.fetch(batches, plan.read_group),
-    )
-    return [images for images, _ in itertools.islice(loader, 6)]
+    return [images for images, _ in itertools.islice(make_loader(plan), 6)]
 
 
 @pytest.mark.parametrize("window_shards", [None, 2])
