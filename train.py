@@ -6,6 +6,7 @@ import os
 import sys
 
 from common.errors import EXIT_STOPPED, TrainingError, UserError, tell
+from common.heap import share_one_heap
 from common.orphans import end_with_torchrun
 from engine.config import Config, parse_args
 
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     saved: start the same command again), 130 (Ctrl-C).
     """
     end_with_torchrun()
+    share_one_heap()
     try:
         results = train(parse_args(argv))
     except (UserError, TrainingError) as error:

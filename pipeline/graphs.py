@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
 
@@ -81,9 +82,14 @@ def image_pipeline(
             images = fn.crop_mirror_normalize(
                 images, device="gpu", mirror=mirrored, mean=mean, std=1.0, output_layout="HWC", dtype=dtype
             )
-        else:  # on a CPU, two operators are faster than the one: 70 instead of 120 µs of a core for 224×224 pixels
+        else:  # on a CPU, two operators are faster than the one
             images = fn.flip(images, horizontal=mirrored)
-            images = fn.normalize(images, mean=fn.reshape(mean, shape=[1, 1, 3]), stddev=1.0, axes=[0, 1], dtype=dtype)
+            # One mean for each value of a row, not for each channel: its inner loop is then long enough for SIMD, 20
+            # instead of 70 µs of a core for 224×224 pixels.
+            means = fn.reshape(mean, shape=[1, 3]) + types.Constant(np.zeros((crop, 1), dtype=np.float32))
+            rows = fn.reshape(images, shape=[crop, crop * 3], layout="")
+            rows = fn.normalize(rows, mean=fn.reshape(means, shape=[1, crop * 3]), stddev=1.0, axes=[0], dtype=dtype)
+            images = fn.reshape(rows, shape=[crop, crop, 3], layout="HWC")
         return images, labels.gpu() if on_gpu else labels
 
     return graph()

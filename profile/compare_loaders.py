@@ -33,6 +33,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
 from common.errors import UserError, tell
+from common.heap import share_one_heap
 from common.progress import say
 from common.ranks import ranks_of_this_run
 from pipeline.loader import DaliLoader
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python profile/compare_loaders.py", description="Compare image loaders on the CPU: images per second."
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* and val/<class>/*")
-    parser.add_argument("--batch-size", type=int, default=64, help="images in a batch")
+    parser.add_argument("--batch-size", type=int, default=256, help="images in a batch")
     parser.add_argument("--crop", type=int, default=224, help="side of the crop in pixels")
     parser.add_argument(
         "--threads",
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each loader")
     parser.add_argument("--batches", type=int, default=20, help="batches counted in a turn")
     arguments = parser.parse_args(argv)
+    share_one_heap()  # as train.py does
     try:
         table = open_manifest(arguments.data).train
         with tempfile.TemporaryDirectory() as work:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from common.errors import UserError, tell
+from common.heap import share_one_heap
 from common.progress import say
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--plot", type=Path, help="PNG to write")
     arguments, flags = parser.parse_known_args(argv)
+    share_one_heap()  # as train.py does
     try:
         config = parse_args(["--data", arguments.data, "--device", "cpu", *flags])
         with ranks_of_this_run("cpu") as ranks:
