@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from ffcv_loader import ffcv_loader  # type: ignore[import-not-found]
+from ffcv_loader import ffcv_loader
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
