@@ -1,0 +1,226 @@
+"""The floor against sums by hand and against real steps of this machine; the command line."""
+
+import itertools
+import json
+import math
+from time import perf_counter, process_time
+
+import peaks as peaks_module
+import pytest
+import roofline as script
+import torch
+from all_reduce import Links
+from floor import Job
+from peaks import Peaks, measure_peaks
+from roofline import Measured, links_of, main, roofline
+
+from engine.precision import Precision, set_numerics
+from engine.step import TrainStep
+from model.vgg import build
+
+CPU = torch.device("cpu")
+H100 = Peaks(name="H100", source="table", flops_per_second=989.4e12, bytes_per_second=3.35e12, watts=700)
+JOB = Job(arch="D", classes=1000, crop=224, batch=256, precision="bf16")
+LINKS = links_of(H100)
+
+
+def test_floor_is_the_longer_of_computing_and_moving():
+    result = roofline(JOB, peaks=H100, links=LINKS)
+    layers = {layer["name"]: layer for layer in result["layers"]}
+    products = 256 * 512 * 512 * 9 * 28 * 28  # of the third convolution of block 4: limited by computing
+    assert layers["features.21"]["flops"] == 6 * products
+    assert layers["features.21"]["floor_seconds"] == pytest.approx(6 * products / 989.4e12)
+    x, y = 256 * 64 * 224 * 224, 256 * 64 * 112 * 112  # of the first pooling: limited by memory
+    assert layers["features.4"]["floor_seconds"] == pytest.approx((4 * x + 4 * y + 2 * y) / 3.35e12)
+    floor = result["floor_seconds"]
+    assert floor["forward"] + floor["backward"] == pytest.approx(sum(row["floor_seconds"] for row in result["layers"]))
+    assert floor["optimizer"] == pytest.approx(138_357_544 * 20 / 3.35e12)
+    assert floor["all_reduce"] == 0.0
+    assert floor["total"] == pytest.approx(floor["forward"] + floor["backward"] + floor["optimizer"])
+    assert result["flops_per_image"] == pytest.approx(92.65e9, rel=1e-3)
+    assert result["peaks"] == {
+        "name": "H100",
+        "source": "table",
+        "flops_per_second": 989.4e12,
+        "bytes_per_second": 3.35e12,
+        "watts": 700,
+    }
+    assert (result["mfu"], result["images_per_joule"], result["scaling_from"]) == (None, None, "floor")
+
+
+def test_passes_read_the_weights_again():
+    whole = roofline(JOB, peaks=H100, links=LINKS)
+    parts = roofline(Job(**{**vars(JOB), "micro_batch": 64}), peaks=H100, links=LINKS)
+    assert parts["flops_per_image"] == whole["flops_per_image"]
+    for one, other in zip(parts["layers"], whole["layers"], strict=True):
+        assert (one["bytes"] > other["bytes"]) == (one["kind"] in ("conv", "linear"))
+    assert parts["floor_seconds"]["optimizer"] == whole["floor_seconds"]["optimizer"]
+
+
+def test_the_all_reduce_counts_as_far_as_it_is_exposed():
+    slow = Links(peer_bytes_per_second=1e9, network_bytes_per_second=1e9, gpus_per_node=8, latency_seconds=0.0)
+    job = Job(**{**vars(JOB), "ranks": 2})
+    floor = roofline(job, peaks=H100, links=slow, algorithm="ring")["floor_seconds"]
+    assert floor["all_reduce"] == pytest.approx(0.5534, rel=1e-3)  # 2 · ½ · 553.4 MB at 1 GB/s
+    computing = floor["forward"] + floor["backward"] + floor["optimizer"]
+    assert computing + floor["all_reduce"] - floor["backward"] < floor["total"] < computing + floor["all_reduce"]
+    halved = roofline(Job(**{**vars(job), "grad_compression": "bf16"}), peaks=H100, links=slow, algorithm="ring")
+    assert halved["floor_seconds"]["all_reduce"] == pytest.approx(0.2767, rel=1e-3)
+
+
+def test_measured_steps():
+    result = roofline(JOB, peaks=H100, links=LINKS, measured=Measured(step_seconds=0.05, step_joules=30.0))
+    assert result["mfu"] == pytest.approx(256 * 92.648e9 / 0.05 / 989.4e12, rel=1e-4)
+    assert result["images_per_joule"] == pytest.approx(256 / 30)
+    assert result["scaling_from"] == "measured"
+    assert result["scaling"][0]["images_per_second"] == pytest.approx(256 / 0.05)
+    parts = Measured(forward_seconds=0.012, backward_seconds=0.025, optimizer_seconds=0.001)
+    result = roofline(Job(**{**vars(JOB), "ranks": 8}), peaks=H100, links=LINKS, measured=parts)
+    assert (result["mfu"], result["scaling_from"]) == (None, "measured")
+    assert result["scaling"][0]["images_per_second"] == pytest.approx(256 / 0.038)
+    # of several ranks, a step alone does not say what the all-reduce took
+    alone = roofline(Job(**{**vars(JOB), "ranks": 8}), peaks=H100, links=LINKS, measured=Measured(step_seconds=0.05))
+    assert alone["scaling_from"] == "floor"
+    assert alone["mfu"] == pytest.approx(256 * 92.648e9 / 0.05 / 989.4e12, rel=1e-4)
+
+
+def test_links():
+    expected = Links(peer_bytes_per_second=450e9, network_bytes_per_second=50e9, gpus_per_node=8, latency_seconds=1e-5)
+    assert links_of(H100) == expected
+    given = links_of(
+        H100, gpus_per_node=4, peer_gbytes_per_second=200, network_gbits_per_second=800, latency_microseconds=3
+    )
+    assert given == Links(
+        peer_bytes_per_second=200e9, network_bytes_per_second=100e9, gpus_per_node=4, latency_seconds=3e-6
+    )
+    cpu = Peaks(name="CPU, 2 threads", source="measured", flops_per_second=1.0, bytes_per_second=1.0, watts=None)
+    assert links_of(cpu).gpus_per_node == 1
+
+
+class Steps:
+    """Training steps of A on this CPU: the shortest time, and the least CPU time divided by the threads."""
+
+    def __init__(self, crop: int, batch: int) -> None:
+        self.job = Job(arch="A", classes=10, crop=crop, batch=batch, precision="fp32")
+        self.seconds = self.cpu_seconds = math.inf
+        model = build("A", classes=10, crop=crop, dropout=0.5, init="xavier", device=CPU)
+        precision = Precision("fp32", "cpu")
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4, fused=True)
+        self._step = TrainStep(
+            model, optimizer=optimizer, scaler=precision.grad_scaler(), precision=precision, passes=1
+        )
+        images = torch.randn(batch, 3, crop, crop).to(memory_format=torch.channels_last)
+        self._batches = itertools.repeat((images, torch.zeros(batch, dtype=torch.int64)))
+
+    def run(self, times: int) -> None:
+        for _ in range(times):
+            began, cpu_began = perf_counter(), process_time()
+            self._step(self._batches)
+            self.seconds = min(self.seconds, perf_counter() - began)
+            self.cpu_seconds = min(self.cpu_seconds, (process_time() - cpu_began) / torch.get_num_threads())
+
+
+def test_no_step_of_this_machine_is_faster_than_its_floor(monkeypatch):
+    """Steps that computing limits, and steps that weights and optimizer limit.
+
+    In turns with measuring the peaks, and the best of each: this machine may have others at work on it at any time.
+    """
+    monkeypatch.setattr(peaks_module, "_MEASURE_SECONDS", 0.1)
+    monkeypatch.setitem(peaks_module._MATRIX_SIDE, "cpu", 1024)
+    set_numerics(deterministic=False)
+    cases = [Steps(crop=64, batch=16), Steps(crop=32, batch=1)]
+    measured = []
+    for _ in range(3):
+        measured.append(measure_peaks(CPU, "fp32"))
+        for steps in cases:
+            steps.run(2)
+    best = Peaks(
+        name="CPU",
+        source="measured",
+        flops_per_second=max(peaks.flops_per_second for peaks in measured),
+        bytes_per_second=max(peaks.bytes_per_second for peaks in measured),
+        watts=None,
+    )
+    print(f"{best.flops_per_second / 1e9:.0f} GFLOP/s, {best.bytes_per_second / 1e9:.1f} GB/s")
+    for steps in cases:
+        floor = roofline(steps.job, peaks=best, links=links_of(best))["floor_seconds"]["total"]
+        print(f"crop {steps.job.crop}: floor {1e3 * floor:.1f} ms, step {1e3 * steps.seconds:.1f} ms")
+        assert floor <= steps.seconds
+        assert floor > steps.cpu_seconds / 20, "so low a floor says nothing"
+
+
+# ---- the command line --------------------------------------------------------------------------------------------
+
+
+def results(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_command_line(capsys):
+    flags = ["--arch", "E", "--batch-size", "128", "--micro-batch", "32", "--gpu", "NVIDIA A100-SXM4-80GB", "--layers"]
+    flags += ["--ranks", "16", "--grad-compression", "bf16", "--step-seconds", "0.4", "--step-joules", "150"]
+    flags += ["--image-size", "375x500", "--train-scale", "256-512", "--jpeg-bytes", "110e3"]
+    assert main(flags) == 0
+    output = capsys.readouterr().out
+    result = json.loads(output.splitlines()[-1])
+    assert (result["arch"], result["precision"], result["ranks"], result["micro_batch"]) == ("E", "bf16", 16, 32)
+    assert result["peaks"]["name"] == "A100-80GB"
+    assert result["mfu"] == pytest.approx(128 * result["flops_per_image"] / 0.4 / 312e12)
+    assert result["images_per_joule"] == pytest.approx(128 / 150)
+    assert result["all_reduce_bytes"] == 2 * 143_667_240
+    assert result["decode"]["jpeg_bytes_per_image"] == 110_000
+    assert 224**2 / 4 < result["decode"]["pixels_per_image"] < 375 * 500
+    assert [row["ranks"] for row in result["scaling"]] == [1, 2, 4, 8, 64, 512]
+    for word in (
+        "features.34",
+        "MFU",
+        "images/joule",
+        "to decode",
+        "to read",
+        "all-reduce: best; 8 GPUs a machine at 300",
+    ):
+        assert word in output
+
+
+def test_without_a_gpu_the_cpu_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    measured = Peaks(name="it", source="measured", flops_per_second=1e11, bytes_per_second=1e10, watts=None)
+    for module in (peaks_module, script):
+        monkeypatch.setattr(module, "measure_peaks", lambda device, precision: measured)
+    for flags in ([], ["--measure"]):
+        assert main(["--arch", "A", "--crop", "32", "--classes", "10", "--batch-size", "16", *flags]) == 0
+        result = results(capsys)
+        assert (result["precision"], result["peaks"]["source"]) == ("fp32", "measured")
+
+
+def test_precision_of_a_card_without_bf16(capsys):
+    assert main(["--gpu", "T4"]) == 0
+    assert results(capsys)["precision"] == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpu", "H100 NVL"], "--gpu H100 NVL: not in the table, which has V100, "),
+        (["--gpu", "V100", "--precision", "bf16"], "--gpu V100 has no bf16; take --precision fp16 or fp32"),
+        (["--gpu", "H100", "--crop", "100"], "--crop: crop 100 is not a multiple of 32"),
+        (["--gpu", "H100", "--measure"], "--measure measures this machine: leave out --gpu"),
+        (["--gpu", "H100", "--ranks", "12"], "12 GPUs do not fill machines of 8; give --gpus-per-node a divisor of 12"),
+        (["--batch-size", "100", "--micro-batch", "64"], "--batch-size 100 is not a multiple of --micro-batch 64"),
+        (["--arch", "F"], "argument --arch: invalid choice: 'F'"),
+        (["--batch-size", "0"], "argument --batch-size: 0 is not a whole number above 0"),
+        (["--latency-us", "-1"], "argument --latency-us: -1 is not a number above 0"),
+        (["--step-seconds", "nan"], "argument --step-seconds: nan is not a number above 0"),
+        (["--image-size", "500"], "argument --image-size: "),
+        (["--train-scale", "512-256"], "512-256: the lowest scale comes first"),
+        (["--image-size", "375x500", "--train-scale", "128"], "--train-scale 128 is less than --crop 224"),
+        (["--what"], "unrecognized arguments: --what"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(capsys, flags, message):
+    assert main(flags) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1

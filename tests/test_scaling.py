@@ -1,0 +1,139 @@
+"""The all-reduce's model against sums by hand and a ring run message by message; buckets against torch's own."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+from all_reduce import Links, all_reduce_seconds
+from costs import layer_costs
+from scaling import ComputeTimes, LayerBackward, all_reduce_beside, buckets, predict
+
+from common.errors import UserError
+
+LINKS = Links(peer_bytes_per_second=100e9, network_bytes_per_second=10e9, gpus_per_node=8, latency_seconds=5e-6)
+
+
+def ring_message_by_message(ranks: int) -> int:
+    """Run a ring over real numbers, one piece a rank; returns how many messages each rank sent until all had every sum."""
+    pieces = [[10**rank for _ in range(ranks)] for rank in range(ranks)]
+    messages = 0
+    for step in range(ranks - 1):  # reduce-scatter: add what the left neighbour sends
+        sent = [(rank - step) % ranks for rank in range(ranks)]
+        values = [pieces[rank][piece] for rank, piece in enumerate(sent)]
+        for rank, (piece, value) in enumerate(zip(sent, values, strict=True)):
+            pieces[(rank + 1) % ranks][piece] += value
+        messages += 1
+    for step in range(ranks - 1):  # all-gather: take over what the left neighbour sends
+        sent = [(rank + 1 - step) % ranks for rank in range(ranks)]
+        values = [pieces[rank][piece] for rank, piece in enumerate(sent)]
+        for rank, (piece, value) in enumerate(zip(sent, values, strict=True)):
+            pieces[(rank + 1) % ranks][piece] = value
+        messages += 1
+    assert pieces == [[sum(10**rank for rank in range(ranks))] * ranks] * ranks
+    return messages
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_ring_takes_its_messages(ranks):
+    expected = ring_message_by_message(ranks) * (5e-6 + 1e9 / ranks / 100e9)
+    assert all_reduce_seconds(1e9, ranks=ranks, links=LINKS, algorithm="ring") == pytest.approx(expected)
+
+
+def test_tree_takes_its_height_and_every_byte_twice():
+    for ranks, height in ((2, 1), (3, 2), (4, 2), (8, 3)):
+        expected = 2 * (height * 5e-6 + 1e9 / 100e9)
+        assert all_reduce_seconds(1e9, ranks=ranks, links=LINKS, algorithm="tree") == pytest.approx(expected)
+
+
+def test_across_machines():
+    """8 GPUs on each of 4: 7/8 of the bytes out and in within the machine, 3/4 out and in through its network."""
+    within = 14 * 5e-6 + 2 * 7 / 8 * 1e9 / 100e9
+    ring = 6 * 5e-6 + 2 * 3 / 4 * 1e9 / 10e9
+    tree = 4 * 5e-6 + 2 * 1e9 / 10e9
+    assert all_reduce_seconds(1e9, ranks=32, links=LINKS, algorithm="ring") == pytest.approx(within + ring)
+    assert all_reduce_seconds(1e9, ranks=32, links=LINKS, algorithm="tree") == pytest.approx(within + tree)
+    assert all_reduce_seconds(1e9, ranks=32, links=LINKS, algorithm="best") == pytest.approx(within + ring)
+    few_bytes_many_machines = all_reduce_seconds(8, ranks=512, links=LINKS, algorithm="best")
+    assert few_bytes_many_machines == pytest.approx(14 * 5e-6 + 2 * math.log2(64) * 5e-6, rel=1e-3)
+
+
+def test_one_rank_reduces_nothing():
+    for algorithm in ("ring", "tree", "best"):
+        assert all_reduce_seconds(1e9, ranks=1, links=LINKS, algorithm=algorithm) == 0.0
+
+
+def test_ranks_must_fill_their_machines():
+    with pytest.raises(UserError, match="12 GPUs do not fill machines of 8; give --gpus-per-node a divisor of 12"):
+        all_reduce_seconds(1e9, ranks=12, links=LINKS, algorithm="ring")
+
+
+@pytest.mark.parametrize("arch", ["A", "D", "E"])
+def test_buckets_are_ddps(arch):
+    layers = layer_costs(arch, classes=1000, crop=224, batch=1, bytes_per_value=4)
+    backward = [LayerBackward(1.0, layer.parameters) for layer in reversed(layers)]
+    counts = [count for layer in backward for count in reversed(layer.parameters)]
+    gradients = [torch.empty(count) for count in counts]  # the memory is never touched
+    limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 * 1024 * 1024]
+    indices, _ = dist._compute_bucket_assignment_by_size(gradients, limits)
+    assert [bucket.parameters for bucket in buckets(backward)] == [sum(counts[i] for i in bucket) for bucket in indices]
+
+
+def test_buckets_are_ready_with_their_last_gradient():
+    megabytes_16 = 4 << 20
+    backward = [LayerBackward(1.0, (1 << 18, 10)), LayerBackward(2.0), *[LayerBackward(4.0, (megabytes_16,))] * 3]
+    # 1 MiB fills the first; 16 MiB do not fill the second, 32 do; what is left goes at the end
+    assert [(bucket.parameters, bucket.ready_seconds) for bucket in buckets(backward)] == [
+        ((1 << 18) + 10, 1.0),
+        (2 * megabytes_16, 11.0),
+        (megabytes_16, 15.0),
+    ]
+
+
+def one_bucket_a_layer(seconds: Sequence[float], megabytes: Sequence[float]) -> list[LayerBackward]:
+    return [LayerBackward(s, (int(m * 1e6 / 4),)) for s, m in zip(seconds, megabytes, strict=True)]
+
+
+def exposed(backward: list[LayerBackward]) -> float:
+    """With two GPUs and 1 GB/s between them, without latency: a bucket of so many MB takes as many ms."""
+    links = Links(peer_bytes_per_second=1e9, network_bytes_per_second=1e9, gpus_per_node=8, latency_seconds=0.0)
+    return all_reduce_beside(backward, ranks=2, links=links, algorithm="ring", bytes_per_gradient=4).exposed_seconds
+
+
+def test_what_the_backward_pass_hides():
+    """Timelines of three buckets (40, 30, 50 ms to send) worked out by hand."""
+    megabytes = [40, 30, 50]
+    # ready at 10, 20, 30; sent 10–50, 50–80, 80–130: the sender is never idle
+    assert exposed(one_bucket_a_layer([0.010, 0.010, 0.010], megabytes)) == pytest.approx(0.100)
+    # ready at 100, 200, 300; sent 100–140, 200–230, 300–350: only the last is exposed
+    assert exposed(one_bucket_a_layer([0.100, 0.100, 0.100], megabytes)) == pytest.approx(0.050)
+    # and a last layer without gradients of its own hides that one too
+    assert exposed([*one_bucket_a_layer([0.1, 0.1, 0.1], megabytes), LayerBackward(0.060)]) == 0.0
+
+
+def test_predictions():
+    times = ComputeTimes(
+        batch=32,
+        passes=2,
+        forward_seconds=0.010,
+        backward=one_bucket_a_layer([0.010, 0.010], [40, 400]),
+        optimizer_seconds=0.005,
+    )
+    assert times.seconds == pytest.approx(2 * 0.030 + 0.005)
+    links = Links(peer_bytes_per_second=100e9, network_bytes_per_second=10e9, gpus_per_node=4, latency_seconds=0.0)
+    rows = {row["ranks"]: row for row in predict(times, links=links, algorithm="ring")}
+    assert list(rows) == [1, 2, 4, 8, 64, 512]
+    assert rows[1]["images_per_second"] == pytest.approx(32 / 0.065)
+    assert rows[1]["images_per_second_without_overlap"] == rows[1]["images_per_second"]
+    assert rows[1]["exposed_seconds"] == rows[1]["all_reduce_seconds"] == 0.0
+    # 8 on 2 machines: 1.5 · S / 100 GB/s + 1 · S / 10 GB/s = 0.115 ms a MB: 4.6 ms, then 46 ms at the end of the pass
+    assert rows[8]["all_reduce_seconds"] == pytest.approx(0.0506)
+    assert rows[8]["exposed_seconds"] == pytest.approx(0.046)
+    assert rows[8]["images_per_second"] == pytest.approx(8 * 32 / (0.065 + 0.046))
+    assert rows[8]["images_per_second_compressed"] == pytest.approx(8 * 32 / (0.065 + 0.023))
+    assert rows[8]["images_per_second_without_overlap"] == pytest.approx(8 * 32 / (0.065 + 0.0506))
+    assert rows[8]["images_per_second_compressed_without_overlap"] == pytest.approx(8 * 32 / (0.065 + 0.0253))
+    assert rows[8]["efficiency"] == pytest.approx(0.065 / (0.065 + 0.046))
+    three = Links(peer_bytes_per_second=1e9, network_bytes_per_second=1e9, gpus_per_node=3, latency_seconds=0.0)
+    assert [row["ranks"] for row in predict(times, links=three, algorithm="ring")] == [1, 2]
