@@ -152,13 +152,18 @@ def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
     return values
 
 
+def gather(own: T, ranks: Ranks) -> list[T]:
+    """A small object of each rank, in their order, on all of them; every rank must call this."""
+    if ranks.patient_group is None:
+        return [own]
+    everyones: list = [None] * ranks.world_size
+    dist.all_gather_object(everyones, own, group=ranks.patient_group)
+    return everyones
+
+
 def union_over_ranks(own: set[int], ranks: Ranks) -> set[int]:
     """The union of a small set of each rank; every rank must call this."""
-    if ranks.patient_group is None:
-        return own
-    everyones: list[set[int]] = [set()] * ranks.world_size
-    dist.all_gather_object(everyones, own, group=ranks.patient_group)
-    return set().union(*everyones)
+    return set().union(*gather(own, ranks))
 
 
 def wait_for_all(ranks: Ranks) -> None:

@@ -93,11 +93,17 @@ class Config:
     """Mode of torch.compile."""
     grad_compression: Literal["none", "bf16", "fp16"] = "none"
     """Precision in which gradients travel between ranks."""
+    pad_channels: bool = False
+    """Give the network images with a fourth channel, of zeros: some GPUs' first convolution is faster so. The weights keep
+    their shapes."""
     deterministic: bool = False
     """Deterministic kernels only: slower, and the same result to the last bit every time."""
 
     decoder: Literal["auto", "gpu", "cpu"] = "auto"
     """Where JPEGs are decoded. auto: where the network runs."""
+    hw_decoder_load: float = 0.65
+    """Share of the images that --decoder gpu gives to the GPU's JPEG engine, where it has one (A100, H100 …), in [0, 1];
+    the best one depends on THREADS."""
     threads: int | None = None
     """DALI's CPU threads in each rank. Default: one more than the rank's share of the cores."""
     prefetch: int = 2
@@ -277,6 +283,7 @@ def _check(config: Config) -> None:
         f"--seed {config.seed}: must be in [0, 2^63)": 0 <= config.seed < 2**63,
         f"--threads {config.threads}: must be at least 1": config.threads is None or config.threads >= 1,
         f"--prefetch {config.prefetch}: must be at least 1": config.prefetch >= 1,
+        f"--hw-decoder-load {config.hw_decoder_load}: must be in [0, 1]": 0 <= config.hw_decoder_load <= 1,
         f"--window-shards {config.window_shards}: must be at least 1": config.window_shards >= 1,
         f"--read-threads {config.read_threads}: must be at least 1": config.read_threads is None
         or config.read_threads >= 1,

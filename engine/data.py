@@ -67,6 +67,17 @@ class Data:
     def mean_rgb(self) -> tuple[float, float, float]:
         return IMAGENET_MEAN_RGB
 
+    @property
+    def decoder(self) -> str:
+        """Where JPEGs are decoded: "gpu" or "cpu"."""
+        auto = "gpu" if self.ranks.device.type == "cuda" else "cpu"
+        return auto if self.config.decoder == "auto" else self.config.decoder
+
+    @property
+    def threads(self) -> int:
+        """DALI's CPU threads in this rank."""
+        return self.config.threads or self.ranks.cpu_share + 1  # each waits at the end of every operator
+
     def train_batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches of this rank, endless, from sample number `start` on."""
         if self.manifest is None:
@@ -76,17 +87,10 @@ class Data:
                 classes=_SYNTHETIC_CLASSES,
                 device=self.ranks.device,
                 half=self.precision.half_images,
+                pad_channels=self.config.pad_channels,
                 seed=self.ranks.rank,
             )
-        plan = TrainPlan(
-            table=self.manifest.train,
-            batch_size=self.config.batch_size,
-            crop=self.config.crop,
-            scale=self.config.scale,
-            seed=self.config.seed,
-            mean_rgb=self.mean_rgb,
-            window_shards=self.config.window_shards if self.config.order == "window" else None,
-        )
+        plan = self.train_plan()
         rank, world_size, micro_batch = self.ranks.rank, self.ranks.world_size, self.micro_batch
         return self._loader(
             plan,
@@ -95,6 +99,19 @@ class Data:
             ),
             micro_batch,
             self.bad_rows,
+        )
+
+    def train_plan(self) -> TrainPlan:
+        """What the training loader shows; not for synthetic data, which has no plan."""
+        assert self.manifest
+        return TrainPlan(
+            table=self.manifest.train,
+            batch_size=self.config.batch_size,
+            crop=self.config.crop,
+            scale=self.config.scale,
+            seed=self.config.seed,
+            mean_rgb=self.mean_rgb,
+            window_shards=self.config.window_shards if self.config.order == "window" else None,
         )
 
     def validation_batches(self) -> tuple[Iterator[Batch], int] | None:
@@ -126,23 +143,23 @@ class Data:
         batch_size: int,
         bad_rows: set[int],
     ) -> DaliLoader:
-        decoder = self.config.decoder
-        if decoder == "auto":
-            decoder = "gpu" if self.ranks.device.type == "cuda" else "cpu"
         return DaliLoader(
             batches_after,
             lose=lambda samples, dead, reasons: self._lose(plan, bad_rows, samples, dead, reasons),
             batch_size=batch_size,
             crop=self.config.crop,
             device=self.ranks.device,
-            decoder=decoder,
+            decoder=self.decoder,
+            hw_decoder_load=self.config.hw_decoder_load,
             half=self.precision.half_images,
-            threads=self.config.threads or self.ranks.cpu_share + 1,  # each waits at the end of every operator
+            threads=self.threads,
             prefetch=self.config.prefetch,
-            fetch=self._fetch(plan),
+            pad_channels=self.config.pad_channels,
+            fetch=self.fetch(plan),
         )
 
-    def _fetch(self, plan: TrainPlan | ValidationPlan) -> Fetch | None:
+    def fetch(self, plan: TrainPlan | ValidationPlan) -> Fetch | None:
+        """What adds the images' bytes to the plan's batches, in threads of its own; None where DALI reads files itself."""
         if not isinstance(plan.table, ShardTable):
             return None
         reader = ShardReader(plan.table, threads=self.config.read_threads, batches_ahead=self.config.read_ahead)

@@ -17,17 +17,16 @@ from common.progress import say
 from common.ranks import Ranks, sum_over_ranks, union_over_ranks, wait_for_all
 from engine import checkpoint as checkpoints
 from engine import schedule
+from engine.assembly import assemble
 from engine.checkpoint import Checkpoint
 from engine.clock import Clock, TimedBatches
 from engine.config import Config, to_dict
 from engine.curves import draw_curves
 from engine.data import Data, check_lost
-from engine.distributed import data_parallel
 from engine.evaluation import evaluate
 from engine.precision import Precision
 from engine.preemption import StopRequests
 from engine.runlog import RunLog
-from engine.step import TrainStep, compile_model
 from model.vgg import VGG
 from pipeline.loader import Batch
 
@@ -50,25 +49,9 @@ class Trainer:
         self._config, self._ranks, self._precision, self._data, self._model = config, ranks, precision, data, model
         if checkpoint:
             model.load_state_dict(checkpoint.model)
-        self._compiled = compile_model(
-            model, choice=config.compile, mode=config.compile_mode, device=ranks.device, is_main=ranks.is_main
-        )
-        passes = config.batch_size // ranks.world_size // data.micro_batch
-        self._optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        self._scaler = precision.grad_scaler()
-        self._step = TrainStep(
-            data_parallel(model, ranks, accumulates=passes > 1, grad_compression=config.grad_compression),
-            optimizer=self._optimizer,
-            scaler=self._scaler,
-            precision=precision,
-            passes=passes,
-        )
+        parts = assemble(config, ranks=ranks, precision=precision, micro_batch=data.micro_batch, model=model)
+        self._step, self._optimizer, self._scaler = parts.step, parts.optimizer, parts.scaler
+        self._compiled = parts.compiled
         self._steps, self._samples_seen, self._history = 0, 0, []
         self._resumed = checkpoint is not None
         if checkpoint:
@@ -85,7 +68,7 @@ class Trainer:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self._validation: tuple[Iterator[Batch], int] | None = None
         if ranks.is_main:
-            say(self._describe(passes))
+            say(self._describe(parts.passes))
 
     def fit(self) -> dict:
         """Train until the epochs, the steps or the plateaus are used up. Returns the results, as plain values.
@@ -302,7 +285,8 @@ class Trainer:
     def _blank_batch(self) -> Batch:
         dtype = torch.float16 if self._precision.half_images else torch.float32
         size, crop, device = self._data.micro_batch, self._config.crop, self._ranks.device
-        images = torch.zeros(size, 3, crop, crop, dtype=dtype, device=device)
+        channels = 4 if self._config.pad_channels else 3
+        images = torch.zeros(size, channels, crop, crop, dtype=dtype, device=device)
         return images.to(memory_format=torch.channels_last), torch.zeros(size, dtype=torch.int64, device=device)
 
     def _describe(self, passes: int) -> str:

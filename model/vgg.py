@@ -52,8 +52,21 @@ class VGG(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: [n, 3, crop, crop]. Returns logits [n, classes]."""
+        """images: [n, 3, crop, crop], or [n, 4, crop, crop], the fourth channel zero. Returns logits [n, classes]."""
         return self.classifier(torch.flatten(self.features(images), 1))
+
+
+class FirstConvolution(nn.Conv2d):
+    """Takes images with more channels than its weight has, too: a fourth one of zeros can be faster on a GPU.
+
+    The weight is filled up with zeros on the way; it keeps its shape, and so does its gradient.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: [n, in_channels or more, height, width]; what the channels beyond in_channels hold does not count."""
+        missing = images.shape[1] - self.in_channels
+        weight = F.pad(self.weight, (0, 0, 0, 0, 0, missing)) if missing else self.weight
+        return self._conv_forward(images, weight, self.bias)
 
 
 class LocalResponseNorm(nn.Module):
@@ -118,7 +131,8 @@ def _features(blocks: tuple[tuple[Layer, ...], ...]) -> nn.Sequential:
                 layers[-1] = nn.Sequential(layers[-1], LocalResponseNorm())
                 continue
             side, width = layer if isinstance(layer, tuple) else (3, int(layer))
-            layers += [nn.Conv2d(channels, width, kernel_size=side, padding=side // 2), nn.ReLU(inplace=True)]
+            convolution = nn.Conv2d if layers else FirstConvolution
+            layers += [convolution(channels, width, kernel_size=side, padding=side // 2), nn.ReLU(inplace=True)]
             channels = width
         layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
     return nn.Sequential(*layers)

@@ -4,6 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+
+HW_DECODER_LOAD = 0.65
+"""DALI's default."""
 
 
 def image_pipeline(
@@ -17,13 +21,18 @@ def image_pipeline(
     half: bool,
     threads: int,
     prefetch: int,
+    hw_decoder_load: float = HW_DECODER_LOAD,
+    pad_channels: bool = False,
+    whole: bool = False,
 ) -> Pipeline:
     """Build (without starting) the pipeline read → decode the window → resize and flip → subtract the mean.
 
     source: returns the bytes' source and the inputs() of a plan's Samples, one batch a call. from_files: the bytes' source is
     a path, uint8 [n, W]; else the bytes themselves, each image's followed by whatever fills up its row of uint8 [n, W].
-    device_id: the GPU, or None for the CPU. decoder: "gpu" (needs a device_id) or "cpu". half: float16 images instead of
-    float32. Outputs: images [batch_size, crop, crop, 3] (NHWC) and labels int64 [batch_size], on the device.
+    device_id: the GPU, or None for the CPU. decoder: "gpu" (needs a device_id) or "cpu". hw_decoder_load: the share of the
+    images, in [0, 1], that decoder "gpu" gives to the JPEG engine. half: float16 images instead of float32. pad_channels: add
+    a fourth channel of zeros. whole: have the CPU's decoder decode whole images, as the GPU's does, so that the same files
+    fail. Outputs: images [batch_size, crop, crop, 3 or 4] (NHWC) and labels int64 [batch_size], on the device.
     """
     on_gpu = device_id is not None
     device = "gpu" if on_gpu else "cpu"
@@ -53,16 +62,13 @@ def image_pipeline(
                 types.INT64,
             ],
         )
-        images = fn.decoders.image_slice(
-            # Mapped, a file that shrinks meanwhile ends the process by SIGBUS; and plain reading is no slower.
-            fn.io.file.read(encoded, dont_use_mmap=True) if from_files else encoded,
-            start=start,
-            shape=shape,
-            axes=[0, 1],
-            device="mixed" if decoder == "gpu" else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,  # the decoded size is the header's, as the plan assumes and as PIL has it
-            jpeg_fancy_upsampling=True,  # the GPU decoder's default differs from the CPU's and from PIL's
+        images = decode_windows(
+            read_files(encoded) if from_files else encoded,
+            start,
+            shape,
+            decoder=decoder,
+            hw_decoder_load=hw_decoder_load,
+            whole=whole,
         )
         if on_gpu and decoder == "cpu":
             images = images.gpu()
@@ -80,7 +86,14 @@ def image_pipeline(
         dtype = types.FLOAT16 if half else types.FLOAT
         if on_gpu:
             images = fn.crop_mirror_normalize(
-                images, device="gpu", mirror=mirrored, mean=mean, std=1.0, output_layout="HWC", dtype=dtype
+                images,
+                device="gpu",
+                mirror=mirrored,
+                mean=mean,
+                std=1.0,
+                output_layout="HWC",
+                dtype=dtype,
+                pad_output=pad_channels,  # to a power of two
             )
         else:  # on a CPU, two operators are faster than the one
             images = fn.flip(images, horizontal=mirrored)
@@ -90,6 +103,36 @@ def image_pipeline(
             rows = fn.reshape(images, shape=[crop, crop * 3], layout="")
             rows = fn.normalize(rows, mean=fn.reshape(means, shape=[1, crop * 3]), stddev=1.0, axes=[0], dtype=dtype)
             images = fn.reshape(rows, shape=[crop, crop, 3], layout="HWC")
+            if pad_channels:
+                images = fn.pad(images, axes=[2], shape=[4])
         return images, labels.gpu() if on_gpu else labels
 
     return graph()
+
+
+def read_files(paths: DataNode) -> DataNode:
+    """The graph's first operator: the bytes of the files at these paths."""
+    # Mapped, a file that shrinks meanwhile ends the process by SIGBUS; and plain reading is no slower.
+    return fn.io.file.read(paths, dont_use_mmap=True)
+
+
+def decode_windows(
+    encoded: DataNode, start: DataNode, shape: DataNode, *, decoder: str, hw_decoder_load: float, whole: bool = False
+) -> DataNode:
+    """The graph's second operator: the pixels of a window of each image, uint8 [height, width, 3].
+
+    On a CPU, decoding a window is faster than decoding the image. The GPU's decoders are given whole images, of which the
+    window is cut out afterwards: nvImageCodec 0.9 with nvJPEG before 13.2, as nvidia-dali-cuda120 has them, leaves windows of
+    subsampled JPEGs to the CPU if chroma is interpolated, and its other windows end some processes (nvImageCodec issue 55).
+    """
+    on_gpu = decoder == "gpu"
+    settings = {
+        "device": "mixed" if on_gpu else "cpu",
+        "hw_decoder_load": hw_decoder_load,  # without a meaning to the CPU's decoder
+        "output_type": types.RGB,
+        "adjust_orientation": False,  # the decoded size is the header's, as the plan assumes and as PIL has it
+        "jpeg_fancy_upsampling": True,  # the GPU decoder's default differs from the CPU's and from PIL's
+    }
+    if on_gpu or whole:
+        return fn.slice(fn.decoders.image(encoded, **settings), start=start, shape=shape, axes=[0, 1])
+    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **settings)

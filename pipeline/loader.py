@@ -1,6 +1,7 @@
 """Loaders: endless iterators of (images, labels) on the training device.
 
-images: [n, 3, crop, crop], channels_last, float32 or float16, mean subtracted, otherwise in units of 0–255 grey levels.
+images: [n, 3, crop, crop], channels_last, float32 or float16, mean subtracted, otherwise in units of 0–255 grey levels;
+with a fourth channel, of zeros, where that is asked for.
 labels: int64 [n]; PADDING_LABEL where a validation batch is filled up, LOST_LABEL for an image that cannot be decoded.
 """
 
@@ -10,9 +11,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common.errors import TrainingError
-from pipeline.graphs import image_pipeline
+from pipeline.graphs import HW_DECODER_LOAD, image_pipeline
 from pipeline.plan import Samples
 from pipeline.reader import Fetch, fetched
 from pipeline.recovery import cause_of, is_about_an_image, undecodable
@@ -38,6 +40,8 @@ class DaliLoader:
         half: bool,
         threads: int,
         prefetch: int,
+        hw_decoder_load: float = HW_DECODER_LOAD,
+        pad_channels: bool = False,
         fetch: Fetch | None = None,
     ) -> None:
         """batches_after: the plan's batches, endless, less the first so many, each of `batch_size` samples.
@@ -47,7 +51,8 @@ class DaliLoader:
         where the table is one of files, which DALI reads itself. The other arguments are image_pipeline's.
         """
         self._batches_after, self._lose, self._fetch = batches_after, lose, fetch
-        self._crop, self._device = crop, device
+        self._undecodable = functools.partial(undecodable, crop=crop, fetch=fetch, whole=decoder == "gpu")
+        self._device = device
         self._make_pipeline = functools.partial(
             image_pipeline,
             from_files=fetch is None,
@@ -58,6 +63,8 @@ class DaliLoader:
             half=half,
             threads=threads,
             prefetch=prefetch,
+            hw_decoder_load=hw_decoder_load,
+            pad_channels=pad_channels,
         )
         self._delivered = 0
         self._start()
@@ -102,12 +109,12 @@ class DaliLoader:
     def _do_without_what_fails(self, error: RuntimeError) -> None:
         found = False
         for samples in self._in_flight:  # the one that failed is among those that DALI has been given
-            reasons = undecodable(samples, self._crop, self._fetch)
+            reasons = self._undecodable(samples)
             if reasons:
                 found = True
                 failed = samples.take(list(reasons))
                 dead = np.zeros(len(reasons), dtype=bool)
-                dead[list(undecodable(failed.first_pixels(), self._crop, self._fetch))] = True
+                dead[list(self._undecodable(failed.first_pixels()))] = True
                 self._lose(failed, dead, list(reasons.values()))
         if not found:
             raise TrainingError(
@@ -120,13 +127,23 @@ class SyntheticLoader:
     """One batch of noise that stays on the device, yielded for ever: what the network could do with an infinitely fast loader."""
 
     def __init__(
-        self, *, batch_size: int, crop: int, classes: int, device: torch.device, half: bool, seed: int = 0
+        self,
+        *,
+        batch_size: int,
+        crop: int,
+        classes: int,
+        device: torch.device,
+        half: bool,
+        pad_channels: bool = False,
+        seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         dtype = torch.float16 if half else torch.float32
         images = (
             torch.randn(batch_size, 3, crop, crop, generator=generator) * 64.0
         )  # grey levels, about as in photographs
+        if pad_channels:
+            images = F.pad(images, (0, 0, 0, 0, 0, 1))
         self._batch = (
             images.to(device, dtype, memory_format=torch.channels_last),
             torch.randint(classes, (batch_size,), generator=generator).to(device),

@@ -24,8 +24,11 @@ def cause_of(error: RuntimeError) -> str:
     return cause
 
 
-def undecodable(samples: Samples, crop: int, fetch: Fetch | None) -> dict[int, str]:
-    """Try the samples one by one on the CPU. Returns the indices of those that fail, with DALI's reason."""
+def undecodable(samples: Samples, crop: int, fetch: Fetch | None, *, whole: bool = False) -> dict[int, str]:
+    """Try the samples one by one on the CPU. Returns the indices of those that fail, with DALI's reason.
+
+    whole: decode the whole images, and not only the windows.
+    """
     one_by_one = (samples.take(slice(index, index + 1)) for index in range(len(samples.labels)))
     alone = [(encoded, *one.inputs()) for one, encoded in fetched(one_by_one, fetch)]
     make_pipeline = functools.partial(
@@ -38,6 +41,7 @@ def undecodable(samples: Samples, crop: int, fetch: Fetch | None) -> dict[int, s
         half=False,
         threads=1,
         prefetch=1,
+        whole=whole,
     )
     return {index: reason for index, (_, reason) in enumerate(each_alone(alone, make_pipeline)) if reason}
 

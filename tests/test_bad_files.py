@@ -22,6 +22,7 @@ from pipeline.loader import DaliLoader
 from pipeline.manifest import open_manifest
 from pipeline.manifest_files import read_quarantine
 from pipeline.plan import LOST_LABEL, PADDING_LABEL, TrainPlan, ValidationPlan, rescaled_sizes
+from pipeline.recovery import undecodable
 from tests.bad_files import BAD, JPEG, KINDS, content, encoded, file_name, photo
 from tests.runs import ROOT, run
 
@@ -237,6 +238,9 @@ def test_an_image_that_ends_early_is_used_where_it_is_whole_and_never_shows_what
     assert {0, 1, 2, 3} <= lost < set(range(9))
     for row in set(range(9)) - lost:
         assert torch.equal(cut[row], whole[row])
+    samples = next(ValidationPlan(table=manifest.val, crop=CROP, scale=110).batches(rank=0, world_size=1, batch_size=9))
+    assert set(undecodable(samples, CROP, None)) == lost
+    assert set(undecodable(samples, CROP, None, whole=True)) == set(range(9)), "as the GPU's decoder has it"
 
 
 def test_links_to_folders_above_bring_no_image_in_twice(tmp_path):

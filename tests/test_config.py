@@ -98,6 +98,7 @@ def test_scales(scale, train, validation):
         (["--steps", "0"], "at least 1"),
         (["--dropout", "1"], r"in \[0, 1\)"),
         (["--seed", "-1"], "--seed"),
+        (["--hw-decoder-load", "1.5"], r"--hw-decoder-load 1.5: must be in \[0, 1\]"),
         (["--recipe", "none.yaml"], "--recipe none.yaml: cannot be read"),
     ],
 )

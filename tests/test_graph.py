@@ -113,6 +113,30 @@ def test_crops_equal_torchvisions_antialiased_resize_and_crop(planned):
     assert total / len(images) < 0.3
 
 
+def test_whole_images_that_are_cut_equal_windows_that_are_decoded(table):
+    """Decoding whole images is what the GPU's decoder does."""
+    samples = TrainPlan(table=table, batch_size=20, crop=CROP, scale=(256, 256), seed=0).samples(np.arange(20))
+    pipelines = [
+        image_pipeline(
+            lambda: (samples.source, *samples.inputs()),
+            from_files=True,
+            batch_size=20,
+            crop=CROP,
+            device_id=None,
+            decoder="cpu",
+            half=False,
+            threads=2,
+            prefetch=1,
+            whole=whole,
+        )
+        for whole in (False, True)
+    ]
+    windows, cut = (np.stack([np.asarray(image) for image in pipeline.run()[0]]) for pipeline in pipelines)
+    difference = np.abs(windows - cut)
+    assert difference.max() <= 1
+    assert difference.mean() < 1e-3
+
+
 def test_validation_equals_pil_resize_and_centre_crop(table):
     samples = next(
         ValidationPlan(table=table, crop=CROP, scale=256).batches(rank=0, world_size=1, batch_size=len(table))
@@ -168,6 +192,7 @@ def inspect_gpu_graph(decoder: str):
         half=True,
         threads=1,
         prefetch=2,
+        hw_decoder_load=0.25,
     )
     pipeline._build_graph()
     named = [(type(op._op).__name__, op) for op in pipeline._ops]
@@ -176,15 +201,18 @@ def inspect_gpu_graph(decoder: str):
     assert sorted(op._op._device for name, op in named if name == "Split") == ["cpu", "cpu", "gpu"], (
         "images, their ROIs"
     )
+    (decoding,) = (op for name, op in operators.items() if name.startswith("Image"))
+    assert decoding._op._init_args["hw_decoder_load"] == 0.25
     devices = {name: op._op._device for name, op in operators.items()}
     image_inputs = {name: op.inputs[0].device for name, op in operators.items()}
     return devices, image_inputs, [output.device for output in pipeline._graph_outputs]
 
 
-def test_gpu_graph_decodes_windows_on_the_gpu_and_copies_nothing_back():
+def test_gpu_graph_decodes_whole_images_on_the_gpu_and_copies_nothing_back():
     devices, image_inputs, outputs = inspect_gpu_graph("gpu")
-    assert devices == {"Read": "cpu", "ImageSlice": "mixed", "Resize": "gpu", "CropMirrorNormalize": "gpu"}
-    assert image_inputs == {"Read": "cpu", "ImageSlice": "cpu", "Resize": "gpu", "CropMirrorNormalize": "gpu"}
+    on_gpu = {"Slice": "gpu", "Resize": "gpu", "CropMirrorNormalize": "gpu"}
+    assert devices == {"Read": "cpu", "Image": "mixed", **on_gpu}
+    assert image_inputs == {"Read": "cpu", "Image": "cpu", **on_gpu}
     assert outputs == ["gpu", "gpu"]
 
 

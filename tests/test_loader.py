@@ -25,7 +25,7 @@ def no_loss(*_):
     pytest.fail("lost an image")
 
 
-def make_loader(plan, *, start=0, prefetch=2, lose=no_loss):
+def make_loader(plan, *, start=0, prefetch=2, lose=no_loss, pad_channels=False):
     return DaliLoader(
         lambda skip: plan.batches(start=start, rank=0, world_size=1, micro_batch=plan.batch_size, skip=skip),
         lose=lose,
@@ -36,6 +36,7 @@ def make_loader(plan, *, start=0, prefetch=2, lose=no_loss):
         half=False,
         threads=1,
         prefetch=prefetch,
+        pad_channels=pad_channels,
     )
 
 
@@ -52,6 +53,15 @@ def test_batches_are_channels_last_and_labels_int64(plan):
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert labels.dtype == torch.int64
     assert np.array_equal(labels, plan.samples(np.arange(10)).labels)
+
+
+def test_a_fourth_channel_of_zeros_is_added_in_dali(plan):
+    plain, _ = next(make_loader(plan))
+    padded, _ = next(make_loader(plan, pad_channels=True))
+    assert padded.shape == (10, 4, 32, 32)
+    assert padded.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(padded[:, :3], plain)
+    assert not padded[:, 3].any()
 
 
 def test_images_are_dalis_own_memory(plan):

@@ -5,6 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.ranks import Ranks
+from engine.assembly import assemble
+from engine.config import Config
 from engine.precision import Precision, choose_precision
 from engine.step import TrainStep, compile_model
 from model.vgg import build
@@ -77,6 +80,26 @@ def test_half_precision_steps_follow_float32(name):
         for net in (model, reference)
     )
     assert torch.cosine_similarity(moved, exactly, dim=0) > 0.98
+
+
+def test_a_first_step_that_the_scaler_skips_leaves_no_velocity():
+    """torch.empty is made to give NaN, so that memory which nobody has written to shows."""
+    ranks = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU, patient_group=None)
+    config = Config(data="synthetic", crop=32, train_scale="32", batch_size=2, dropout=0.0)
+    models = [build("A", classes=10, crop=32, dropout=0.0, init="xavier", device=CPU, seed=3) for _ in range(2)]
+    images, labels = make_batch(2)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for model, batches in zip(models, ([images * torch.inf, images], [images]), strict=True):
+            parts = assemble(config, ranks=ranks, precision=Precision("fp16", "cpu"), micro_batch=2, model=model)
+            parts.scaler.load_state_dict({**parts.scaler.state_dict(), "scale": 256.0})
+            for batch in batches:
+                parts.step(iter([(batch, labels)]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for skipped, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert other.isfinite().all()
+        assert torch.allclose(skipped, other, rtol=1e-4, atol=1e-6), "the scale, halved by the skip, rounds otherwise"
 
 
 def test_warm_up_changes_nothing():

@@ -41,6 +41,17 @@ def test_a_run_leaves_everything_it_promises(short_run):
     assert (short_run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_with_a_fourth_channel_the_run_is_the_same_up_to_rounding(short_run, tmp_path):
+    run(*SMALL, "--pad-channels", "--steps", "4", "--out", str(tmp_path))
+    losses, expected = (
+        [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()[:4]]
+        for out in (tmp_path, short_run)
+    )
+    assert losses == pytest.approx(expected, rel=1e-3)
+    weights, plain = load(tmp_path / "last.pt").model, load(short_run / "last.pt").model
+    assert {name: weight.shape for name, weight in weights.items()} == {n: w.shape for n, w in plain.items()}
+
+
 def test_kill_9_at_a_random_step_and_resume_is_bit_identical(short_run, tmp_path):
     out = tmp_path / "killed"
     flags = [*SMALL, "--steps", "8", "--checkpoint-minutes", "0", "--out", str(out)]

@@ -1,8 +1,9 @@
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
-from model.vgg import CONFIGURATIONS, INITIALISERS, VGG, LocalResponseNorm, build
+from model.vgg import CONFIGURATIONS, INITIALISERS, VGG, FirstConvolution, LocalResponseNorm, build
 
 # Table 2 of the paper in full, for 1000 classes at 224 pixels.
 PARAMETERS = {
@@ -107,3 +108,34 @@ def test_initial_weights_are_a_function_of_the_seed():
 def test_weights_are_channels_last():
     model = build("A", classes=10, crop=32, dropout=0.5, init="xavier", device=torch.device("cpu"))
     assert model.state_dict()["features.3.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fourth_channel_is_not_in_the_first_convolutions_sums(dtype):
+    """On small whole numbers, whose sums are exact in any order; the fourth channel holds what must not count."""
+    generator = torch.Generator().manual_seed(0)
+    convolution = FirstConvolution(3, 64, kernel_size=3, padding=1, dtype=dtype)
+    images = torch.randint(-100, 100, (2, 4, 32, 32), generator=generator).to(dtype)
+    with torch.no_grad():
+        for weight in convolution.parameters():
+            weight.copy_(torch.randint(-10, 10, weight.shape, generator=generator))
+    results = []
+    for seen in (images[:, :3], images):
+        outputs = convolution(seen.contiguous(memory_format=torch.channels_last))
+        gradients = torch.autograd.grad(outputs.square().sum(), list(convolution.parameters()))
+        results.append((outputs, *gradients))
+    for plain, padded in zip(*results, strict=True):
+        assert torch.equal(plain, padded)
+    assert results[0][1].shape == (64, 3, 3, 3)
+
+
+def test_with_a_fourth_channel_the_network_gives_the_same_logits_and_gradients():
+    model = build("D", classes=10, crop=32, dropout=0.0, init="xavier", device=torch.device("cpu")).double()
+    images = 50 * torch.randn(2, 3, 32, 32, dtype=torch.float64).to(memory_format=torch.channels_last)
+    results = []
+    for seen in (images, F.pad(images, (0, 0, 0, 0, 0, 1))):
+        logits = model(seen)
+        gradients = torch.autograd.grad(F.cross_entropy(logits, torch.tensor([3, 7])), list(model.parameters()))
+        results.append((logits, *gradients))
+    for plain, padded in zip(*results, strict=True):
+        assert (plain - padded).norm() <= 1e-12 * plain.norm()

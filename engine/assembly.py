@@ -1,0 +1,49 @@
+"""The training step as a configuration asks for it: the network compiled and wrapped, its optimizer and loss scaler."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from common.ranks import Ranks
+from engine.config import Config
+from engine.distributed import data_parallel
+from engine.precision import Precision
+from engine.step import TrainStep, compile_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """A training step and what it is made of."""
+
+    step: TrainStep
+    network: nn.Module
+    """What the step calls: the DDP module or, on a single rank, the model itself."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    compiled: bool
+    passes: int
+    """Micro-batches that each rank takes in one step."""
+
+
+def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch: int, model: nn.Module) -> Assembly:
+    """Compile the model in place, if that is asked for, and put the step together around it; every rank must call this.
+
+    micro_batch: a divisor of the rank's share of the batch, as engine.data finds it.
+    """
+    compiled = compile_model(
+        model, choice=config.compile, mode=config.compile_mode, device=ranks.device, is_main=ranks.is_main
+    )
+    passes = config.batch_size // ranks.world_size // micro_batch
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+    if config.momentum:
+        # torch's fused SGD takes its first velocities from memory that nobody has written to, and leaves them so where the
+        # scaler skips that step for a gradient that is not finite: usual in fp16. From zeros, the update is the same.
+        for weight in model.parameters():
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    scaler = precision.grad_scaler()
+    network = data_parallel(model, ranks, accumulates=passes > 1, grad_compression=config.grad_compression)
+    step = TrainStep(network, optimizer=optimizer, scaler=scaler, precision=precision, passes=passes)
+    return Assembly(step=step, network=network, optimizer=optimizer, scaler=scaler, compiled=compiled, passes=passes)
