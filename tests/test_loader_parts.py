@@ -1,0 +1,124 @@
+"""Reading and decoding alone do what the loader does: the same bytes, the same windows, in the plan's order."""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+from loader_parts import decoding_alone, reading_alone
+from PIL import Image
+
+from common.errors import UserError
+from common.ranks import ranks_of_this_run
+from engine.config import parse_args
+from engine.data import Data, open_data
+from engine.precision import Precision
+from pipeline.manifest import open_manifest
+from pipeline.plan import Samples
+from pipeline.prepare import Settings, prepare
+from tests.images import photo_folder
+
+FLAGS = ["--crop", "64", "--train-scale", "96-160", "--batch-size", "4", "--micro-batch", "2", "--threads", "2"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return photo_folder(tmp_path_factory.mktemp("photos"), train=7, val=1, classes=1)
+
+
+@pytest.fixture(scope="module")
+def shards(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    with ranks_of_this_run("cpu") as ranks:
+        prepare(photos, folder, Settings(short_side="180", quality=90, shard_images=3), threads=2, ranks=ranks)
+    return folder
+
+
+def data_of(folder) -> Data:
+    with ranks_of_this_run("cpu") as ranks:
+        return open_data(parse_args(["--data", str(folder), *FLAGS]), ranks, Precision("fp32", "cpu"))
+
+
+def planned(data: Data, start: int, count: int) -> list[Samples]:
+    batches = data.train_plan().batches(start=start, rank=0, world_size=1, micro_batch=data.micro_batch)
+    return list(itertools.islice(batches, count))
+
+
+def test_files_are_read_in_the_plans_order(photos):
+    data = data_of(photos)
+    read = reading_alone(data, start=3)
+    for samples in planned(data, 3, 6):
+        (contents,) = read()
+        for index, source in enumerate(samples.source):
+            with open(data.train_plan().table.name(source), "rb") as file:
+                assert np.asarray(contents.at(index)).tobytes() == file.read()
+
+
+def test_shards_are_read_in_the_plans_order(shards):
+    data = data_of(shards)
+    read = reading_alone(data, start=3)
+    for samples in planned(data, 3, 6):
+        got, encoded = read()
+        assert np.array_equal(got.rows, samples.rows)
+        for (shard, offset, length), row in zip(samples.source.tolist(), encoded, strict=True):
+            with open(shards / f"train-{shard:06d}.tar", "rb") as file:
+                file.seek(offset)
+                assert row[:length].tobytes() == file.read(length)
+
+
+@pytest.mark.parametrize("kind", ["photos", "shards"])
+def test_windows_are_decoded_as_pil_does_and_nothing_more(kind, request, tmp_path):
+    folder = request.getfixturevalue(kind)
+    data = data_of(folder)
+    decode = decoding_alone(data, start=2)
+    first_round = []
+    for samples in planned(data, 2, 16):
+        (windows,) = decode()
+        for index, source in enumerate(samples.source):
+            window = np.asarray(windows.at(index))
+            y, x = samples.start[index]
+            height, width = samples.shape[index]
+            assert window.shape == (height, width, 3)
+            whole = whole_image(data, folder, kind, source)
+            assert np.array_equal(window, whole[y : y + height, x : x + width])
+        first_round.append(np.asarray(windows.at(0)))
+    again = np.asarray(decode()[0].at(0))  # 16 batches are held, and come round again
+    assert np.array_equal(again, first_round[0])
+
+
+def whole_image(data, folder, kind, source) -> np.ndarray:
+    if kind == "photos":
+        return np.asarray(Image.open(data.train_plan().table.name(source)).convert("RGB"))
+    shard, offset, length = source.tolist()
+    with open(folder / f"train-{shard:06d}.tar", "rb") as file:
+        file.seek(offset)
+        return np.asarray(Image.open(io.BytesIO(file.read(length))).convert("RGB"))
+
+
+def test_an_image_that_cannot_be_decoded_is_said_in_a_sentence(tmp_path):
+    folder = photo_folder(tmp_path / "photos", train=4, val=1, classes=1)
+    open_manifest(folder)
+    for path in (folder / "train").rglob("*.JPEG"):
+        path.write_bytes(path.read_bytes()[:2000])
+    decode = decoding_alone(data_of(folder), start=0)
+    with pytest.raises(UserError, match=r"cannot be decoded .*--verify decode"):
+        decode()
+
+
+def test_a_file_that_is_gone_is_said_in_a_sentence(tmp_path):
+    folder = photo_folder(tmp_path / "photos", train=2, val=1, classes=1)
+    data = data_of(folder)
+    for path in (folder / "train").rglob("*.JPEG"):
+        path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        decoding_alone(data, start=0)
+
+
+def test_reading_needs_no_decoding(photos, tmp_path):
+    """An image that cannot be decoded can be read."""
+    folder = photo_folder(tmp_path / "photos", train=2, val=1, classes=1)
+    data = data_of(folder)
+    for path in (folder / "train").rglob("*.JPEG"):
+        path.write_bytes(b"no image")
+    (contents,) = reading_alone(data, start=0)()
+    assert np.asarray(contents.at(0)).tobytes() == b"no image"
