@@ -1,9 +1,10 @@
 # make demo, make test: each sets up .venv with what it needs, once, and reuses it afterwards.
+# make gpu-report PYTHON=python: takes that interpreter as it is, and installs nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format gpu-report clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py --arch A --data digits --out runs/demo --resume never
@@ -23,6 +24,14 @@ lint: $(VENV)/installed-dev
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+ifeq ($(origin PYTHON),file)
+gpu-report: $(VENV)/installed-dev
+	$(BIN)/python profile/gpu_report.py $(if $(DATA),--data $(DATA))
+else
+gpu-report:
+	$(PYTHON) profile/gpu_report.py $(if $(DATA),--data $(DATA))
+endif
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

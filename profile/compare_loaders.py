@@ -6,6 +6,9 @@ leaves them in channels_last, as the network wants them; the others are not char
 this loader on DIR as pipeline.prepare packs it at 256 pixels, and ffcv, where it is installed, with its authors' ImageNet
 recipe (500 pixels, JPEG quality 90; its own random crops, no colour shift).
 
+With --device cuda, DALI's loaders decode on the GPU and leave the images there, ours and the usual one; torchvision's and
+ffcv stay on the CPU, and are not charged for the copy.
+
 They take turns, round after round. A turn begins with a pause, in which the one before fills its queues and falls silent, and
 with batches that are not counted, until what was prefetched meanwhile is used up. Figures are medians over rounds; ratios are
 taken within a round.
@@ -58,9 +61,10 @@ _PAUSE_SECONDS = 1.5
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python profile/compare_loaders.py", description="Compare image loaders on the CPU: images per second."
+        prog="python profile/compare_loaders.py", description="Compare image loaders: images per second."
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* and val/<class>/*")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where DALI's loaders decode")
     parser.add_argument("--batch-size", type=int, default=256, help="images in a batch")
     parser.add_argument("--crop", type=int, default=224, help="side of the crop in pixels")
     parser.add_argument(
@@ -74,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     share_one_heap()  # as train.py does
     try:
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch finds no GPU here; check the driver with nvidia-smi")
         table = open_manifest(arguments.data).train
         with tempfile.TemporaryDirectory() as work:
             scales = {
@@ -85,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     result = {
         "data": str(arguments.data),
         "images": len(table),
+        "device": arguments.device,
         "batch_size": arguments.batch_size,
         "threads": arguments.threads,
         "rounds": arguments.rounds,
@@ -110,14 +117,15 @@ def make_loaders(
     rows = table.read(np.arange(len(table)))
     paths = [table.name(source) for source in rows.source]
     labels = rows.labels.tolist()
+    device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
     loaders = {
-        OURS: our_loader(plan, threads, fetch=None),
-        USUAL_DALI: usual_dali(paths, labels, scale, crop, size, threads),
+        OURS: our_loader(plan, device, threads, fetch=None),
+        USUAL_DALI: usual_dali(paths, labels, scale, crop, size, device, threads),
         PIL: torchvision_loader(paths, labels, read_pil, scale, crop, size, threads),
         TENSORS: torchvision_loader(paths, labels, read_tensor, scale, crop, size, threads),
     }
     if scale == (256, 256):
-        loaders[PREPARED] = our_prepared_loader(arguments, work / "prepared")
+        loaders[PREPARED] = our_prepared_loader(arguments, device, work / "prepared")
         try:
             peer = ffcv_loader(paths, labels, work, crop, size, min(threads, len(os.sched_getaffinity(0))))  # its limit
             next(peer)  # numba compiles
@@ -127,14 +135,14 @@ def make_loaders(
     return loaders
 
 
-def our_loader(plan: TrainPlan, threads: int, fetch: Fetch | None) -> DaliLoader:
+def our_loader(plan: TrainPlan, device: torch.device, threads: int, fetch: Fetch | None) -> DaliLoader:
     return DaliLoader(
         lambda skip: plan.batches(start=0, rank=0, world_size=1, micro_batch=plan.batch_size, skip=skip),
         lose=lambda samples, dead, reasons: plan.lose(samples, dead),
         batch_size=plan.batch_size,
         crop=plan.crop,
-        device=torch.device("cpu"),
-        decoder="cpu",
+        device=device,
+        decoder="gpu" if device.type == "cuda" else "cpu",
         half=False,
         threads=threads,
         prefetch=_PREFETCH,
@@ -142,14 +150,14 @@ def our_loader(plan: TrainPlan, threads: int, fetch: Fetch | None) -> DaliLoader
     )
 
 
-def our_prepared_loader(arguments: argparse.Namespace, folder: Path) -> DaliLoader:
+def our_prepared_loader(arguments: argparse.Namespace, device: torch.device, folder: Path) -> DaliLoader:
     settings = Settings(short_side="256", quality=90, shard_images=2048)
     with ranks_of_this_run("cpu") as ranks:
         prepare(arguments.data, folder, settings, threads=arguments.threads, ranks=ranks)
     table = open_prepared(str(folder)).train
     plan = TrainPlan(table=table, batch_size=arguments.batch_size, crop=arguments.crop, scale=(256, 256), seed=0)
     reader = ShardReader(table, threads=None, batches_ahead=8)
-    return our_loader(plan, arguments.threads, fetch=lambda batches: reader.fetch(batches, plan.read_group))
+    return our_loader(plan, device, arguments.threads, fetch=lambda batches: reader.fetch(batches, plan.read_group))
 
 
 def measure(loaders: dict[str, Iterator], arguments: argparse.Namespace) -> dict[str, list[float]]:
@@ -160,15 +168,23 @@ def measure(loaders: dict[str, Iterator], arguments: argparse.Namespace) -> dict
             sleep(_PAUSE_SECONDS)
             for _ in range(_BATCHES_NOT_COUNTED):
                 next(loader)
+            finish(arguments.device)
             started = perf_counter()
             for _ in range(arguments.batches):
                 next(loader)
+            finish(arguments.device)
             rates[name].append(arguments.batches * arguments.batch_size / (perf_counter() - started))
         say(
             f"round {round_number + 1} of {arguments.rounds}: "
             + ", ".join(f"{n} {r[-1]:,.0f}" for n, r in rates.items())
         )
     return rates
+
+
+def finish(device: str) -> None:
+    """Wait for what the device was given so far on torch's stream."""
+    if device == "cuda":
+        torch.cuda.current_stream().synchronize()
 
 
 def summarise(rates: dict[str, list[float]]) -> dict[str, dict]:
@@ -199,15 +215,25 @@ def print_table(title: str, summary: dict[str, dict]) -> None:
 # ---- the others --------------------------------------------------------------------------------------------------
 
 
-def usual_dali(paths: list[str], labels: list[int], scale, crop: int, batch_size: int, threads: int) -> Iterator:
+def usual_dali(
+    paths: list[str], labels: list[int], scale, crop: int, batch_size: int, device: torch.device, threads: int
+) -> Iterator:
     """The graph of DALI's own examples, decode the whole image, resize, random crop and flip, with its random operators."""
     shift_of_alpha = types.Constant(np.multiply(IMAGENET_EIGENVECTORS, IMAGENET_EIGENVALUES).astype(np.float32))
     mean = types.Constant(np.asarray(IMAGENET_MEAN_RGB, dtype=np.float32))
 
-    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None, prefetch_queue_depth=_PREFETCH, seed=0)
+    on_gpu = device.type == "cuda"
+
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device.index if on_gpu else None,
+        prefetch_queue_depth=_PREFETCH,
+        seed=0,
+    )
     def graph():
         encoded, label = fn.readers.file(files=paths, labels=labels, shuffle_after_epoch=True)
-        whole = fn.decoders.image(encoded, output_type=types.RGB)
+        whole = fn.decoders.image(encoded, output_type=types.RGB, device="mixed" if on_gpu else "cpu")
         shorter = float(scale[0]) if scale[0] == scale[1] else fn.random.uniform(range=tuple(map(float, scale)))
         resized = fn.resize(whole, resize_shorter=shorter)
         alpha = fn.reshape(fn.random.normal(shape=[3], stddev=_COLOUR_SHIFT_SIGMA), shape=[1, 3])
@@ -227,7 +253,7 @@ def usual_dali(paths: list[str], labels: list[int], scale, crop: int, batch_size
 
     pipeline = graph()
     while True:
-        images, label = pipeline.run()
+        images, label = pipeline.run(torch.cuda.current_stream(device)) if on_gpu else pipeline.run()
         yield torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), torch.from_dlpack(label.as_tensor())
 
 

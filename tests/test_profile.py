@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.images import photo_folder
+from tests.nvml_stub import compile_stub
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,3 +65,13 @@ def test_step_overhead():
     result = run_script("step_overhead", "script._STEPS_A_TURN = 2; script._TURNS = 4", *flags)
     assert result["turns"] == 4
     assert 0.2 < result["trainer_to_bare"] < 5
+
+
+def test_sampler_overhead(tmp_path, monkeypatch):
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(compile_stub(tmp_path)))
+    settings = "script._TURN_SECONDS = 0.1; script._BATCH_SIZE = 2; script._CROP = 32; script._CLASSES = 10"
+    result = run_script("sampler_overhead", settings, "--pairs", "6", "--interval-ms", "10")
+    assert result["samples"] >= 7
+    for clock in ("seconds", "core_seconds"):
+        ratio = result[f"{clock}_with_to_without"]
+        assert 0.2 < ratio["low"] <= ratio["p25"] <= ratio["median"] <= ratio["p75"] <= ratio["high"] < 5
