@@ -91,10 +91,19 @@ def make_report(bench: Bench, found: Findings, peaks: Peaks, sampler: NvmlSample
             ranks=ranks.world_size,
             cores_per_rank=len(os.sched_getaffinity(0)) / ranks.local_world_size,
         ),
-        "telemetry": {**sampler.report(), "stages": {name: part["devices"] for name, part in telemetry.items()}},
+        "telemetry": {
+            **sampler.report(),
+            "stages": {name: part["devices"] for name, part in telemetry.items()},
+            "stage_seconds": {
+                name: [moment - sampler.started for moment in (getattr(found, name).began, getattr(found, name).ended)]
+                for name in telemetry
+            },
+        },
     }
     busiest = "training" if stages["training"] else "step"
-    joules = _joules_a_step(telemetry[busiest], stages[busiest]["seconds_per_step"]["median"])
+    joules = None
+    if ranks.device.type == "cuda":  # otherwise they are those of GPUs that had nothing to do
+        joules = _joules_a_step(telemetry[busiest], stages[busiest]["seconds_per_step"]["median"])
     report["roofline"] = _roofline(bench, peaks, report, joules)
     report["verdict"] = judge(report)
     _warn_of_others(report)

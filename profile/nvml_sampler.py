@@ -93,6 +93,11 @@ class NvmlSampler:
 
                 pynvml.nvmlShutdown()
 
+    @property
+    def started(self) -> float:
+        """The value of time.perf_counter() at which the whole context's series begin."""
+        return self._started
+
     def report(self, start: float | None = None, end: float | None = None) -> dict:
         """The telemetry between two values of time.perf_counter(), of the whole context by default.
 

@@ -4,7 +4,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plot_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, lanes, new_figure
 from report_format import find
-from report_words import NOT_MEASURED, PARTS, floors_of_parts, number, part_summary, subject
+from report_words import NOT_MEASURED, PARTS, floors_of_parts, number, part_summary, parts_of, subject
 
 _COLOURS = dict(zip(PARTS, (ORANGE, SKY, BLUE, VERMILION, GREEN), strict=True))
 _WHOLE = "#444444"
@@ -15,7 +15,7 @@ def timeline(report: dict) -> Figure | str:
 
     The data wait and the whole step are training's; the other parts were measured in the step alone.
     """
-    seconds = {part: (part_summary(report, part) or {}).get("median") for part in PARTS}
+    seconds = {part: (part_summary(report, part) or {}).get("median") for part in parts_of(report)}
     if all(median is None for median in seconds.values()):
         return "The parts of a step were not measured, so there is no timeline."
     floors = floors_of_parts(report)
@@ -23,7 +23,7 @@ def timeline(report: dict) -> Figure | str:
     axes = figure.subplots()
     labels: list[str] = []
     start = floor_start = 0.0
-    for part, title in PARTS.items():
+    for part, title in parts_of(report).items():
         _draw_lane(axes, len(labels), _COLOURS[part], start, seconds[part], floor_start, floors.get(part))
         labels.append(title)
         start += seconds[part] or 0

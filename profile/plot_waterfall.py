@@ -7,6 +7,7 @@ from report_format import find
 from report_words import NOT_MEASURED, SET_BY, STAGES, number, percent, ratio, subject
 
 _COLOURS = {"floor": GREY, "step": SKY, "ceiling": ORANGE, "training": BLUE}
+_NOTHING = 1e-3  # of a rate: a difference that is rounding
 
 
 def levels(report: dict) -> dict[str, float | None]:
@@ -70,6 +71,8 @@ def _draw_level(axes: Axes, lane: int, rate: float, spread: dict | None, colour:
 
 def _draw_change(axes: Axes, lane: int, before: float, after: float) -> None:
     change = after - before
+    if abs(change) < _NOTHING * before:  # rounding
+        change = 0.0
     sign, colour = ("−", VERMILION) if change < 0 else ("+", GREEN) if change > 0 else ("", GREY)
     axes.barh(lane, change, left=before, height=0.5, color=colour)
     text = f" {sign}{number(abs(change))} ({percent(abs(change) / before, 0)})"

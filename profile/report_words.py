@@ -169,11 +169,16 @@ def part_table(report: dict) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what a step consists of, and the hardware's floor for each part."""
     header = ["part of a step", "ms", "p5–p95", "floor, ms"]
     rows, floors = [], floors_of_parts(report)
-    for key, title in PARTS.items():
+    for key, title in parts_of(report).items():
         summary = part_summary(report, key)
         floor = "" if key == "data_wait" else milliseconds(floors[key])
         rows.append([title, milliseconds((summary or {}).get("median")), spread_of(summary, 1e3), floor])
     return header, rows
+
+
+def parts_of(report: dict) -> dict[str, str]:
+    """PARTS, less the all-reduce where there is but one rank."""
+    return {key: title for key, title in PARTS.items() if key != "all_reduce" or find(report, "hardware.ranks") != 1}
 
 
 def part_summary(report: dict, part: str) -> dict | None:

@@ -88,11 +88,11 @@ def test_timeline_shows_each_part_where_it_starts():
     assert "53.7 ms, floor 24.3" in texts(figure)
 
 
-def test_timeline_of_one_rank_has_no_bar_for_the_all_reduce():
+def test_timeline_of_one_rank_has_no_all_reduce():
     figure = timeline(cpu_report())
     assert isinstance(figure, Figure)
-    assert bars(figure)["all-reduce, exposed"] == []
-    assert [text for text in texts(figure) if "not measured" in text] == ["not measured"]
+    assert "all-reduce, exposed" not in bars(figure)
+    assert not [text for text in texts(figure) if "not measured" in text]
 
 
 def test_telemetry_draws_every_sample_and_shades_the_stages():
