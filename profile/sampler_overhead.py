@@ -5,7 +5,7 @@ one with the sampler and one without make a pair, and every other pair has them 
 The figure is the median over pairs of with / without, with its 95 % confidence interval (order statistics) and its quartiles:
 of the seconds a turn took, and of the process's time on all cores. The first tells what throughput loses, on a machine that
 does nothing else; the second, less what is lost by waiting, on a busy one too, given OMP_NUM_THREADS=1 (threads that wait for
-each other do so at work).
+each other do so at work). Steadiest is what the sampler's own threads take of a core; it leaves out what they do to others.
 
 It needs NVML. On a machine without a GPU, the tests' stub of it, whose PCIe readings can be made to take their 20 ms:
 
@@ -18,8 +18,9 @@ import json
 import math
 import statistics
 import sys
+import threading
 from pathlib import Path
-from time import perf_counter, process_time
+from time import clock_gettime, perf_counter, process_time, pthread_getcpuclockid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("seconds", "core_seconds"):
         line = "with the sampler / without, {}: {median:.4f}, 95 % interval {low:.4f}–{high:.4f}"
         print(line.format(name.replace("_", " "), **result[f"{name}_with_to_without"]))
+    print(f"the sampler's threads: {result['sampler_core_seconds_a_second']:.2%} of a core")
     print(json.dumps(result))
     return 0
 
@@ -100,12 +102,14 @@ def measure(interval_seconds: float, pairs: int) -> dict:
     step = Step(device)
     step.turn(3)
     steps = max(1, round(3 * _TURN_SECONDS / step.turn(3)[0]))
-    with_sampler, without, samples = [], [], 0
+    with_sampler, without, samples, own = [], [], 0, 0.0
     for pair in track(range(pairs + 1), total=pairs + 1, label="measuring", unit="pairs"):
         for sampled in (True, False) if pair % 2 else (False, True):
             if sampled:
                 with NvmlSampler(uuids_of(device), interval_seconds) as sampler:
+                    before = _sampler_core_seconds()
                     with_sampler.append(step.turn(steps))
+                    own += _sampler_core_seconds() - before
                 samples += sampler.report()["samples"]
             else:
                 without.append(step.turn(steps))
@@ -121,7 +125,14 @@ def measure(interval_seconds: float, pairs: int) -> dict:
         "samples": samples,
         "seconds_with_to_without": _spread([ratio for ratio, _ in ratios]),
         "core_seconds_with_to_without": _spread([ratio for _, ratio in ratios]),
+        "sampler_core_seconds_a_second": round(own / sum(seconds for seconds, _ in with_sampler), 5),
     }
+
+
+def _sampler_core_seconds() -> float:
+    """Time that the sampler's threads have spent on cores, while they live."""
+    threads = [t.ident for t in threading.enumerate() if t.ident is not None and t.name.startswith("nvml-")]
+    return sum(clock_gettime(pthread_getcpuclockid(thread)) for thread in threads)
 
 
 def _spread(ratios: list[float]) -> dict[str, float]:

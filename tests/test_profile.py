@@ -75,3 +75,4 @@ def test_sampler_overhead(tmp_path, monkeypatch):
     for clock in ("seconds", "core_seconds"):
         ratio = result[f"{clock}_with_to_without"]
         assert 0.2 < ratio["low"] <= ratio["p25"] <= ratio["median"] <= ratio["p75"] <= ratio["high"] < 5
+    assert 0 < result["sampler_core_seconds_a_second"] < 0.5
