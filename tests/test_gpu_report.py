@@ -190,6 +190,7 @@ def test_photographs_are_a_data_set_of_varied_sizes(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["photographs"]
 
 
+@pytest.mark.slow
 def test_compare_steps_runs_on_a_cpu(monkeypatch):
     """timm is said to be missing, so that what it costs is not in the test."""
     settings = (
