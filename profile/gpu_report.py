@@ -4,7 +4,7 @@ Runs, each in a process of its own: the tests in tests/gpu; throughput.py for A,
 images; compare_loaders.py with the GPU's decoder; compare_steps.py against torchvision's and timm's networks. A run that fails
 is told of by name, and the others go on. Writes docs/gpu/<card>.json, and the table of all cards in docs/performance.md.
 
-Without --data, the images are pieces of scikit-learn's photographs. Nothing is downloaded. About 20 minutes.
+Without --data, the images are pieces of scikit-learn's photographs. Nothing is downloaded.
 """
 
 import argparse
