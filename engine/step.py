@@ -49,12 +49,14 @@ class TrainStep:
         return torch.stack(losses).sum()
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
-        """Compile; run forward and backward once, without an update.
+        """Compile; run forward and backward, without an update.
 
-        DDP chooses its buckets anew after the first backward pass. With that pass out of the way, every step of a run adds
-        gradients up in the same order, the first step after a resume too: a resumed run stays bit-identical.
+        DDP chooses its buckets anew after the first backward pass or, with a static graph, the second. With these passes out
+        of the way, every step of a run adds gradients up in the same order, the first step after a resume too: a resumed run
+        stays bit-identical, on three ranks and more as well.
         """
-        self._loss(images, labels).backward()
+        for _ in range(2 if isinstance(self._model, DistributedDataParallel) else 1):
+            self._loss(images, labels).backward()
         self._optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
