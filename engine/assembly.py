@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from common.errors import TrainingError
 from common.ranks import Ranks
 from engine.config import Config
 from engine.distributed import data_parallel
@@ -47,3 +48,11 @@ def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch:
     network = data_parallel(model, ranks, accumulates=passes > 1, grad_compression=config.grad_compression)
     step = TrainStep(network, optimizer=optimizer, scaler=scaler, precision=precision, passes=passes)
     return Assembly(step=step, network=network, optimizer=optimizer, scaler=scaler, compiled=compiled, passes=passes)
+
+
+def too_little_memory(micro_batch: int) -> TrainingError:
+    """What to raise for torch.OutOfMemoryError."""
+    return TrainingError(
+        f"the GPU's memory is too small for {micro_batch} images at a time; halve it with "
+        f"--micro-batch {max(1, micro_batch // 2)} (the result stays the same)"
+    )

@@ -17,7 +17,7 @@ from common.progress import say
 from common.ranks import Ranks, sum_over_ranks, union_over_ranks, wait_for_all
 from engine import checkpoint as checkpoints
 from engine import schedule
-from engine.assembly import assemble
+from engine.assembly import assemble, too_little_memory
 from engine.checkpoint import Checkpoint
 from engine.clock import Clock, TimedBatches
 from engine.config import Config, to_dict
@@ -88,10 +88,7 @@ class Trainer:
             else:
                 self._train(None)
         except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"the GPU's memory is too small for {self._data.micro_batch} images at a time; halve it with "
-                f"--micro-batch {max(1, self._data.micro_batch // 2)} (the result stays the same)"
-            ) from error
+            raise too_little_memory(self._data.micro_batch) from error
         except OSError as error:  # of the log: checkpoints and data report their own
             raise TrainingError(
                 f"cannot write the log to {self._config.out} ({error.strerror or error}); the last good checkpoint is "

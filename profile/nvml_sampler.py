@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,6 +25,7 @@ from nvml_table import table
 
 from common.errors import UserError, tell
 from common.files import replacing
+from common.flags import FlagParser
 from common.progress import say
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def _write(report: str, out: Path | None) -> None:
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the command behind "--". Raises UserError."""
-    parser = _Parser(
+    parser = FlagParser(
         prog="python profile/nvml_sampler.py",
         usage="%(prog)s [--interval-ms MS] [--out FILE.json] -- COMMAND…",
         description="Sample the GPUs while a command runs.",
@@ -198,11 +199,6 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.out is not None and (options.out.is_dir() or not options.out.absolute().parent.is_dir()):
         raise UserError(f"--out {options.out} cannot be written: give a file in a folder that is there")
     return options, command
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # argparse itself prints several lines, and exits
-        raise UserError(f"{message}; see --help")
 
 
 if __name__ == "__main__":

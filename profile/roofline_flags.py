@@ -2,26 +2,21 @@
 
 import argparse
 import math
-from typing import NoReturn
 
 from all_reduce import ALGORITHMS
 from cards import CARDS
 
 from common.errors import UserError
+from common.flags import FlagParser
 from model.vgg import CONFIGURATIONS
 
 NETWORK_GBITS_PER_SECOND = 400.0
 LATENCY_MICROSECONDS = 10.0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Raises UserError."""
-    parser = _Parser(
+    parser = FlagParser(
         prog="python profile/roofline.py", description="The least time that a training step can take, and more GPUs."
     )
     add = parser.add_argument

@@ -18,7 +18,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -49,9 +48,11 @@ from tuning_output import print_tuned, result, write_recipe
 
 from common.errors import TrainingError, UserError, tell
 from common.files import replacing
+from common.flags import FlagParser
 from common.orphans import end_with_torchrun
 from common.progress import say
 from common.ranks import Ranks, first_then_others, ranks_of_this_run
+from engine.assembly import too_little_memory
 from engine.config import Config, parse_args
 
 REPORT, TRACE, RECIPE = "report.json", "trace.json", "recipe.yaml"
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     """The configuration, and this program's own options. Raises UserError."""
-    parser = _Parser(
+    parser = FlagParser(
         prog="python profile/throughput.py",
         description="Measure what limits a run. It takes all flags of train.py; --steps is the most of each stage.",
         allow_abbrev=False,
@@ -116,11 +117,6 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     return replace(config, out=options.out or Path("runs/profile") / name), options
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
-
-
 def claim(out: Path, name: str) -> None:
     """Make the folder for a file of this name. Raises UserError: it cannot be written, or holds one."""
     try:
@@ -144,10 +140,7 @@ def profile(config: Config, ranks: Ranks, limits: Limits, *, trace: bool) -> dic
         with sampler if ranks.is_main else nullcontext():
             found = run_stages(bench, config.out / TRACE if trace else None)
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"the GPU's memory is too small for {bench.data.micro_batch} images at a time; halve it with "
-            f"--micro-batch {max(1, bench.data.micro_batch // 2)}"
-        ) from error
+        raise too_little_memory(bench.data.micro_batch) from error
     peaks.append(peaks_here(ranks.device, bench.precision.name))  # another program may have disturbed the first
     return make_report(bench, found, best_of(peaks), sampler)
 
