@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torchvision
-from torch import nn
 from torchvision.transforms.v2.functional import normalize
 
 from model.vgg import CONFIGURATIONS, VGG, build
