@@ -8,16 +8,14 @@ from model.vgg import STRIDE, VGG
 class Dense(nn.Module):
     """A network run densely over whole images, with the parameters of the VGG that it is given: nothing is copied.
 
-    FC6 as a convolution over the last feature map (7×7 at a crop of 224 pixels, (crop/32)² otherwise), FC7 and FC8 as 1×1
-    convolutions: the crop's classifier at every window of the map, which are 32 pixels apart. Unlike the crop's borders, the
-    windows' are not padded with zeros, except at the image's own.
+    FC6 becomes a convolution over the last feature map (7×7 at a crop of 224 pixels, (crop/32)² otherwise), FC7 and FC8 become
+    1×1 convolutions. That is the classifier of the crop at every window of the map; windows are 32 pixels of the image apart,
+    and zeros surround the image alone, not each of them as they do a crop. The poolings round down: rows and columns beyond
+    the last multiple of 32 get no place of their own in the map.
 
-    The convolution is computed as a matrix product of the windows, as the VGG's own: so FC6's weight, three quarters of all,
-    keeps its layout, which a convolution in channels_last would change on every call. The windows take 100 kB each in
-    float32 at 224 pixels, less than the first feature maps of the same image do.
-
-    Rows and columns of the image that do not fill a multiple of 32 pixels are dropped by the poolings, at the right and at
-    the bottom.
+    FC6 is computed as VGG's own, a matrix product, of all windows. A convolution in channels_last would first bring its weight
+    of 100 million into another layout, on every call. In float32 a window is 100 kB at 224 pixels; all windows of an image are
+    less than its first feature map.
     """
 
     def __init__(self, model: VGG) -> None:
@@ -43,10 +41,7 @@ class Dense(nn.Module):
         if min(height, width) < self.model.crop:
             raise ValueError(f"images of {width}×{height} pixels are smaller than the crop, {self.model.crop}")
         maps = self.model.features(images)
-        windows = maps.unfold(2, self._side, 1).unfold(
-            3, self._side, 1
-        )  # [n, 512, places down, places across, side, side]
-        places = windows.permute(0, 2, 3, 1, 4, 5).flatten(
-            3
-        )  # [n, places down, places across, 512·side²], as FC6 takes it
-        return self.model.classifier[:-1](places).mean(dim=(1, 2))
+        # → [n, 512, places down, places across, side, side] → [n, places down, places across, 512·side²], as FC6 takes them.
+        windows = maps.unfold(2, self._side, 1).unfold(3, self._side, 1)
+        windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)
+        return self.model.classifier[:-1](windows).mean(dim=(1, 2))
