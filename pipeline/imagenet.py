@@ -10,7 +10,6 @@ A class folder takes its name when it is complete and on the disk: interrupted, 
 The tar files stay, and no copies of them are made: DATA needs 150 GB.
 """
 
-import argparse
 import io
 import json
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from common.errors import UserError, tell
+from common.flags import FlagParser
 from common.progress import say, track
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -158,11 +158,11 @@ def _unpack_folder(folder: Path, images: Callable[[], Iterator[tuple[str, Binary
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.imagenet", description="Unpack ImageNet's tar files.")
+    parser = FlagParser(prog="python -m pipeline.imagenet", description="Unpack ImageNet's tar files.")
     parser.add_argument("tars", type=Path, help=f"folder with {TRAIN_TAR}, {VAL_TAR}, {DEVKIT_TAR}")
     parser.add_argument("data", type=Path, help="folder to unpack into, for train.py --data")
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         images = unpack(arguments.tars, arguments.data)
     except UserError as error:
         return tell(error)
