@@ -13,7 +13,6 @@ folder's time: then ask for --rescan.
 The scan reads headers. --verify decode also decodes every image, once, and leaves out those that fail (pipeline/verify.py).
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from common.errors import UserError, tell
 from common.files import cache_folder
+from common.flags import FlagParser
 from common.progress import say
 from pipeline.manifest_files import QUARANTINE, Manifest, find_manifest, load_manifest, write_manifest
 from pipeline.scan import Scan, check_layout, scan
@@ -75,7 +75,7 @@ def _write_somewhere(root: Path, found: Scan) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="python -m pipeline.manifest", description="Scan a data folder, check its images, print a summary."
     )
     parser.add_argument("data", type=Path, help="folder with train/<class>/* and val/<class>/*")
@@ -85,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
         choices=["decode"],
         help="decode every image once and leave out what fails; interrupted, the same command goes on where it was",
     )
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         manifest = open_manifest(arguments.data, rescan=arguments.rescan)
         if arguments.verify:
             from pipeline.verify import verify  # here, because DALI takes long to import

@@ -31,6 +31,7 @@ from PIL import Image
 
 from common.errors import TrainingError, UserError, tell
 from common.files import replacing
+from common.flags import FlagParser
 from common.progress import printable, say, track
 from common.ranks import Ranks, first_then_others, ranks_of_this_run, wait_for_all
 from pipeline import draws
@@ -330,7 +331,7 @@ def _check(arguments: argparse.Namespace) -> Settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="python -m pipeline.prepare", description="Resize a data set once and pack it into shards."
     )
     parser.add_argument("source", type=Path, help="folder with train/<class>/* and val/<class>/*")
@@ -343,9 +344,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1–95 (90)")
     parser.add_argument("--shard-images", type=int, default=2048, help="images in a shard (2048)")
     parser.add_argument("--threads", type=int, help="of each rank (its share of the cores)")
-    arguments = parser.parse_args(argv)
-    started = time.monotonic()
     try:
+        arguments = parser.parse_args(argv)
+        started = time.monotonic()
         settings = _check(arguments)
         with ranks_of_this_run("cpu") as ranks:
             threads = arguments.threads or ranks.cpu_share

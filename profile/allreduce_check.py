@@ -22,6 +22,7 @@ from all_reduce import Links, all_reduce_seconds
 from limited_links import INTERFACE, PAYLOAD_SHARE, Machine, limited_machines
 
 from common.errors import TrainingError, UserError, tell
+from common.flags import FlagParser
 
 _FLOAT_BYTES = 4
 _PORT = 29400  # any: no one else is in the namespace
@@ -30,14 +31,14 @@ _PATIENCE_SECONDS = 240
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="python profile/allreduce_check.py", description="Predicted and measured all-reduce over limited links."
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3], help="numbers of ranks to try")
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 4, 16], help="sizes to try")
     parser.add_argument("--mbits-per-second", type=float, default=100, help="of each link, in each direction")
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         if min(arguments.ranks) < 2 or min(arguments.megabytes) <= 0 or arguments.mbits_per_second <= 0:
             raise UserError("give --ranks of 2 or more, and --megabytes and --mbits-per-second above 0")
         rows = [row for ranks in arguments.ranks for row in check(ranks, arguments)]

@@ -36,6 +36,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
 from common.errors import UserError, tell
+from common.flags import FlagParser
 from common.heap import share_one_heap
 from common.progress import say
 from common.ranks import ranks_of_this_run
@@ -60,7 +61,7 @@ _PAUSE_SECONDS = 1.5
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="python profile/compare_loaders.py", description="Compare image loaders: images per second."
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* and val/<class>/*")
@@ -75,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each loader")
     parser.add_argument("--batches", type=int, default=20, help="batches counted in a turn")
-    arguments = parser.parse_args(argv)
-    share_one_heap()  # as train.py does
     try:
+        arguments = parser.parse_args(argv)
+        share_one_heap()  # as train.py does
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch finds no GPU here; check the driver with nvidia-smi")
         table = open_manifest(arguments.data).train

@@ -22,6 +22,7 @@ from compare_loaders import OURS, measure, print_table, summarise
 from torch import nn
 
 from common.errors import TrainingError, UserError, tell
+from common.flags import FlagParser
 from common.progress import say
 from common.ranks import Ranks, ranks_of_this_run
 from engine.assembly import assemble
@@ -36,15 +37,15 @@ _NAMES = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="python profile/compare_steps.py",
         description="Compare training steps: images per second. It takes all flags of train.py.",
         allow_abbrev=False,
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each step")
     parser.add_argument("--batches", type=int, default=20, help="steps counted in a turn")
-    options, flags = parser.parse_known_args(argv)
     try:
+        options, flags = parser.parse_known_args(argv)
         config = parse_args(["--batch-size", "128", *flags, "--data", SYNTHETIC])
         if config.arch not in _NAMES:
             raise UserError(f"--arch {config.arch}: nobody else has it; take one of {', '.join(_NAMES)}")

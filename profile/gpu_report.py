@@ -7,7 +7,6 @@ is told of by name, and the others go on. Writes docs/gpu/<card>.json, and the t
 Without --data, the images are pieces of scikit-learn's photographs. Nothing is downloaded.
 """
 
-import argparse
 import importlib.util
 import itertools
 import json
@@ -28,6 +27,7 @@ from photographs import photograph_folder
 
 from common.errors import UserError, tell
 from common.files import replacing
+from common.flags import FlagParser
 from common.progress import say
 from common.ranks import ranks_of_this_run
 
@@ -55,19 +55,19 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="python profile/gpu_report.py", description="Measure on a GPU what this project promises of one."
     )
     parser.add_argument("--data", type=Path, help="folder with train/<class>/* and val/<class>/*; default: made up")
     parser.add_argument("--work", type=Path, default=Path("runs/gpu-report"), help="folder for what the runs leave")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder with performance.md and gpu/")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
-    arguments = parser.parse_args(argv)
-    folder = arguments.work.resolve()  # the runs start in the repository
-    work = folder / f"{datetime.now():%Y%m%d-%H%M%S}"
-    data = arguments.data.resolve() if arguments.data else folder / "photographs"
-    runs, left_out = plan(data, work)
     try:
+        arguments = parser.parse_args(argv)
+        folder = arguments.work.resolve()  # the runs start in the repository
+        work = folder / f"{datetime.now():%Y%m%d-%H%M%S}"
+        data = arguments.data.resolve() if arguments.data else folder / "photographs"
+        runs, left_out = plan(data, work)
         if arguments.dry_run:
             for run in runs:
                 say(" ".join(["python", *_command(run, _SIZES[0])]))

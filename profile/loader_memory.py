@@ -4,7 +4,6 @@ DIR: prepared data, or a folder with train/<class>/* and val/<class>/*. The resi
 epoch; the first one fills DALI's pools, so growth is counted from the second on.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from common.errors import UserError, tell
+from common.flags import FlagParser
 from common.heap import share_one_heap
 from common.progress import say
 from common.ranks import ranks_of_this_run
@@ -23,15 +23,13 @@ from engine.precision import choose_precision
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python profile/loader_memory.py", description="The loader's resident memory over epochs."
-    )
+    parser = FlagParser(prog="python profile/loader_memory.py", description="The loader's resident memory over epochs.")
     parser.add_argument("--data", required=True, help="prepared data, or a folder with train/ and val/")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--plot", type=Path, help="PNG to write")
-    arguments, flags = parser.parse_known_args(argv)
-    share_one_heap()  # as train.py does
     try:
+        arguments, flags = parser.parse_known_args(argv)
+        share_one_heap()  # as train.py does
         config = parse_args(["--data", arguments.data, "--device", "cpu", *flags])
         with ranks_of_this_run("cpu") as ranks:
             data = open_data(config, ranks, choose_precision("fp32", torch.device("cpu")))

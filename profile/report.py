@@ -4,7 +4,6 @@ python profile/report.py A.json B.json: two runs against each other, a table and
 profile/throughput.py writes, and write into its folder (B's) unless --out names another.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -37,6 +36,7 @@ from rich.text import Text
 
 from common.errors import UserError, tell
 from common.files import replacing
+from common.flags import FlagParser
 from common.progress import printable
 
 PAGE = "report.html"
@@ -45,14 +45,14 @@ COMPARISON = "comparison.png"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="python profile/report.py", description="Show one report of profile/throughput.py, or compare two."
     )
     parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT.json", help="one to show, two to compare")
     parser.add_argument("--out", type=Path, help="folder to write to; default: that of the last report given")
-    arguments = parser.parse_args(argv)
-    out = arguments.out or arguments.reports[-1].parent
     try:
+        arguments = parser.parse_args(argv)
+        out = arguments.out or arguments.reports[-1].parent
         if len(arguments.reports) > 2:
             raise UserError(f"{len(arguments.reports)} reports; give one to show or two to compare")
         reports = [read_report(path) for path in arguments.reports]

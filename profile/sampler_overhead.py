@@ -13,7 +13,6 @@ It needs NVML. On a machine without a GPU, the tests' stub of it, whose PCIe rea
     NVML_STUB_PCIE_MS=20 LD_LIBRARY_PATH=DIR python profile/sampler_overhead.py
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from nvml_sampler import NvmlSampler, uuids_of
 
 from common.errors import UserError, tell
+from common.flags import FlagParser
 from common.progress import track
 from engine.precision import choose_precision, set_numerics
 from model.vgg import build
@@ -67,13 +67,13 @@ class Step:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="python profile/sampler_overhead.py", description="Measure the sampler's cost, in pairs of turns."
     )
     parser.add_argument("--interval-ms", type=float, default=100.0, help="milliseconds between two samples of a GPU")
     parser.add_argument("--pairs", type=int, default=40, help="pairs of turns that are counted, at least 6")
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         if not arguments.interval_ms >= 1:
             raise UserError(f"--interval-ms is {arguments.interval_ms:g}: give it at least 1")
         if arguments.pairs < 6:

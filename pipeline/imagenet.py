@@ -1,0 +1,177 @@
+"""python -m pipeline.imagenet TARS DATA: unpack ImageNet's official tar files into DATA/train/<class>/* and DATA/val/<class>/*.
+
+TARS holds the three files as image-net.org gives them to registered users:
+
+    ILSVRC2012_img_train.tar         a tar file for each class, named by its WordNet id
+    ILSVRC2012_img_val.tar           50,000 images side by side
+    ILSVRC2012_devkit_t12.tar.gz     which class each of these belongs to
+
+A class folder takes its name when it is complete and on the disk: interrupted, the same command goes on with what is missing.
+The tar files stay, and no copies of them are made: DATA needs 150 GB.
+"""
+
+import io
+import json
+import os
+import shutil
+import sys
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from common.errors import UserError, tell
+from common.flags import FlagParser
+from common.progress import say, track
+
+TRAIN_TAR = "ILSVRC2012_img_train.tar"
+VAL_TAR = "ILSVRC2012_img_val.tar"
+DEVKIT_TAR = "ILSVRC2012_devkit_t12.tar.gz"
+
+_META = "ILSVRC2012_devkit_t12/data/meta.mat"
+_GROUND_TRUTH = "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"
+_THREADS = 8  # they wait for the disk most of the time
+
+
+class Classes(NamedTuple):
+    """What the development kit says."""
+
+    wordnet_ids: dict[int, str]
+    """ILSVRC2012_ID → WordNet id, of the classes that images belong to (not of the groups above them)."""
+    val_ids: list[int]
+    """The ILSVRC2012_ID of each validation image, in the order of their names."""
+
+
+def unpack(tars: Path, data: Path) -> dict[str, int]:
+    """Unpack the three tar files in the folder `tars` into `data`. Returns the number of images in each split.
+
+    Raises UserError: a file is missing, is no such tar file or is cut short, or `data` cannot be written.
+    """
+    for name in (TRAIN_TAR, VAL_TAR, DEVKIT_TAR):
+        if not (tars / name).is_file():
+            raise UserError(f"{tars / name}: no such file; download it from image-net.org into {tars}")
+    try:
+        classes = read_devkit(tars / DEVKIT_TAR)
+        _unpack_split(data / "train", _train_folders(tars / TRAIN_TAR, classes))
+        _unpack_split(data / "val", _val_folders(tars / VAL_TAR, classes))
+    except (tarfile.TarError, EOFError) as error:
+        what = " ".join(str(error).split())
+        raise UserError(f"{tars}: a tar file in it is damaged or cut short ({what}); download it anew") from error
+    except OSError as error:
+        raise UserError(f"{error.filename or data}: {error.strerror or error}") from error
+    return {split: sum(1 for _ in (data / split).glob("*/*")) for split in ("train", "val")}
+
+
+def read_devkit(path: Path) -> Classes:
+    """Read ImageNet's development kit. Raises UserError where it is another one."""
+    import scipy.io
+
+    try:
+        with tarfile.open(path) as tar:
+            meta, truth = (_content(tar, name) for name in (_META, _GROUND_TRUTH))
+        synsets = scipy.io.loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        # Only synsets without children have images; the others are groups of them.
+        rows = [synset for synset in synsets if int(synset["num_children"]) == 0]
+        return Classes(
+            wordnet_ids={int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows},
+            val_ids=[int(line) for line in truth.split()],
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: not ImageNet's development kit of 2012 ({error}); download it anew") from error
+
+
+def _content(tar: tarfile.TarFile, name: str) -> bytes:
+    file = tar.extractfile(name)  # KeyError: no such member
+    if file is None:
+        raise ValueError(f"{name} is not a file")
+    return file.read()
+
+
+# A class folder: its name, and what yields its images' names and contents.
+_Folder = tuple[str, Callable[[], Iterator[tuple[str, BinaryIO]]]]
+
+
+def _train_folders(path: Path, classes: Classes) -> list[_Folder]:
+    with tarfile.open(path, "r:") as tar:
+        starts = {Path(member.name).stem: member.offset_data for member in tar if member.name.endswith(".tar")}
+    if missing := set(classes.wordnet_ids.values()) - set(starts):
+        raise UserError(f"{path}: holds no {min(missing)}.tar ({len(missing):,} missing); download it anew")
+    return [(name, partial(_images_in, path, start)) for name, start in sorted(starts.items())]
+
+
+def _val_folders(path: Path, classes: Classes) -> list[_Folder]:
+    with tarfile.open(path, "r:") as tar:
+        images = sorted((Path(member.name).name, member.offset_data, member.size) for member in tar if member.isfile())
+    if len(images) != len(classes.val_ids):
+        raise UserError(f"{path}: holds {len(images):,} images instead of {len(classes.val_ids):,}; download it anew")
+    by_class = defaultdict(list)
+    for image, number in zip(images, classes.val_ids, strict=True):
+        by_class[classes.wordnet_ids[number]].append(image)
+    return [(name, partial(_images_at, path, images)) for name, images in sorted(by_class.items())]
+
+
+def _images_in(path: Path, start: int) -> Iterator[tuple[str, BinaryIO]]:
+    """The images of the tar file that begins there within the tar file `path`."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if content := tar.extractfile(member):
+                    yield Path(member.name).name, content  # type: ignore[misc]  # reads, which is all that is needed
+
+
+def _images_at(path: Path, images: list[tuple[str, int, int]]) -> Iterator[tuple[str, BinaryIO]]:
+    with open(path, "rb") as file:
+        for name, start, size in images:
+            file.seek(start)
+            yield name, io.BytesIO(file.read(size))
+
+
+def _unpack_split(split: Path, folders: list[_Folder]) -> None:
+    split.mkdir(parents=True, exist_ok=True)
+    for unfinished in split.glob(".*.tmp"):
+        shutil.rmtree(unfinished)
+    missing = [(name, images) for name, images in folders if not (split / name).is_dir()]
+    if len(missing) < len(folders):
+        say(f"{split}: {len(folders) - len(missing):,} of {len(folders):,} class folders are there already")
+    with ThreadPoolExecutor(_THREADS) as pool:
+        results = pool.map(lambda folder: _unpack_folder(split / folder[0], folder[1]), missing)
+        try:
+            for _ in track(results, total=len(missing), label=f"unpacking {split.name}", unit="classes"):
+                pass
+        except BaseException:  # Ctrl-C, too: else the pool would unpack all the rest first
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _unpack_folder(folder: Path, images: Callable[[], Iterator[tuple[str, BinaryIO]]]) -> None:
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    unfinished.mkdir()
+    for name, content in images():
+        with open(unfinished / name, "wb") as file:
+            shutil.copyfileobj(content, file)
+    os.sync()  # one call for a thousand files; after it, the folder's name says that all of them are on the disk
+    unfinished.rename(folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = FlagParser(prog="python -m pipeline.imagenet", description="Unpack ImageNet's tar files.")
+    parser.add_argument("tars", type=Path, help=f"folder with {TRAIN_TAR}, {VAL_TAR}, {DEVKIT_TAR}")
+    parser.add_argument("data", type=Path, help="folder to unpack into, for train.py --data")
+    try:
+        arguments = parser.parse_args(argv)
+        images = unpack(arguments.tars, arguments.data)
+    except UserError as error:
+        return tell(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what is missing", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells have it
+    print(json.dumps({"data": str(arguments.data), **images}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
