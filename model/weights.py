@@ -154,7 +154,7 @@ def _outline(description: Description) -> VGG:
 
 
 def _shapes(state: State) -> dict[str, torch.Size]:
-    """Without batch normalisation's counters: networks saved by torch before 0.4.1 have none, as torchvision's own."""
+    """Without batch normalisation's counters of batches: files of torch before 0.4.1 have none."""
     return {name: value.shape for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
