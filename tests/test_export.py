@@ -137,9 +137,7 @@ def test_a_file_of_torchvisions_goes_through_unchanged(tmp_path, capsys, batch_n
     theirs = getattr(torchvision.models, "vgg16" + "_bn" * batch_norm)(num_classes=5)
     source, file = tmp_path / "theirs.pth", tmp_path / "again.pth"
     torch.save(OrderedDict(theirs.state_dict()), source)
-    code, results, _ = run(
-        capsys, "--checkpoint", f"torchvision:{source}", "--format", "torchvision", "--output", file
-    )
+    code, results, _ = run(capsys, "--checkpoint", f"torchvision:{source}", "--format", "torchvision", "--output", file)
     assert code == 0
     assert results["mean_rgb"] == pytest.approx([255 * value for value in TORCHVISION_MEAN])
     assert f"Normalize(mean={TORCHVISION_MEAN}, std={TORCHVISION_STD})" in results["usage"]
@@ -180,13 +178,9 @@ def test_a_file_with_other_logits_is_not_written(tmp_path, capsys, monkeypatch, 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path, capsys, monkeypatch, with_lrn):
     monkeypatch.setattr(exporting, "find_spec", lambda package: None if package == "onnxruntime" else package)
-    code, _, said = run(
-        capsys, "--checkpoint", with_lrn[1], "--format", "onnx", "--output", tmp_path / "network.onnx"
-    )
+    code, _, said = run(capsys, "--checkpoint", with_lrn[1], "--format", "onnx", "--output", tmp_path / "network.onnx")
     assert code == 2
-    assert said == (
-        "error: --format onnx needs onnxruntime: python -m pip install onnx onnxscript onnxruntime\n"
-    )
+    assert said == ("error: --format onnx needs onnxruntime: python -m pip install onnx onnxscript onnxruntime\n")
 
 
 def test_a_place_that_cannot_be_written_is_said_in_one_sentence(tmp_path, capsys, with_lrn):
