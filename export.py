@@ -4,9 +4,9 @@
 torchvision: a state dict for torchvision.models.vgg11 to vgg19 or vgg11_bn to vgg19_bn, whose images torchvision's Normalize
 makes. It holds weights only, so the mean for Normalize is said when it is written.
 
-torch-export: a program for torch.export.load. onnx: an ONNX model in one file. Both take images, float32 [batch, 3, crop, crop],
-RGB pixels in 0–255 less the mean, any batch, and give logits, float32 [batch, classes]. Crop, mean and class names are in the
-file, as JSON: the extra file network.json of torch-export, the metadata entry network of ONNX.
+torch-export: a program for torch.export.load. onnx: an ONNX model in one file. Both take "images", float32 [batch, 3, crop,
+crop], RGB pixels in 0–255 less the mean, any batch, and give "logits", float32 [batch, classes]. Crop, mean and class names are
+in the file, as JSON: the extra file network.json of torch-export, the metadata "network" of ONNX.
 """
 
 import dataclasses

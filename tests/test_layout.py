@@ -17,7 +17,7 @@ ALLOWED = {
     "engine": {"common", "pipeline", "model"},
     "profile": {"common", "pipeline", "model", "engine"},
 }
-OWN = set(ALLOWED) | {"train", "export"}
+OWN = set(ALLOWED) | {"train", "export", "predict"}
 
 
 def imported_packages(path: Path) -> set[str]:
