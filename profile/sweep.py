@@ -26,6 +26,7 @@ from common.orphans import end_with_parent
 from common.progress import printable, say
 
 EXIT_FAILED = 1
+EXIT_BUSY = 3
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _SHOWN = ("training_images_per_second", "images_per_second", "best_top1")
 
@@ -42,7 +43,10 @@ class Ended:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 (there is a row), 1 (the run failed, its row says why), 2, 75, 130 as train.py's."""
+    """Returns the exit code: 0 (there is a row), 1 (the run failed, its row says why), 3 (another process is at this run).
+
+    2, 75 and 130 mean what they mean of train.py.
+    """
     end_with_parent()
     parser = FlagParser(prog="python profile/sweep.py", description="One run of a sweep.", allow_abbrev=False)
     parser.add_argument("--csv", type=Path, required=True, help="file for the row")
@@ -54,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--python", default=sys.executable, help="interpreter for the run")
     parser.add_argument("--dry-run", action="store_true", help="only print the command")
     parser.add_argument("--retry-failed", action="store_true", help="run it again if its row says that it failed")
+    parser.add_argument("--wait", action="store_true", help="where another process is at this run, until that has ended")
     parser.add_argument("--keep-checkpoints", action="store_true", help="also after the run's end")
     try:
         options, flags = parser.parse_known_args(argv)
@@ -70,10 +75,10 @@ def main(argv: list[str] | None = None) -> int:
             note = "  # has a row" if _has_row(options.csv, point, options.retry_failed) else ""
             print(shlex.join(shown_command(point)) + note)
             return 0
-        with locked(point.out.with_name(f".{point.out.name}.lock"), wait=False) as is_ours:
+        with locked(point.out.with_name(f".{point.out.name}.lock"), wait=options.wait) as is_ours:
             if not is_ours:
                 say(f"{name}: another process is at it")
-                return 0
+                return EXIT_BUSY
             if _has_row(options.csv, point, options.retry_failed):
                 say(f"{name}: has a row")
                 return 0
@@ -111,7 +116,7 @@ def _run_and_record(point: Point, path: Path, python: str, name: str, *, keep: b
     if not keep:
         for checkpoint in point.out.glob("*.pt"):
             checkpoint.unlink()
-    figures = [f"{column.replace('_', ' ')} {row[column]}" for column in _SHOWN if row.get(column)]
+    figures = [f"{column.replace('_', ' ')} {float(row[column]):.4g}" for column in _SHOWN if row.get(column)]
     say(f"{name}: {', '.join(figures)} ({seconds:.0f} s)")
     return stopped or 0
 

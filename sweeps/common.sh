@@ -25,9 +25,10 @@ throughput() { run profile/throughput.py --seconds "$SECONDS_A_STAGE" "$@"; }
 #   pass=count    nothing but that
 #   pass=check    wrong flags end the sweep, before its first run
 #   pass=run      all runs, or the one that --run names
+#   pass=wait     those at which another process was: its row counts, and where it leaves none the run is made here
 run() {
     number=$((number + 1))
-    if [ "$pass" = count ] || [ "${only:-$number}" != "$number" ]; then
+    if [ "$pass" = count ] || [ "${only:-$number}" != "$number" ] || [[ $pass = wait && $busy != *" $number "* ]]; then
         return
     fi
     local label=${*:2} status=0
@@ -38,18 +39,22 @@ run() {
         "${command[@]}" --dry-run >/dev/null
         return
     fi
-    [ -z "$only" ] || exec "${command[@]}"  # so that a signal to this process reaches it
+    if [ "$pass" = wait ]; then
+        command+=(--wait)
+    fi
+    [ -z "$only" ] || exec "${command[@]}" --wait  # exec so that a signal to this process reaches it
     "${command[@]}" || status=$?
     case $status in
         0) ;;
         1) failed=$((failed + 1)) ;;  # it has a row that says why
+        3) busy+=" $number " ;;
         *) exit "$status" ;;
     esac
 }
 
 sweep() {
     cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
-    local options=() pass=count number=0 total="" only="" failed=0 count="" dry_run=""
+    local options=() pass=count number=0 total="" only="" failed=0 busy="" count="" dry_run=""
     [ "${KEEP_CHECKPOINTS:-}" != 1 ] || options+=(--keep-checkpoints)
     while [ $# -gt 0 ]; do
         case $1 in
@@ -80,6 +85,10 @@ sweep() {
     fi
     pass=run
     grid
+    if [ -n "$busy" ]; then
+        pass=wait number=0
+        grid
+    fi
     if [ -z "$dry_run$only" ]; then
         "$PYTHON" profile/report.py "$CSV"
     fi
