@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--python", default=sys.executable, help="interpreter for the run")
     parser.add_argument("--dry-run", action="store_true", help="only print the command")
     parser.add_argument("--retry-failed", action="store_true", help="run it again if its row says that it failed")
-    parser.add_argument("--wait", action="store_true", help="where another process is at this run, until that has ended")
+    parser.add_argument(
+        "--wait", action="store_true", help="where another process is at this run, until that has ended"
+    )
     parser.add_argument("--keep-checkpoints", action="store_true", help="also after the run's end")
     try:
         options, flags = parser.parse_known_args(argv)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How fast training, the step alone and the loader alone are, by the batch.
 #
-#   sweeps/batch_size.sh                                              the digits: about a minute on two cores
+#   sweeps/batch_size.sh                                              the digits, in minutes on two cores
 #   BATCH_SIZES="64 128 256 512" sweeps/batch_size.sh --arch D --data /data/imagenet
 #   BATCH_SIZES="512 1024 2048" sweeps/batch_size.sh --arch D --data /data/imagenet --ranks 8
 #

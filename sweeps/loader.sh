@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How fast the loader alone and training are, by DALI's threads, the batches prepared in advance and the decoder.
 #
-#   sweeps/loader.sh                                                  the digits: about a minute on two cores
+#   sweeps/loader.sh                                                  the digits, in minutes on two cores
 #   THREADS="4 8 16" PREFETCHES="1 2 4" DECODERS="gpu cpu" sweeps/loader.sh --arch D --data /data/imagenet
 #
 # THREADS       of DALI in each rank ("1 2 3")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How fast training and the step alone are, by the precision, with and without torch.compile.
 #
-#   sweeps/precision.sh                                               the digits: about a minute on two cores
+#   sweeps/precision.sh                                               the digits, in minutes on two cores
 #   PRECISIONS="bf16 fp16 fp32" COMPILES="on off" sweeps/precision.sh --arch D --data /data/imagenet
 #
 # PRECISIONS    of autocast ("fp32 bf16")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How fast training is on several ranks of one machine: with the same batch over all of them (strong), and for each (weak).
 #
-#   sweeps/scaling.sh                                                 the digits: about two minutes on two cores
+#   sweeps/scaling.sh                                                 the digits, in minutes on two cores
 #   RANKS="1 2 4 8" BATCH_SIZE=256 sweeps/scaling.sh --arch D --data /data/imagenet
 #
 # RANKS         numbers of ranks, each of which is a GPU, where there are any ("1 2")

@@ -22,7 +22,8 @@ from sweep_table import add_row, read_rows
 from common.errors import UserError
 from tests.runs import ROOT, environment
 
-# Stands for Python in the runs alone; draws only where there is a file "draw", since that takes seconds. Learning rate 0.5 fails; 0.7 goes on until there is a file "go", or SIGTERM comes.
+# Stands for Python in the runs alone. Learning rate 0.5 fails; 0.7 goes on until there is a file "go", or SIGTERM comes.
+# To draw takes seconds: that is left out where there is no file "draw".
 STUB = """#!/usr/bin/env bash
 case $1 in
     profile/report.py) [ -e {folder}/draw ] || exit 0 ;;
