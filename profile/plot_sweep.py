@@ -47,14 +47,15 @@ def plot_sweep(rows: Sequence[Row], title: str) -> Figure | None:
     figure = new_figure(_INCHES_A_PANEL * count + 1.0, f"{title}: {_subject(done)}")
     all_axes = figure.subplots(count, sharex=True, squeeze=False)[:, 0]
     places = places_of(done, axis)
+    line = "-" if _are_numbers(places) else ""  # between two names there is nothing
     for axes, (column, name) in zip(all_axes, panels.items(), strict=False):
         for number, (label, members) in enumerate(series.items()):
-            _draw(axes, points_of(members, axis, column, places), label, number)
+            _draw(axes, points_of(members, axis, column, places), label, number, line)
         axes.set_ylabel(name)
     if has_efficiency:
         rate = next(column for column in _RATES if column in panels)
         for number, (label, members) in enumerate(series.items()):
-            _draw(all_axes[-1], efficiency(points_of(members, axis, rate, places)), label, number)
+            _draw(all_axes[-1], efficiency(points_of(members, axis, rate, places)), label, number, line)
         all_axes[-1].set_ylabel(EFFICIENCY)
     for axes in all_axes:
         axes.grid(alpha=0.3)
@@ -123,13 +124,17 @@ def efficiency(points: Sequence[Point]) -> list[Point]:
     ]
 
 
-def _draw(axes: Axes, points: Sequence[Point], label: str, number: int) -> None:
+def _draw(axes: Axes, points: Sequence[Point], label: str, number: int, line: str) -> None:
     if not points:
         return
     colour = DEVICE_COLOURS[number % len(DEVICE_COLOURS)]
     ends = [[point.mean - point.lowest for point in points], [point.highest - point.mean for point in points]]
     places, means = [point.place for point in points], [point.mean for point in points]
-    axes.errorbar(places, means, yerr=ends, color=colour, marker="o", capsize=3, label=label)
+    axes.errorbar(places, means, yerr=ends, color=colour, marker="o", linestyle=line, capsize=3, label=label)
+
+
+def _are_numbers(places: dict[str, float]) -> bool:
+    return all(as_number(text) == place for text, place in places.items())
 
 
 def _measured(rows: Sequence[Row], column: str) -> bool:
@@ -138,7 +143,7 @@ def _measured(rows: Sequence[Row], column: str) -> bool:
 
 def _label_axis(axes: Axes, axis: str | None, places: dict[str, float]) -> None:
     low, high = min(places.values()), max(places.values())
-    numbers = all(as_number(text) == place for text, place in places.items())
+    numbers = _are_numbers(places)
     if numbers and low > 0 and high / low >= _LOG_RATIO:
         axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(list(places.values())))
