@@ -173,7 +173,10 @@ def test_what_is_wrong_is_said_before_the_first_run(flags, others, words, folder
     assert rates_run(folder) == []
 
 
-@pytest.mark.parametrize("name", ["batch_size", "loader", "precision", "scaling", "arch", "lr"])
+_SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("batch_size", "loader", "precision", "arch")]
+
+
+@pytest.mark.parametrize("name", ["scaling", "lr", *_SLOW])
 def test_dry_run_prints_a_command_for_each_run(name, folder):
     done = sweep(folder, "--dry-run", name=name)
     assert done.returncode == 0, done.stderr
