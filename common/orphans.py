@@ -13,4 +13,9 @@ def end_with_torchrun() -> None:
     While ranks find each other that ends it, where it would wait for ever for an answer; in training, it saves and leaves.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when the one that started it dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,19 +1,26 @@
 """What was measured on: hardware, versions, revision."""
 
+from __future__ import annotations
+
+import hashlib
 import os
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from nvidia import dali
-
-from common.ranks import Ranks
+if (
+    TYPE_CHECKING
+):  # torch takes seconds to import, and a sweep asks for the card and the revision before each of its runs
+    from common.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def hardware(ranks: Ranks) -> dict:
     """The HARDWARE of a report. cores: those that this machine gives us."""
+    import torch
+    from nvidia import dali
+
     on_gpu = ranks.device.type == "cuda"
     return {
         "device": ranks.device.type,
@@ -28,18 +35,37 @@ def hardware(ranks: Ranks) -> dict:
     }
 
 
+def card(device: str) -> str:
+    """The name of the first GPU that CUDA sees, unless --device is cpu or there is none: then the processor's."""
+    if device != "cpu":
+        import pynvml
+        from nvml_devices import find_gpus
+
+        try:
+            pynvml.nvmlInit()
+            gpus, _ = find_gpus(None)
+            pynvml.nvmlShutdown()
+        except pynvml.NVMLError:  # no driver, or none that answers
+            gpus = []
+        if gpus:
+            return gpus[0].name
+    return _cpu_name()
+
+
 def git_revision() -> str | None:
-    """The commit of this repository, with a + where files differ from it; None where there is no repository or no git."""
+    """The commit of this repository, with "+" and a digest of the changes where tracked files differ from it.
+
+    None where there is no repository or no git.
+    """
     try:
         head, changes = (
-            subprocess.run(
-                ["git", "-C", str(ROOT), *command], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, check=True).stdout
+            for command in (["rev-parse", "HEAD"], ["diff", "HEAD", "--no-ext-diff", "--binary"])
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + "+" * bool(changes)
+    digest = f"+{hashlib.blake2b(changes, digest_size=4).hexdigest()}" if changes else ""
+    return head.decode().strip() + digest
 
 
 def busy_seconds() -> float:

@@ -2,6 +2,8 @@
 
 python profile/report.py A.json B.json: two runs against each other, a table and comparison.png. Both read the report.json that
 profile/throughput.py writes, and write into its folder (B's) unless --out names another.
+
+python profile/report.py SWEEP.csv: the table and the plots of a sweep, by the columns that vary in it.
 """
 
 import json
@@ -14,6 +16,7 @@ from compare_reports import compare, comparison, comparison_tables, differences
 from matplotlib.figure import Figure
 from plot_roofline import roofline
 from plot_style import png
+from plot_sweep import plot_sweep
 from plot_telemetry import telemetry
 from plot_timeline import timeline
 from plot_waterfall import waterfall
@@ -33,6 +36,8 @@ from report_words import (
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from sweep_report import by_program, sweep_table, varying
+from sweep_table import ERROR, read_rows
 
 from common.errors import UserError, tell
 from common.files import replacing
@@ -46,13 +51,26 @@ COMPARISON = "comparison.png"
 
 def main(argv: list[str] | None = None) -> int:
     parser = FlagParser(
-        prog="python profile/report.py", description="Show one report of profile/throughput.py, or compare two."
+        prog="python profile/report.py",
+        description="Show one report of profile/throughput.py, compare two, or show a sweep.",
     )
-    parser.add_argument("reports", type=Path, nargs="+", metavar="REPORT.json", help="one to show, two to compare")
+    parser.add_argument(
+        "reports",
+        type=Path,
+        nargs="+",
+        metavar="REPORT.json",
+        help="one to show, two to compare; or the CSV of a sweep",
+    )
     parser.add_argument("--out", type=Path, help="folder to write to; default: that of the last report given")
     try:
         arguments = parser.parse_args(argv)
         out = arguments.out or arguments.reports[-1].parent
+        if any(path.suffix == ".csv" for path in arguments.reports):
+            if len(arguments.reports) > 1:
+                raise UserError(f"{len(arguments.reports)} files, a sweep among them; give a sweep's CSV file alone")
+            result = write_sweep(arguments.reports[0], out)
+            print(json.dumps(result))
+            return 0
         if len(arguments.reports) > 2:
             raise UserError(f"{len(arguments.reports)} reports; give one to show or two to compare")
         reports = [read_report(path) for path in arguments.reports]
@@ -101,6 +119,29 @@ def write_comparison(a: dict, b: dict, names: list[str], out: Path) -> dict:
     else:
         console.print("Configuration, hardware and code are the same.")
     return {"rows": rows, "differences": differing, "picture": str(out / COMPARISON)}
+
+
+def write_sweep(path: Path, out: Path) -> dict:
+    """Print a table for each program of a sweep, write its plots. Returns the figures' paths. Raises UserError."""
+    rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{path}: no rows; run a sweep first, as sweeps/lr.sh")
+    groups = by_program(rows)
+    names = {program: f"{path.stem}-{Path(program).stem}.png" for program in groups}
+    figures = {program: plot_sweep(group, path.stem) for program, group in groups.items()}
+    _write({names[program]: png(figure) if figure else None for program, figure in figures.items()}, out)
+    console = Console()
+    for program, group in groups.items():
+        console.print(_table(f"{path.stem}: {program}", *sweep_table(group)))
+    failed = [row for row in rows if row[ERROR]]
+    if failed:
+        console.print(f"{len(failed)} of {len(rows)} runs failed.")
+    return {
+        "rows": len(rows),
+        "failed": len(failed),
+        "varies": {program: varying(group) for program, group in groups.items()},
+        "pictures": {program: str(out / names[program]) if figures[program] else None for program in groups},
+    }
 
 
 def print_report(report: dict) -> None:

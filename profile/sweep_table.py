@@ -1,0 +1,111 @@
+"""The CSV of a sweep: one row a run, written by many processes at a time, on one machine or several.
+
+Each change reads the whole file and replaces it under a lock, so that no reader ever sees half a row, columns that a later
+revision brings find their place, and a process that is killed leaves the file as it was.
+"""
+
+import csv
+import fcntl
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import replacing
+
+Row = dict[str, str]
+"""Column → text. A column that is missing is the same as an empty one."""
+
+ERROR = "error"
+"""The column with what a failed run said last; empty where it did not fail."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows in a file; none where there is no file. Raises UserError: it cannot be read, or is not such a table."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise UserError(f"{path}: cannot be read ({reason}); give the CSV file of a sweep") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV file ({error}); give the CSV file of a sweep") from error
+    if text and ERROR not in (reader.fieldnames or []):
+        raise UserError(f"{path}: has no column {ERROR}, so no sweep wrote it; name another CSV file")
+    if any(None in row for row in rows):
+        raise UserError(f"{path}: a row is longer than the line of column names; mend it, or name another CSV file")
+    return rows
+
+
+def find_row(rows: list[Row], identity: Row) -> Row | None:
+    """The row of the run that this identity means: the one whose columns have all of its values."""
+    return next((row for row in rows if all(row.get(name, "") == value for name, value in identity.items())), None)
+
+
+def add_row(path: Path, row: Row, identity: Row) -> bool:
+    """Add a run's row, unless the run has one; one that failed gives way. Returns whether the row is in the file now.
+
+    Raises UserError: the file cannot be read or written, or its file system has no locks.
+    """
+    try:
+        with locked(path.with_name(f".{path.name}.lock"), wait=True):
+            rows = read_rows(path)
+            earlier = find_row(rows, identity)
+            if earlier is None:
+                rows.append(row)
+            elif earlier[ERROR]:
+                rows[rows.index(earlier)] = row
+            else:
+                return False
+            columns = _merged([list(each) for each in rows])
+            with replacing(path) as file:
+                text = io.StringIO(newline="")
+                writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+                file.write(text.getvalue().encode())
+            return True
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); name another CSV file") from error
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock on a file, which stays there, empty. Yields False where another process has it and `wait` is false.
+
+    The kernel releases it if this process is killed. Raises UserError: the file system has no locks. OSError: the file cannot
+    be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            taken = True
+        except BlockingIOError:
+            taken = False
+        except OSError as error:  # to go on without would lose rows
+            raise UserError(f"{path.parent}: its file system has no locks ({error.strerror}); use another") from error
+        yield taken
+    finally:
+        os.close(descriptor)
+
+
+def _merged(headers: list[list[str]]) -> list[str]:
+    """All names once; a name that only a later list has stands behind the one that precedes it there."""
+    merged: list[str] = []
+    for header in headers:
+        place = 0
+        for name in header:
+            if name in merged:
+                place = merged.index(name) + 1
+            else:
+                merged.insert(place, name)
+                place += 1
+    return merged

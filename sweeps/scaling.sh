@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# How fast training is on several ranks of one machine: with the same batch over all of them (strong), and for each (weak).
+#
+#   sweeps/scaling.sh                                                 the digits, in minutes on two cores
+#   RANKS="1 2 4 8" BATCH_SIZE=256 sweeps/scaling.sh --arch D --data /data/imagenet
+#
+# RANKS         numbers of ranks, each of which is a GPU, where there are any ("1 2")
+# SCALINGS      strong, weak ("strong weak")
+# BATCH_SIZE    images in a step: over all ranks together with strong scaling, on each with weak scaling (32)
+# All else: sweeps/common.sh.
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+
+FLAGS=(--arch A --data digits)
+RANKS=${RANKS:-1 2}
+SCALINGS=${SCALINGS:-strong weak}
+BATCH_SIZE=${BATCH_SIZE:-32}
+
+grid() {
+    for scaling in $SCALINGS; do
+        for ranks in $RANKS; do
+            case $scaling in
+                strong) batch_size=$BATCH_SIZE ;;
+                weak) batch_size=$((BATCH_SIZE * ranks)) ;;
+                *) echo "error: SCALINGS: $scaling is neither strong nor weak" >&2; exit 2 ;;
+            esac
+            throughput --variant "$scaling" --ranks "$ranks" --batch-size "$batch_size"
+        done
+    done
+}
+
+sweep "$@"
