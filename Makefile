@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(BIN)/python train.py --arch A --data digits --out runs/demo --resume never
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow

@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-missing = runpy.run_path(str(ROOT / "launch/check_versions.py"))["missing"]
+missing = runpy.run_path(str(ROOT / "deploy/check_versions.py"))["missing"]
 
 
 @pytest.fixture(scope="module")
 def jobset() -> dict:
-    return yaml.safe_load((ROOT / "launch/jobset.yaml").read_text())
+    return yaml.safe_load((ROOT / "deploy/jobset.yaml").read_text())
 
 
 def test_the_jobs_fit_kubernetes_schema(jobset):
@@ -42,7 +42,7 @@ def test_the_jobset_names_its_first_pod_and_its_machines(jobset):
 
 
 def test_what_is_installed_here_is_what_is_asked_for():
-    done = subprocess.run([sys.executable, ROOT / "launch/check_versions.py"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "deploy/check_versions.py"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 

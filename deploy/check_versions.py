@@ -1,4 +1,4 @@
-"""python launch/check_versions.py: whether the packages that are installed are those that requirements.txt asks for.
+"""python deploy/check_versions.py: whether the packages that are installed are those that requirements.txt asks for.
 
 An image that brings its own torch may bring an old one; better said while it is built than by a run.
 """
