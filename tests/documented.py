@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+from tests.repository import ROOT, files
+
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md")
 
 _BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -40,41 +41,36 @@ def blocks_of(page: Path) -> list[Block]:
     """The ```sh blocks of a Markdown file, in its order."""
     text = page.read_text()
     return [
-        Block(str(page.relative_to(ROOT)), text.count("\n", 0, found.start()) + 1, tuple(_commands(found[1])))
+        Block(str(page.relative_to(ROOT)), text.count("\n", 0, found.start()) + 1, tuple(commands_in(found[1])))
         for found in _BLOCK.finditer(text)
     ]
 
 
 def all_blocks() -> list[Block]:
     """The blocks of all pages, in an order that a newcomer might read them in."""
-    return [block for pattern in PAGES for page in sorted(ROOT.glob(pattern)) for block in blocks_of(page)]
+    return [block for pattern in PAGES for page in files(pattern) for block in blocks_of(page)]
 
 
-def _commands(block: str) -> list[Command]:
+def commands_in(block: str) -> list[Command]:
+    """The commands of a block's text."""
     commands, of_the_rest = [], {"needs": "", "takes": ""}
     for line in block.replace("\\\n", "").splitlines():
         mark = _MARK.search(line)
         if mark and line.startswith("#"):
             of_the_rest[mark[1]] = mark[2]
         elif line.strip() and not line.startswith("#"):
-            commands.append(Command(line.strip(), **{**of_the_rest, **({mark[1]: mark[2]} if mark else {})}))
+            marks = {**of_the_rest, mark[1]: mark[2]} if mark else of_the_rest
+            commands.append(Command(line.strip(), needs=marks["needs"], takes=marks["takes"]))
     return commands
 
 
 def copy_of_the_project(folder: Path) -> Path:
-    """A copy of the files that git has or would take, with a home of its own beside it. Returns the copy."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    """A copy of the repository's files in `folder`, with a home of its own beside it. Returns the copy."""
     copy = folder / "project"
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():  # not, where it was removed and git does not know yet
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
+    for path in files():
+        target = copy / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
     (folder / "home").mkdir()
     return copy
 

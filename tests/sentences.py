@@ -5,10 +5,10 @@ Each is a template: … stands for what is put in when it is said.
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+from tests.repository import ROOT, files
+
 VARYING = "…"
 ENDS = ("UserError", "TrainingError", "ArgumentTypeError")
 _WARNING = "warning: "
@@ -23,10 +23,8 @@ class Sentence(NamedTuple):
 
 def sentences() -> Iterator[Sentence]:
     """All of the project's own sources. A sentence that cannot be read off has the text ""."""
-    for path in sorted(ROOT.glob("**/*.py")):
-        inside = path.relative_to(ROOT)
-        if inside.parts[0] != "tests" and not any(part.startswith(".") for part in inside.parts):
-            yield from in_source(path.read_text(), str(inside))
+    for path in files("*.py", ":!tests"):
+        yield from in_source(path.read_text(), str(path.relative_to(ROOT)))
 
 
 def in_source(source: str, place: str) -> Iterator[Sentence]:

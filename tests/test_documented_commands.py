@@ -5,35 +5,35 @@ What is skipped is listed at the end of pytest's output, with the reason.
 
 import pytest
 
-from tests.documented import ROOT, Block, Command, all_blocks, copy_of_the_project, run_commands
+from tests.documented import Command, all_blocks, commands_in, copy_of_the_project, run_commands
+from tests.repository import ROOT
 
-# Not run from within the tests: the checks themselves.
-CHECKS = ("make test", "make test-slow", "make lint", "make format", "make docs")
-OF_CI = ("make test", "make lint", "make docs")
+OF_CI = ("make lint", "make test", "make docs")
+# What checks the repository is not run from within its tests.
+CHECKS = (*OF_CI, "make test-slow", "make format", "pre-commit run --all-files")
 
-QUICK_SECONDS = 60
+QUICK_SECONDS = 120
 SLOW_SECONDS = 1800
 
-BLOCKS = all_blocks()
 
-
-def _name(block: Block) -> str:
-    return f"{block.page}:{block.line}"
-
-
-def _is_check(command: Command) -> bool:
-    return command.text.split("#")[0].strip() in CHECKS
-
-
-def _can_run(block: Block) -> list[Command]:
-    return [command for command in block.commands if not command.needs and not _is_check(command)]
+def _reason_to_skip(command: Command) -> str:
+    if command.text.split("#")[0].strip() in CHECKS:
+        return "is a check itself"
+    return f"needs {command.needs}" if command.needs else ""
 
 
 def _parameters() -> list:
-    return [
-        pytest.param(block, id=_name(block), marks=[pytest.mark.slow] if any(c.takes for c in _can_run(block)) else [])
-        for block in BLOCKS
-    ]
+    """Of each block, what can be run, in one test, and what cannot, in one for each reason."""
+    parameters = []
+    for block in all_blocks():
+        name, reasons = f"{block.page}:{block.line}", [_reason_to_skip(command) for command in block.commands]
+        run = [command for command, reason in zip(block.commands, reasons, strict=True) if not reason]
+        if run:
+            marks = [pytest.mark.slow] if any(command.takes for command in run) else []
+            parameters.append(pytest.param(run, id=name, marks=marks))
+        for reason in sorted({f"{name}: {reason}" for reason in reasons if reason}):
+            parameters.append(pytest.param([], id=f"{name}-rest", marks=pytest.mark.skip(reason=reason)))
+    return parameters
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,8 @@ def copy(tmp_path_factory):
     return copy_of_the_project(tmp_path_factory.mktemp("documented"))
 
 
-@pytest.mark.parametrize("block", _parameters())
-def test_runs_as_documented(block, copy):
-    commands = _can_run(block)
-    if not commands:
-        reasons = {
-            "is a check itself" if _is_check(command) else f"needs {command.needs}" for command in block.commands
-        }
-        pytest.skip("; ".join(sorted(reasons)))
+@pytest.mark.parametrize("commands", _parameters())
+def test_runs_as_documented(commands, copy):
     slow = any(command.takes for command in commands)
     run_commands(commands, copy, limit_seconds=SLOW_SECONDS if slow else QUICK_SECONDS)
 
@@ -61,11 +55,11 @@ def test_ci_runs_the_checks():
     assert all(f"run: {command}\n" in workflow for command in OF_CI)
 
 
-def test_marks(tmp_path):
+def test_marks():
     """A comment behind a command marks it alone, one above marks the rest; "needs no GPU" is no need."""
-    from tests.documented import _commands
-
-    marked = _commands("a   # needs X\nb \\\n    --c  # needs no GPU\n# takes long\nd\n# needs Y, and Z\ne # says f\n")
+    marked = commands_in(
+        "a   # needs X\nb \\\n    --c  # needs no GPU\n# takes long\nd\n# needs Y, and Z\ne # says f\n"
+    )
     assert [(command.text.split()[0], command.needs, command.takes) for command in marked] == [
         ("a", "X", ""),
         ("b", "", ""),

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from tests.sentences import ROOT, VARYING, in_source, sentences
+from tests.repository import ROOT
+from tests.sentences import VARYING, in_source, sentences
 
 FAQ = (ROOT / "docs/faq.md").read_text()
 MESSAGES = [line for block in re.findall(r"^```text\n(.*?)^```$", FAQ, re.M | re.S) for line in block.splitlines()]
