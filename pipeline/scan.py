@@ -18,7 +18,7 @@ from pipeline.headers import FORMATS, Header, read_header
 SPLITS = ("train", "val")
 
 # Those of torchvision's ImageFolder, and two more.
-_IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".jp2")
 
 _FILES_A_CHUNK = 512
 _FILES_WORTH_A_POOL = 8192  # below, starting worker processes takes longer than reading the headers
@@ -73,9 +73,9 @@ def scan(root: Path) -> Scan:
             else:
                 good.append((path, label, header))
         check_no_empty_class(root, split, classes, [label for _, label, _ in good], quarantine)
-        tables[split] = _build_table(good)
+        tables[split] = build_table(good)
     folders = {path: time for listing in listings.values() for path, time in listing.folders.items()}
-    val_lost = sum(path.startswith("val/") and path.lower().endswith(_IMAGE_EXTENSIONS) for path, _ in quarantine)
+    val_lost = sum(path.startswith("val/") and path.lower().endswith(IMAGE_EXTENSIONS) for path, _ in quarantine)
     return Scan(classes=classes, tables=tables, folders=folders, quarantine=quarantine, val_lost=val_lost)
 
 
@@ -173,7 +173,8 @@ def _read_chunk(chunk: tuple[Path, list[str]]) -> list[Header]:
     return [read_header(root / path) for path in paths]
 
 
-def _build_table(images: list[tuple[str, int, Header]]) -> np.ndarray:
+def build_table(images: list[tuple[str, int, Header]]) -> np.ndarray:
+    """The rows of a FileTable, of images by their path relative to its root, label and header."""
     names = [os.fsencode(path) for path, _, _ in images]
     width = max(map(len, names))
     fields = [("path", "u1", (width,)), ("label", "<i4"), ("height", "<i4"), ("width", "<i4"), ("bytes", "<i8")]

@@ -17,7 +17,7 @@ ALLOWED = {
     "engine": {"common", "pipeline", "model"},
     "profile": {"common", "pipeline", "model", "engine"},
 }
-OWN = set(ALLOWED) | {"train"}
+OWN = set(ALLOWED) | {"train", "export", "predict"}
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -47,6 +47,7 @@ def test_profile_never_shadows_a_module():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_command_line_starts_without_torch():
-    code = "import sys, train; assert 'torch' not in sys.modules and 'nvidia.dali' not in sys.modules"
+@pytest.mark.parametrize("program", ["train", "export"])
+def test_command_line_starts_without_torch(program):
+    code = f"import sys, {program}; assert 'torch' not in sys.modules and 'nvidia.dali' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""Write a trained network for other programs: python export.py --checkpoint BEST.pt --format onnx --output vgg16.onnx.
+
+torchvision: a state dict for torchvision.models.vgg11 to vgg19 or vgg11_bn to vgg19_bn, whose images torchvision's Normalize
+makes. It holds weights only, so the mean for Normalize is said when it is written.
+
+torch-export: a program for torch.export.load. onnx: an ONNX model in one file. Both take "images", float32 [batch, 3, crop,
+crop], RGB pixels in 0–255 less the mean, any batch, and give "logits", float32 [batch, classes]. Crop, mean and class names are
+in the file, as JSON: the extra file network.json of torch-export, the metadata "network" of ONNX.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+from common.errors import TrainingError, UserError, tell
+from common.flags import parse_dataclass
+from common.progress import say
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Write a trained network for other programs, after comparing its logits there with ours. The last line on stdout is one
+    line of JSON with the results."""
+
+    checkpoint: str
+    """A checkpoint of this trainer, or torchvision:PATH for a state dict of torchvision's. The averaged weights (--ema) of a
+    checkpoint that has them."""
+    format: Literal["torchvision", "torch-export", "onnx"]
+    """torchvision: a state dict for its vgg11 to vgg19 or vgg11_bn to vgg19_bn. torch-export: for torch.export.load. onnx: with
+    any batch size."""
+    output: Path
+    """The file; one that is there is replaced when the new one is complete."""
+
+
+def run(flags: Flags) -> dict:
+    """Export as the flags say. Returns the results. Raises UserError, TrainingError."""
+    # Here, not above: --help and mistyped flags answer without waiting for torch.
+    from engine.exporting import export
+    from engine.networks import TORCHVISION, load_network
+
+    network = load_network(flags.checkpoint)
+    if flags.output.exists() and flags.output.samefile(flags.checkpoint.removeprefix(TORCHVISION)):
+        raise UserError(f"--output {flags.output}: is the checkpoint itself; choose another name")
+    written = export(network, kind=flags.format, output=flags.output)
+    say(f"{flags.output}: {written['usage']}")
+    return {
+        "checkpoint": flags.checkpoint,
+        "format": flags.format,
+        "output": str(flags.output),
+        "arch": network.arch,
+        "batch_norm": network.batch_norm,
+        "crop": network.crop,
+        "classes": len(network.classes),
+        "mean_rgb": network.mean_rgb,
+        **written,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, export, print the results. Returns the exit code: 0, 1 (other logits), 2 (something given is wrong)."""
+    try:
+        flags = parse_dataclass(Flags, sys.argv[1:] if argv is None else argv, None, "export.py")
+        results = run(flags)
+    except (UserError, TrainingError) as error:
+        return tell(error)
+    print(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

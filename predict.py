@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""What a trained network sees in image files: python predict.py --checkpoint runs/D-imagenet/best.pt IMAGE_OR_FOLDER …"""
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from common.errors import TrainingError, UserError, tell
+from common.flags import parse_dataclass
+from common.progress import printable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Name what image files show: the likeliest classes, from the image's centre, as in a validation. The last line on stdout
+    is one line of JSON with the results."""
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files, or folders: all images in them."""
+    checkpoint: str
+    """A checkpoint of this trainer, or torchvision:PATH for a state dict of torchvision's. The averaged weights (--ema) of a
+    checkpoint that has them."""
+    top: int = 5
+    """Classes to name for each image."""
+    scale: int | None = None
+    """Shorter side Q of the rescaled image in pixels. Default: what the network was trained at, the middle of a range."""
+    json: bool = False
+    """Print the line of JSON only."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPU where there is one."""
+
+
+def run(flags: Flags) -> dict:
+    """Predict as the flags say; print a table unless only JSON is asked for. Returns the results. Raises UserError."""
+    # Here, not above: --help and mistyped flags answer without waiting for torch.
+    from common.ranks import ranks_of_this_run
+    from engine.networks import load_network
+    from engine.precision import choose_precision, set_numerics
+    from engine.prediction import predict
+
+    if flags.top < 1:
+        raise UserError(f"--top {flags.top}: must be at least 1")
+    paths = find_images(flags.images)
+    network = load_network(flags.checkpoint)
+    scale = flags.scale or (sum(network.train_scale) // 2 if network.train_scale else 256 * network.crop // 224)
+    if scale < network.crop:
+        raise UserError(f"--scale {scale}: must be at least the network's crop, {network.crop}")
+    with ranks_of_this_run(flags.device) as ranks:
+        set_numerics(deterministic=False)
+        predictions = predict(
+            network,
+            paths,
+            top=flags.top,
+            scale=scale,
+            device=ranks.device,
+            precision=choose_precision("auto", ranks.device),
+            threads=ranks.cpu_share + 1,
+        )
+    names = class_names(network.classes)
+    results = []
+    for prediction in predictions:
+        best = [
+            {"class": names[label], "probability": round(probability, 4)}
+            for label, probability in zip(prediction.labels, prediction.probabilities, strict=True)
+        ]
+        results.append({"image": str(prediction.path), "predictions": best, "error": prediction.reason or None})
+    if not flags.json:
+        print_table(results)
+    return {"checkpoint": flags.checkpoint, "arch": network.arch, "scale": scale, "images": results}
+
+
+def find_images(given: Sequence[Path]) -> list[Path]:
+    """The files given and the images in the folders given, sorted. Raises UserError: nothing there, or a folder without any."""
+    from pipeline.scan import IMAGE_EXTENSIONS
+
+    paths: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS)
+            if not found:
+                raise UserError(f"{path}: holds no images")
+            paths += found
+        elif path.exists():
+            paths.append(path)
+        else:
+            raise UserError(f"{path}: no such file")
+    if not paths:
+        raise UserError(
+            "no images; give files or folders: python predict.py --checkpoint runs/D-imagenet/best.pt IMAGE"
+        )
+    return paths
+
+
+def class_names(classes: Sequence[str]) -> list[str]:
+    """Class names for people: of ImageNet's 1000 WordNet ids, or of 1000 numbers, the words that they stand for."""
+    if len(classes) == 1000 and all(re.fullmatch(r"n\d{8}|\d+", name) for name in classes):
+        from torchvision.models import VGG16_Weights
+
+        return list(VGG16_Weights.IMAGENET1K_V1.meta["categories"])  # in the order of the WordNet ids
+    return list(classes)
+
+
+def print_table(results: list[dict]) -> None:
+    for result in results:
+        print(printable(result["image"]))
+        for best in result["predictions"]:
+            print(f"  {best['probability']:7.2%}  {best['class']}")
+        if result["error"]:
+            print(f"  cannot be decoded: {result['error']}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, predict, print. Returns the exit code: 0, 1 (some images cannot be decoded), 2 (something given is wrong)."""
+    try:
+        results = run(parse_dataclass(Flags, sys.argv[1:] if argv is None else argv, None, "predict.py"))
+    except (UserError, TrainingError) as error:
+        return tell(error)
+    print(json.dumps(results))
+    return 1 if any(result["error"] for result in results["images"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
