@@ -1,10 +1,10 @@
-# make demo, make test: each sets up .venv with what it needs, once, and reuses it afterwards.
+# make demo, make test, make docs: each sets up .venv with what it needs, once, and reuses it afterwards.
 # make gpu-report PYTHON=python: takes that interpreter as it is, and installs nothing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint format gpu-report clean
+.PHONY: demo test test-slow lint format docs pictures gpu-report clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py --arch A --data digits --out runs/demo --resume never
@@ -25,6 +25,17 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict
+
+# Those of README and docs/, drawn by the programs that they show: minutes on a machine with nothing else to do.
+pictures: $(VENV)/installed
+	rm -rf runs/pictures
+	$(BIN)/python train.py --arch A --data digits --out runs/pictures/demo
+	$(BIN)/python profile/throughput.py --out runs/pictures/throughput
+	mkdir -p docs/pictures
+	cp runs/pictures/demo/curves.png runs/pictures/throughput/waterfall.png docs/pictures
+
 ifeq ($(origin PYTHON),file)
 gpu-report: $(VENV)/installed-dev
 	$(BIN)/python profile/gpu_report.py $(if $(DATA),--data $(DATA))
@@ -34,13 +45,20 @@ gpu-report:
 endif
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache
 
-$(VENV)/installed: requirements.txt
+# pip comes last: a .venv that was interrupted on its way is made again.
+$(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: requirements.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/installed-docs: requirements-docs.txt | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
 	touch $@
