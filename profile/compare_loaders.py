@@ -41,7 +41,7 @@ from common.progress import say
 from common.ranks import ranks_of_this_run
 from pipeline.loader import DaliLoader
 from pipeline.manifest import open_manifest
-from pipeline.plan import IMAGENET_EIGENVALUES, IMAGENET_EIGENVECTORS, IMAGENET_MEAN_RGB, TrainPlan
+from pipeline.plan import IMAGENET_COLOUR_SHIFT, IMAGENET_MEAN_RGB, TrainPlan
 from pipeline.prepare import Settings, prepare
 from pipeline.prepared import open_prepared
 from pipeline.reader import Fetch, ShardReader
@@ -219,7 +219,7 @@ def usual_dali(
     paths: list[str], labels: list[int], scale, crop: int, batch_size: int, device: torch.device, threads: int
 ) -> Iterator:
     """The graph of DALI's own examples, decode the whole image, resize, random crop and flip, with its random operators."""
-    shift_of_alpha = types.Constant(np.multiply(IMAGENET_EIGENVECTORS, IMAGENET_EIGENVALUES).astype(np.float32))
+    shift_of_alpha = types.Constant(np.array(IMAGENET_COLOUR_SHIFT, dtype=np.float32))
     mean = types.Constant(np.asarray(IMAGENET_MEAN_RGB, dtype=np.float32))
 
     on_gpu = device.type == "cuda"
@@ -270,7 +270,7 @@ class ColourShift(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._shift_of_alpha = torch.tensor(IMAGENET_EIGENVECTORS) * torch.tensor(IMAGENET_EIGENVALUES)
+        self._shift_of_alpha = torch.tensor(IMAGENET_COLOUR_SHIFT)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return image + (self._shift_of_alpha @ (torch.randn(3) * _COLOUR_SHIFT_SIGMA))[:, None, None]
