@@ -66,7 +66,7 @@ def _from_checkpoint(spec: str) -> Network:
 
 
 def _from_torchvision(spec: str) -> Network:
-    from model import weights  # type: ignore[attr-defined]  # until branch nets is merged
+    from model import weights
 
     path = spec.removeprefix(TORCHVISION)
     try:

@@ -73,7 +73,7 @@ def count(parts: Sequence[Weighted], labels: np.ndarray, *, lost_before: int = 0
     lost = top1 = top5 = 0
     for first in range(0, len(labels), _IMAGES_A_BLOCK):
         block = slice(first, first + _IMAGES_A_BLOCK)
-        mean = sum(part.weight * part.posteriors[block].astype(np.float64) for part in parts)
+        mean = np.sum([part.weight * part.posteriors[block].astype(np.float64) for part in parts], axis=0)
         wanted = labels[block, None]
         own = np.take_along_axis(mean, wanted, axis=1)
         before = (mean > own) | ((mean == own) & (np.arange(mean.shape[1]) < wanted))

@@ -32,13 +32,14 @@ def open_rows(path: Path, shape: tuple[int, int], dtype: type) -> np.ndarray | N
     return array if array.shape == shape and array.dtype == dtype else None
 
 
-def write_rows(path: Path, shape: tuple[int, int], dtype: type, blocks: Iterable[Block], ranks: Ranks) -> None:
+def write_rows(path: Path, shape: tuple[int, int], dtype: type, blocks: Iterable[Block], ranks: Ranks | None) -> None:
     """Write the blocks of all ranks into one .npy file, on rank 0; every rank must call this with its own.
 
+    ranks: None where this process has all blocks.
     Rows that are in no block become NaN. The place on the disk is taken before the first block is asked for: computing them
     may take long. Raises UserError where the file cannot be written.
     """
-    if not ranks.is_main:
+    if ranks and not ranks.is_main:
         _send(blocks, shape[1], dtype, ranks)
         return
     try:
@@ -49,9 +50,9 @@ def write_rows(path: Path, shape: tuple[int, int], dtype: type, blocks: Iterable
             file.flush()
             start, length = file.tell(), int(np.prod(shape)) * np.dtype(dtype).itemsize
             os.posix_fallocate(file.fileno(), 0, start + length)  # else a full disk would end the process by SIGBUS
-            array = np.memmap(file, dtype=dtype, mode="r+", offset=start, shape=shape)  # type: ignore[call-overload]
+            array = np.memmap(file, dtype=dtype, mode="r+", offset=start, shape=shape)
             missing = np.ones(len(array), dtype=bool)
-            for block in _of_all_ranks(blocks, shape[1], dtype, ranks):
+            for block in _of_all_ranks(blocks, shape[1], dtype, ranks) if ranks else blocks:
                 array[block.rows] = block.values
                 missing[block.rows] = False
             array[missing] = np.nan
