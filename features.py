@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Features of any data set (appendix B): python features.py --checkpoint D.pt --data DIR --scales 256,384,512 --output F --svm."""
+"""Features of a data set (appendix B): python features.py --checkpoint D.pt --data DIR --scales 256,384,512 --output F --svm"""
 
 import json
 import os
