@@ -55,9 +55,11 @@ def whole_images(folder: Path, scale: int):
     batches, count = data.whole_batches("val", pixels=8 * CROP**2)
     images, sizes = {}, []
     for batch, rows in batches:
-        assert len(batch) == 1 or batch[0].numel() * len(batch) <= 3 * 8 * CROP**2
+        assert len(batch) == 1 or batch.numel() <= 3 * 8 * CROP**2
         sizes.append(tuple(batch.shape))
-        images |= {int(row): image + torch.tensor(data.mean_rgb)[:, None, None] for row, image in zip(rows, batch)}
+        images |= {
+            int(row): image + torch.tensor(data.mean_rgb)[:, None, None] for row, image in zip(rows, batch, strict=True)
+        }
     assert count == len(images) == len(SIDES)
     return images, sizes, data
 
