@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     share_one_heap()  # as evaluate.py does
     try:
         arguments = parser.parse_args(argv)
-        folder = arguments.data or photograph_folder(cache_folder() / "photographs-val-512", train=2, val=512)
+        folder = arguments.data or photograph_folder(cache_folder() / "photographs-val-96", train=2, val=96)
         with ranks_of_this_run(arguments.device) as ranks:
             config = Config(data=str(folder), device=arguments.device)
             data = open_data(config, ranks, choose_precision("auto", ranks.device))
