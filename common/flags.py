@@ -80,6 +80,19 @@ def _joined(text: str | None) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n"))
 
 
+def expand_switch(flags: Sequence[str], name: str) -> list[str]:
+    """--NAME and --no-NAME as --NAME on and --NAME off, for a flag whose values are auto, on and off."""
+    expanded = []
+    for position, token in enumerate(flags):
+        if token in (f"--no-{name}", f"--no_{name}"):
+            expanded += [f"--{name}", "off"]
+        elif token == f"--{name}" and ([*flags[position + 1 : position + 2], "--"])[0].startswith("--"):
+            expanded += [f"--{name}", "on"]
+        else:
+            expanded.append(token)
+    return expanded
+
+
 def _first_paragraph(box: str) -> str:
     """What stands first inside the frame that tyro draws round an error, without the full stop."""
     words: list[str] = []

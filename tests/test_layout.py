@@ -17,7 +17,8 @@ ALLOWED = {
     "engine": {"common", "pipeline", "model"},
     "profile": {"common", "pipeline", "model", "engine"},
 }
-OWN = set(ALLOWED) | {"train", "export", "predict"}
+PROGRAMS = ("train", "evaluate", "features", "export", "predict")
+OWN = {*ALLOWED, *PROGRAMS}
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -47,7 +48,7 @@ def test_profile_never_shadows_a_module():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("program", ["train", "export"])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_command_line_starts_without_torch(program):
     code = f"import sys, {program}; assert 'torch' not in sys.modules and 'nvidia.dali' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
