@@ -1,0 +1,75 @@
+"""profile/training_parity.py: what it reports, what it keeps, what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from training_parity import OURS, PLAIN, compare, difference_interval
+
+from tests.images import photo_folder
+from tests.runs import ROOT, environment
+
+
+def run(*flags: str, code: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, "profile/training_parity.py", *flags],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_welch_interval_is_scipys():
+    generator = np.random.default_rng(0)
+    one, other = generator.normal(0.5, 0.02, 3).tolist(), generator.normal(0.49, 0.01, 5).tolist()
+    expected = stats.ttest_ind(one, other, equal_var=False).confidence_interval()
+    assert difference_interval(one, other) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize(("ours", "equal"), [([0.50, 0.51, 0.52], True), ([0.60, 0.61, 0.62], False)])
+def test_equal_within_the_spread(ours, equal):
+    def runs(values):
+        return [[{"epoch": 1, "top1": 0.1, "loss": 2.3}, {"epoch": 2, "top1": value, "loss": 1.0}] for value in values]
+
+    result = compare({OURS: runs(ours), PLAIN: runs([0.505, 0.515, 0.510])})
+    assert result["top1"]["equal_within_spread"] is equal
+    assert result["top1"][OURS]["mean"] == pytest.approx(np.mean(ours))
+    assert result["top1"][OURS]["standard_deviation"] == pytest.approx(np.std(ours, ddof=1))
+    assert result["top1"]["difference"] == pytest.approx(np.mean(ours) - 0.51)
+    assert result["loss"]["equal_within_spread"]  # all the same
+    assert result["top1_by_epoch"][OURS] == [[0.1, value] for value in ours]
+
+
+def test_parity_run_is_kept(tmp_path):
+    data = photo_folder(tmp_path / "photos", train=8, val=4)
+    flags = ["--data", str(data), "--out", str(tmp_path / "out"), "--seeds", "2"]
+    flags += ["--batch-size", "4", "--epochs", "1", "--warmup-epochs", "0"]
+    first = run(*flags)
+    result = json.loads(first.stdout.splitlines()[-1])
+    for name in (OURS, PLAIN):
+        assert len(result["top1"][name]["runs"]) == 2
+        assert all(0 <= value <= 1 for value in result["top1"][name]["runs"])
+    assert Path(result["plot"]).read_bytes().startswith(b"\x89PNG")
+
+    (tmp_path / "out/plain-1/result.json").unlink()  # as if it had been killed in the last run
+    again = run(*flags)
+    assert "epoch 1" in again.stderr
+    assert "step" not in again.stderr, "train.py ran again"
+    assert json.loads(again.stdout.splitlines()[-1]) == result, "the plain loop is a function of its seed"
+
+    assert "other flags" in run(*flags, "--lr", "0.5", code=2).stderr
+
+
+def test_wrong_flags_are_said_at_once(tmp_path):
+    assert "--seeds 1: must be" in run("--data", "x", "--out", str(tmp_path), "--seeds", "1", code=2).stderr
+    assert "nonsense" in run("--data", "x", "--out", str(tmp_path), "--nonsense", code=2).stderr
+    assert not list(tmp_path.iterdir())
