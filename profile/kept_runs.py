@@ -1,6 +1,7 @@
 """Training runs of an experiment: each result is kept in a file as soon as it is there, and not made a second time."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,8 +41,8 @@ def kept(out: Path, flags: list[str], make: Callable[[], dict]) -> dict:
 def run_trainer(out: Path, flags: list[str]) -> dict:
     """train.py as a user starts it, in a process of its own; one that was interrupted goes on where it was.
 
-    Returns {"history": [{"epoch", "loss", "top1"}, …] of the validations, "diverged": whether its loss became infinite or
-    NaN, which ended it}. Raises UserError and TrainingError as it does.
+    Returns {"history": [{"epoch", "loss", "top1"}, …] of the validations, "diverged_at": the step after which its loss was found
+    to be infinite or NaN, which ended it, or None}. Raises UserError and TrainingError as it does.
     """
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(out)]
     last = ""
@@ -49,7 +50,7 @@ def run_trainer(out: Path, flags: list[str]) -> dict:
         assert process.stderr
         for last in process.stderr:
             sys.stderr.write(last)
-    diverged = process.returncode == TrainingError.exit_code and "diverged" in last
+    diverged = re.search(r"after step (\d+): the training diverged", last)
     if process.returncode and not diverged:
         kind = UserError if process.returncode == UserError.exit_code else TrainingError
         raise kind(f"train.py ended with exit code {process.returncode}: {last.strip().removeprefix('error: ')}")
@@ -60,5 +61,5 @@ def run_trainer(out: Path, flags: list[str]) -> dict:
             for record in records
             if record["kind"] == "validation"
         ],
-        "diverged": diverged,
+        "diverged_at": int(diverged[1]) if diverged else None,
     }

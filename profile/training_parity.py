@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         histories: dict[str, list[list[dict]]] = {OURS: [], PLAIN: []}
         for seed in range(arguments.seeds):
             for name, run in train_both(arguments.out, [*flags, "--seed", str(seed)], seed).items():
-                if run["diverged"]:
+                if run["diverged_at"]:
                     raise TrainingError(f"seed {seed} diverged; choose a lower --lr and another --out")
                 histories[name].append(run["history"])
     except (UserError, TrainingError) as error:
@@ -68,7 +68,7 @@ def train_both(out: Path, flags: list[str], seed: int) -> dict[str, dict]:
 
     def plainly() -> dict:
         mean_rgb = checkpoint.load(ours / checkpoint.LAST).mean_rgb
-        return {"history": train_plainly(parse_args(flags), mean_rgb), "diverged": False}
+        return {"history": train_plainly(parse_args(flags), mean_rgb), "diverged_at": None}
 
     return {**result, PLAIN: kept(plain, flags, plainly)}
 
