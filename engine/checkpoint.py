@@ -7,7 +7,7 @@ or steps done, rank), so the two counters say it all, for any number of ranks.
 """
 
 import pickle
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from common.errors import TrainingError, UserError
 from common.files import link_over, replacing
 from common.progress import say
+from pipeline.plan import IMAGENET_COLOUR_SHIFT
 
 LAST, BEST = "last.pt", "best.pt"
 _FORMAT = "vgg-dali checkpoint 1"
@@ -47,6 +48,13 @@ class Checkpoint:
     """The configuration of the run, as in config.yaml."""
     world_size: int
     """Ranks that the run had."""
+    # Below, what older files do not have.
+    batch_norm: bool = False
+    """Whether the network has batch normalisation."""
+    colour_shift: list[list[float]] = field(default_factory=lambda: [list(row) for row in IMAGENET_COLOUR_SHIFT])
+    """The 3×3 matrix of the training's colour shift: see pipeline.plan.ColourShift."""
+    ema: dict | None = None
+    """The moving average of the weights, under the keys of `model`; None where the run kept none."""
 
 
 def save(checkpoint: Checkpoint, out: Path, *, is_best: bool, keep: int) -> Path:
@@ -62,7 +70,7 @@ def save(checkpoint: Checkpoint, out: Path, *, is_best: bool, keep: int) -> Path
     try:
         with replacing(last) as file:
             # Not asdict(), which would copy every tensor.
-            content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+            content = {entry.name: getattr(checkpoint, entry.name) for entry in fields(checkpoint)}
             torch.save({"format": _FORMAT, **content}, file)
         link_over(last, out / f"step-{checkpoint.steps:08}.pt")
         if is_best:
@@ -119,7 +127,7 @@ def load(path: Path) -> Checkpoint:
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
         cause = "no such file" if isinstance(error, FileNotFoundError) else _DAMAGED
         other = next((other for other in all_in(path.parent) if other != path and _is_good(other)), None)
-        hint = f"; go on from another one with --resume {other}" if other else ""
+        hint = f"; {other} is a good one" if other else ""
         raise UserError(f"checkpoint {path}: {cause}{hint}") from error
 
 

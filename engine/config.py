@@ -4,22 +4,21 @@ Values come from, each overriding those before: the defaults below, the data set
 Nothing here imports torch, so that --help and a mistyped flag answer at once.
 """
 
-import contextlib
 import dataclasses
-import io
 import os
 import sys
 from pathlib import Path
 from typing import Literal
 
-import tyro
 import yaml
 
 from common.errors import UserError
 from common.files import replacing
+from common.flags import parse_dataclass
 
 DIGITS = "digits"
 SYNTHETIC = "synthetic"
+_PROG = "train.py"
 
 
 def _default_data() -> str:
@@ -134,8 +133,7 @@ class Config:
     @property
     def scale(self) -> tuple[int, int]:
         """Lowest and highest training scale S in pixels."""
-        lowest, _, highest = self.train_scale.partition("-")
-        return int(lowest), int(highest or lowest)
+        return parse_scale(self.train_scale)
 
     @property
     def validation_scale(self) -> int:
@@ -158,18 +156,24 @@ _DEFAULTS_BY_DATA: dict[str, dict] = {
 }
 
 
+def parse_scale(text: str) -> tuple[int, int]:
+    """The lowest and the highest number of "256" or "256-512". Raises ValueError."""
+    lowest, _, highest = text.partition("-")
+    return int(lowest), int(highest or lowest)
+
+
 def parse_args(argv: list[str] | None = None) -> Config:
     """The configuration that a command line asks for. Raises UserError; --help prints and exits."""
     flags = _expand_compile(sys.argv[1:] if argv is None else argv)
-    first = _parse(flags, Config())
+    first = parse_dataclass(Config, flags, Config(), _PROG)
     recipe_flags = read_recipe(first.recipe) if first.recipe else []
-    first = _parse(flags, _parse(recipe_flags, Config()))
+    first = parse_dataclass(Config, flags, parse_dataclass(Config, recipe_flags, Config(), _PROG), _PROG)
     base = dataclasses.replace(
         Config(),
         **_DEFAULTS_BY_DATA.get(first.data, {}),
         out=Path("runs") / f"{first.arch}-{Path(first.data).resolve().name}",
     )
-    config = _parse(flags, _parse(recipe_flags, base))
+    config = parse_dataclass(Config, flags, parse_dataclass(Config, recipe_flags, base, _PROG), _PROG)
     _check(config)
     return config
 
@@ -228,30 +232,6 @@ def _expand_compile(argv: list[str]) -> list[str]:
         else:
             expanded.append(token)
     return expanded
-
-
-def _parse(flags: list[str], default: Config) -> Config:
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            return tyro.cli(Config, args=flags, default=default, prog="train.py")
-    except SystemExit as exit:
-        if not exit.code:
-            raise  # --help
-        raise UserError(_one_sentence(messages.getvalue())) from None
-
-
-def _one_sentence(box: str) -> str:
-    """The first paragraph inside the frame that tyro draws round an error."""
-    words: list[str] = []
-    for line in box.splitlines():
-        line = line.strip().strip("│").strip()
-        if not line or line[0] in "╭╰":
-            continue
-        if line[0] == "─":
-            break
-        words += line.split()
-    return " ".join(words).rstrip(".") + "; train.py --help lists the flags"
 
 
 def _check(config: Config) -> None:

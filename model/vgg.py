@@ -30,8 +30,13 @@ class VGG(nn.Module):
     is the identity, and at other crops FC6 takes the map as it is, 512·(crop/32)² inputs.
     """
 
-    def __init__(self, arch: str, *, classes: int = 1000, crop: int = 224, dropout: float = 0.5) -> None:
+    def __init__(
+        self, arch: str, *, classes: int = 1000, crop: int = 224, dropout: float = 0.5, batch_norm: bool = False
+    ) -> None:
         """arch: a key of CONFIGURATIONS. crop: side of the input in pixels, a multiple of 32.
+
+        batch_norm: a batch normalisation (Ioffe & Szegedy 2015) between each convolution and its ReLU, as in torchvision's
+        vgg11_bn to vgg19_bn; the paper's networks have none.
 
         Raises ValueError for another arch or crop.
         """
@@ -40,7 +45,7 @@ class VGG(nn.Module):
         if crop < STRIDE or crop % STRIDE:
             raise ValueError(f"crop {crop} is not a multiple of {STRIDE}: VGG halves its input five times")
         super().__init__()
-        self.features = _features(CONFIGURATIONS[arch])
+        self.features = _features(CONFIGURATIONS[arch], batch_norm=batch_norm)
         self.classifier = nn.Sequential(
             nn.Linear(512 * (crop // STRIDE) ** 2, 4096),
             nn.ReLU(inplace=True),
@@ -82,13 +87,23 @@ class LocalResponseNorm(nn.Module):
         return F.local_response_norm(x.float(), size=5, alpha=5 * 1e-4, beta=0.75, k=2.0).to(x.dtype)
 
 
-def build(arch: str, *, classes: int, crop: int, dropout: float, init: str, device: torch.device, seed: int = 0) -> VGG:
+def build(
+    arch: str,
+    *,
+    classes: int,
+    crop: int,
+    dropout: float,
+    init: str,
+    device: torch.device,
+    seed: int = 0,
+    batch_norm: bool = False,
+) -> VGG:
     """A network with fresh weights, made and initialised on `device`, in channels_last.
 
     init: a key of INITIALISERS. The weights are a function of the seed and the kind of device. Raises ValueError as VGG does.
     """
     with torch.device("meta"):  # torch's own initialisation would be computed first, only to be overwritten
-        model = VGG(arch, classes=classes, crop=crop, dropout=dropout)
+        model = VGG(arch, classes=classes, crop=crop, dropout=dropout, batch_norm=batch_norm)
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     initialise = INITIALISERS[init]
@@ -96,6 +111,8 @@ def build(arch: str, *, classes: int, crop: int, dropout: float, init: str, devi
         if isinstance(module, nn.Conv2d | nn.Linear):
             initialise(module.weight, generator)
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # all have one
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()  # to the identity: weight 1, bias 0, running mean 0, running variance 1
     return model.to(memory_format=torch.channels_last)
 
 
@@ -121,7 +138,7 @@ INITIALISERS: dict[str, Callable[[Tensor, torch.Generator], None]] = {
 }
 
 
-def _features(blocks: tuple[tuple[Layer, ...], ...]) -> nn.Sequential:
+def _features(blocks: tuple[tuple[Layer, ...], ...], *, batch_norm: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     channels = 3
     for block in blocks:
@@ -132,7 +149,10 @@ def _features(blocks: tuple[tuple[Layer, ...], ...]) -> nn.Sequential:
                 continue
             side, width = layer if isinstance(layer, tuple) else (3, int(layer))
             convolution = nn.Conv2d if layers else FirstConvolution
-            layers += [convolution(channels, width, kernel_size=side, padding=side // 2), nn.ReLU(inplace=True)]
+            layers.append(convolution(channels, width, kernel_size=side, padding=side // 2))
+            if batch_norm:
+                layers.append(nn.BatchNorm2d(width))
+            layers.append(nn.ReLU(inplace=True))
             channels = width
         layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
     return nn.Sequential(*layers)

@@ -22,14 +22,20 @@ from pipeline.tables import ShardTable, Table
 IMAGENET_MEAN_RGB = (123.68, 116.779, 103.939)
 """Mean of ImageNet's training pixels, 0–255, as in the paper authors' released models."""
 
-# Eigenvectors (columns) and eigenvalues of ImageNet's RGB values for the AlexNet colour shift, in 0–255 pixels: the
-# figures that MXNet (image.py) and, divided by 255, fb.resnet.torch (datasets/imagenet.lua) publish.
-IMAGENET_EIGENVECTORS = (
-    (-0.5675, 0.7192, 0.4009),
-    (-0.5808, -0.0045, -0.8140),
-    (-0.5836, -0.6948, 0.4203),
+# Eigenvectors (columns) and eigenvalues of ImageNet's RGB values, as MXNet (image.py) and, divided by 255, fb.resnet.torch
+# (datasets/imagenet.lua) publish them.
+_EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+_EIGENVALUES = (55.46, 4.794, 1.148)
+
+ColourShift = tuple[tuple[float, float, float], ...]
+"""The matrix P·diag(λ) of AlexNet's colour shift, which makes three normal draws a shift of R, G, B (0–255).
+
+P has the eigenvectors of the training pixels' RGB covariance as its columns, λ the eigenvalues. A covariance has the square
+of the pixels' unit: the published figures, and so AlexNet's σ = 0.1, are for pixels in 0–1, and the shift is then in 0–1 too.
+"""
+IMAGENET_COLOUR_SHIFT: ColourShift = tuple(
+    (p * _EIGENVALUES[0], q * _EIGENVALUES[1], r * _EIGENVALUES[2]) for p, q, r in _EIGENVECTORS
 )
-IMAGENET_EIGENVALUES = (55.46, 4.794, 1.148)
 _COLOUR_SHIFT_SIGMA = 0.1  # section 3.1 of the paper, after AlexNet
 
 # Samples planned in one go: a vectorised draw costs about 10 µs for each 64 samples at this size, 300 µs at 64.
@@ -104,6 +110,7 @@ class TrainPlan:
     """Lowest and highest training scale S, both included; S is the shorter side after the rescale, at least `crop`."""
     seed: int
     mean_rgb: tuple[float, float, float] = IMAGENET_MEAN_RGB
+    colour_shift: ColourShift = IMAGENET_COLOUR_SHIFT
     window_shards: int | None = None
     """Shards of a ShardTable that are shuffled together (WindowOrder); None for a permutation of all images."""
     lost_rows: set[int] = field(default_factory=set)
@@ -143,7 +150,7 @@ class TrainPlan:
         room = rescaled - self.crop
         corners = np.minimum(np.floor(np.stack((u_y, u_x), axis=1) * (room + 1)).astype(np.int64), room)
         alpha = _COLOUR_SHIFT_SIGMA * draws.normals(self.seed, epochs, rows, draws.PURPOSE_COLOUR)
-        shift = np.asarray(IMAGENET_EIGENVECTORS) @ (alpha * np.asarray(IMAGENET_EIGENVALUES)[:, None])
+        shift = np.asarray(self.colour_shift) @ alpha
         return Samples(
             source=source,
             **source_windows(sizes, rescaled, corners, self.crop, flipped=u_flip >= 0.5),

@@ -41,7 +41,7 @@ from common.progress import say
 from common.ranks import ranks_of_this_run
 from pipeline.loader import DaliLoader
 from pipeline.manifest import open_manifest
-from pipeline.plan import IMAGENET_EIGENVALUES, IMAGENET_EIGENVECTORS, IMAGENET_MEAN_RGB, TrainPlan
+from pipeline.plan import IMAGENET_COLOUR_SHIFT, IMAGENET_MEAN_RGB, TrainPlan
 from pipeline.prepare import Settings, prepare
 from pipeline.prepared import open_prepared
 from pipeline.reader import Fetch, ShardReader
@@ -218,7 +218,7 @@ def usual_dali(
     paths: list[str], labels: list[int], scale, crop: int, batch_size: int, device: torch.device, threads: int
 ) -> Iterator:
     """The graph of DALI's own examples, decode the whole image, resize, random crop and flip, with its random operators."""
-    shift_of_alpha = types.Constant(np.multiply(IMAGENET_EIGENVECTORS, IMAGENET_EIGENVALUES).astype(np.float32))
+    shift_of_alpha = types.Constant(np.array(IMAGENET_COLOUR_SHIFT, dtype=np.float32))
     mean = types.Constant(np.asarray(IMAGENET_MEAN_RGB, dtype=np.float32))
 
     on_gpu = device.type == "cuda"
@@ -294,7 +294,7 @@ def torchvision_loader(
 ) -> Iterator:
     """torchvision's transforms in as many worker processes as there are cores."""
     loader = DataLoader(
-        Images(paths, labels, read, training_transform(scale, crop, IMAGENET_MEAN_RGB)),
+        Images(paths, labels, read, training_transform(scale, crop, IMAGENET_MEAN_RGB, IMAGENET_COLOUR_SHIFT)),
         batch_size=batch_size,
         sampler=EndlessShuffle(len(paths)),
         num_workers=workers,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
-from usual_transforms import training_transform, validation_transform
+from usual_transforms import Matrix, training_transform, validation_transform
 
 from common.progress import say
 from engine.config import Config
@@ -17,17 +17,17 @@ from model.vgg import build
 _WORKERS = 2
 
 
-def train_plainly(config: Config, mean_rgb: Sequence[float]) -> list[dict]:
+def train_plainly(config: Config, mean_rgb: Sequence[float], colour_shift: Matrix) -> list[dict]:
     """Train with the configuration's hyper-parameters in float32, the cosine schedule. Returns the validations' results.
 
     As build() initialises it, the network begins with the weights that train.py's begins with. An epoch leaves out the images
-    that do not fill a batch. mean_rgb: subtracted from the pixels, 0–255.
+    that do not fill a batch. mean_rgb, colour_shift: as training_transform() takes them.
     Each result: {"epoch", "loss" (mean cross-entropy, nats), "top1" (0–1)}.
     """
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     data, batch_size = Path(config.data), config.batch_size
-    training_set = ImageFolder(data / "train", training_transform(config.scale, config.crop, mean_rgb))
+    training_set = ImageFolder(data / "train", training_transform(config.scale, config.crop, mean_rgb, colour_shift))
     validation_set = ImageFolder(data / "val", validation_transform(config.validation_scale, config.crop, mean_rgb))
     training = DataLoader(
         training_set, batch_size, shuffle=True, drop_last=True, num_workers=_WORKERS, persistent_workers=True

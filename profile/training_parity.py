@@ -67,8 +67,8 @@ def train_both(out: Path, flags: list[str], seed: int) -> dict[str, dict]:
     result = {OURS: kept(ours, flags, lambda: run_trainer(ours, flags))}
 
     def plainly() -> dict:
-        mean_rgb = checkpoint.load(ours / checkpoint.LAST).mean_rgb
-        return {"history": train_plainly(parse_args(flags), mean_rgb), "diverged_at": None}
+        used = checkpoint.load(ours / checkpoint.LAST)
+        return {"history": train_plainly(parse_args(flags), used.mean_rgb, used.colour_shift), "diverged_at": None}
 
     return {**result, PLAIN: kept(plain, flags, plainly)}
 
