@@ -10,6 +10,7 @@ A.pt is a checkpoint of A on the same data: one of training_parity.py's. A finis
 interrupted one goes on. The defaults are for a few thousand images of 32 pixels.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = {}
         for number, (name, start) in enumerate(starts(arguments.init_from, weights).items()):
             out, own_flags = arguments.out / str(number), [*flags, *start]
-            runs[name] = kept(out, own_flags, lambda out=out, own_flags=own_flags: run_trainer(out, own_flags))
+            runs[name] = kept(out, own_flags, functools.partial(run_trainer, out, own_flags))
     except (UserError, TrainingError) as error:
         return tell(error)
     chance = 1 / len(classes)

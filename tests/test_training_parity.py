@@ -1,31 +1,14 @@
 """profile/training_parity.py: what it reports, what it keeps, what it refuses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
-from training_parity import OURS, PLAIN, compare, difference_interval
+from training_parity import OURS, PLAIN, compare, difference_interval, main
 
 from tests.images import photo_folder
-from tests.runs import ROOT, environment
-
-
-def run(*flags: str, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "profile/training_parity.py", *flags],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr
-    return done
 
 
 def test_welch_interval_is_scipys():
@@ -49,27 +32,34 @@ def test_equal_within_the_spread(ours, equal):
     assert result["top1_by_epoch"][OURS] == [[0.1, value] for value in ours]
 
 
-def test_parity_run_is_kept(tmp_path):
+@pytest.mark.slow
+def test_parity_run_is_kept(tmp_path, capsys):
     data = photo_folder(tmp_path / "photos", train=8, val=4)
     flags = ["--data", str(data), "--out", str(tmp_path / "out"), "--seeds", "2"]
     flags += ["--batch-size", "4", "--epochs", "1", "--warmup-epochs", "0"]
-    first = run(*flags)
-    result = json.loads(first.stdout.splitlines()[-1])
+    assert main(flags) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     for name in (OURS, PLAIN):
         assert len(result["top1"][name]["runs"]) == 2
         assert all(0 <= value <= 1 for value in result["top1"][name]["runs"])
     assert Path(result["plot"]).read_bytes().startswith(b"\x89PNG")
 
     (tmp_path / "out/plain-1/result.json").unlink()  # as if it had been killed in the last run
-    again = run(*flags)
-    assert "epoch 1" in again.stderr
-    assert "step" not in again.stderr, "train.py ran again"
-    assert json.loads(again.stdout.splitlines()[-1]) == result, "the plain loop is a function of its seed"
+    assert main(flags) == 0
+    again = capsys.readouterr()
+    assert "plain loop, epoch 1" in again.err
+    assert "step" not in again.err, "train.py ran again"
+    assert json.loads(again.out.splitlines()[-1]) == result, "the plain loop is a function of its seed"
 
-    assert "other flags" in run(*flags, "--lr", "0.5", code=2).stderr
+    assert main([*flags, "--lr", "0.5"]) == 2
+    assert "other flags" in capsys.readouterr().err
 
 
-def test_wrong_flags_are_said_at_once(tmp_path):
-    assert "--seeds 1: must be" in run("--data", "x", "--out", str(tmp_path), "--seeds", "1", code=2).stderr
-    assert "nonsense" in run("--data", "x", "--out", str(tmp_path), "--nonsense", code=2).stderr
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--seeds", "1"], "--seeds 1: must be"), (["--nonsense"], "nonsense"), (["--lr", "x"], "--lr")],
+)
+def test_wrong_flags_are_said_at_once(flags, message, tmp_path, capsys):
+    assert main(["--data", "x", "--out", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
