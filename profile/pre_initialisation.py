@@ -68,10 +68,10 @@ def starts(a: Path, small_normal: Path) -> dict[str, list[str]]:
     """train.py's flags for the initial weights of each run, by its name."""
     return {
         "A's layers, the rest from Glorot's": ["--init-from", str(a), "--init", "xavier"],
-        "A's layers, the rest from He's": ["--init-from", str(a), "--init", "kaiming"],
-        "A's layers, the rest normal of variance 0.01": ["--init-from", str(a), "--init", "normal"],
         "random, normal of variance 0.01": ["--init", "normal"],
         _SMALL_NORMAL: ["--weights", f"torchvision:{small_normal}"],
+        "A's layers, the rest normal of variance 0.01": ["--init-from", str(a), "--init", "normal"],
+        "A's layers, the rest from He's": ["--init-from", str(a), "--init", "kaiming"],
         "random, Glorot's": ["--init", "xavier"],
     }
 

@@ -73,12 +73,12 @@ train() {
 # NAME: what a recipe has instead on the digits. Scales are times 32/224, rounded down; and so few epochs that the whole chain
 # takes less than 20 minutes on two cores.
 set_small() {
-    small=(--crop 32 --batch-size 32 --schedule cosine --warmup-epochs 1 --keep 1)
+    small=(--crop 32 --batch-size 32 --schedule cosine --keep 1)
     case "$1" in
-        A-256 | A-LRN-256) small+=(--train-scale 36 --epochs 8) ;;
-        *-256-512) small+=(--train-scale 36-73 --epochs 2) ;;
-        *-384) small+=(--train-scale 54 --epochs 2) ;;
-        *) small+=(--train-scale 36 --epochs 4) ;;
+        A-256 | A-LRN-256) small+=(--train-scale 36 --epochs 6 --warmup-epochs 1) ;;
+        *-256-512) small+=(--train-scale 36-73 --epochs 1 --warmup-epochs 0) ;;
+        *-384) small+=(--train-scale 54 --epochs 1 --warmup-epochs 0) ;;
+        *) small+=(--train-scale 36 --epochs 3 --warmup-epochs 1) ;;
     esac
 }
 
