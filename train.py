@@ -15,8 +15,10 @@ def train(config: Config) -> dict:
     """Run a configuration to its end. Returns the results, on every rank. Raises UserError, TrainingError."""
     # Here, not above: --help and mistyped flags answer without waiting for torch.
     from common.lock import FolderLock
+    from common.progress import say
     from common.ranks import first_then_others, ranks_of_this_run
     from engine.data import open_data
+    from engine.networks import initial_network, start_from
     from engine.precision import choose_precision, set_numerics
     from engine.resume import check_same_data, claim_out, open_checkpoint
     from engine.trainer import Trainer
@@ -26,10 +28,10 @@ def train(config: Config) -> dict:
         set_numerics(deterministic=config.deterministic)
         precision = choose_precision(config.precision, ranks.device)
         checkpoint = open_checkpoint(config, ranks, lock)
-        data = open_data(config, ranks, precision)
+        initial = None if checkpoint else initial_network(config)
+        data = open_data(config, ranks, precision, checkpoint=checkpoint, initial=initial)
         if checkpoint:
             check_same_data(checkpoint, data, allow_changed=config.allow_changed_data)
-        first_then_others(ranks, lambda: claim_out(config, checkpoint, lock), lambda _: None)
         model = build(
             config.arch,
             classes=len(data.classes),
@@ -38,7 +40,13 @@ def train(config: Config) -> dict:
             init=config.init,
             device=ranks.device,
             seed=config.seed,
+            batch_norm=config.batch_norm,
         )
+        if initial:
+            done = start_from(initial, model, config)
+            if ranks.is_main:
+                say(done)
+        first_then_others(ranks, lambda: claim_out(config, checkpoint, lock), lambda _: None)
         trainer = Trainer(config, ranks=ranks, precision=precision, data=data, model=model, checkpoint=checkpoint)
         return trainer.fit()
 

@@ -1,5 +1,6 @@
 """The training step as a configuration asks for it: the network compiled and wrapped, its optimizer and loss scaler."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from common.errors import TrainingError
 from common.ranks import Ranks
+from engine.averaging import WeightAverage
 from engine.config import Config
 from engine.distributed import data_parallel
 from engine.precision import Precision
@@ -22,6 +24,8 @@ class Assembly:
     """What the step calls: the DDP module or, on a single rank, the model itself."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: WeightAverage | None
+    """The moving average of the weights, where one is asked for; the step keeps it up."""
     compiled: bool
     passes: int
     """Micro-batches that each rank takes in one step."""
@@ -32,9 +36,13 @@ def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch:
 
     micro_batch: a divisor of the rank's share of the batch, as engine.data finds it.
     """
-    compiled = compile_model(
-        model, choice=config.compile, mode=config.compile_mode, device=ranks.device, is_main=ranks.is_main
+    average = WeightAverage(model, config.ema) if config.ema else None
+    compile_as_asked = functools.partial(
+        compile_model, choice=config.compile, mode=config.compile_mode, device=ranks.device, is_main=ranks.is_main
     )
+    compiled = compile_as_asked(model)
+    if average and compiled:
+        compile_as_asked(average.model)  # for the validation
     passes = config.batch_size // ranks.world_size // micro_batch
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
@@ -46,8 +54,24 @@ def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch:
             optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     scaler = precision.grad_scaler()
     network = data_parallel(model, ranks, accumulates=passes > 1, grad_compression=config.grad_compression)
-    step = TrainStep(network, optimizer=optimizer, scaler=scaler, precision=precision, passes=passes)
-    return Assembly(step=step, network=network, optimizer=optimizer, scaler=scaler, compiled=compiled, passes=passes)
+    step = TrainStep(
+        network,
+        optimizer=optimizer,
+        scaler=scaler,
+        precision=precision,
+        passes=passes,
+        label_smoothing=config.label_smoothing,
+        average=average,
+    )
+    return Assembly(
+        step=step,
+        network=network,
+        optimizer=optimizer,
+        scaler=scaler,
+        average=average,
+        compiled=compiled,
+        passes=passes,
+    )
 
 
 def too_little_memory(micro_batch: int) -> TrainingError:

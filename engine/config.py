@@ -33,6 +33,9 @@ class Config:
 
     arch: Literal["A", "A-LRN", "B", "C", "D", "E"] = "D"
     """Configuration of the paper's Table 1; D is VGG-16, E is VGG-19."""
+    batch_norm: bool = False
+    """Batch normalisation after each convolution, as in torchvision's vgg*_bn; the paper has none. Its statistics are of the
+    images of one pass of one rank."""
     data: str = dataclasses.field(default_factory=_default_data)
     """A folder with train/<class>/* and val/<class>/*, a folder or s3:// URL with prepared data (pipeline.prepare),
     `digits` (built in), or `synthetic` (one batch of noise on the device, to measure the step alone). Default: $VGG_DATA,
@@ -42,6 +45,12 @@ class Config:
     resume: str = "auto"
     """`auto`: go on from the newest good checkpoint in OUT, if any. `never`: start anew, an earlier run in OUT is moved aside.
     Or the path of a checkpoint to go on from."""
+    weights: str | None = None
+    """Start with all layers of this checkpoint, at step 0 of a new training; or with those of a state dict of torchvision's,
+    torchvision:PATH. For another number of classes, the last layer is new. A run that is resumed goes on with its own."""
+    init_from: str | None = None
+    """Start with the first four convolutions and the three fully-connected layers of configuration A from this checkpoint
+    (section 3.1 of the paper), or from torchvision:PATH; the other layers are new."""
     recipe: Path | None = None
     """YAML file of defaults: keys are flags, unknown ones are refused. OUT/config.yaml of a run is one."""
 
@@ -68,6 +77,11 @@ class Config:
     """L2 penalty on all weights and biases."""
     dropout: float = 0.5
     """Probability of dropping an activation of the first two fully-connected layers."""
+    label_smoothing: float = 0.0
+    """Share of the target that goes to all classes alike, in [0, 1). Validation does without it."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights over the steps, in [0, 1), as 0.9999; 0: none is kept. It is what is
+    validated, and what other programs take from a checkpoint."""
     schedule: Literal["plateau", "step", "cosine"] = "plateau"
     """plateau: the paper's, lr / 10 when validation top-1 stops improving, three times, then stop. step: lr / 10 every
     STEP_EPOCHS. cosine: linear warm-up, then a half cosine to 0. (digits: cosine)"""
@@ -257,6 +271,9 @@ def _check(config: Config) -> None:
         f"--momentum {config.momentum}: must be in [0, 1)": 0 <= config.momentum < 1,
         f"--weight-decay {config.weight_decay}: must not be negative": config.weight_decay >= 0,
         f"--dropout {config.dropout}: must be in [0, 1)": 0 <= config.dropout < 1,
+        f"--label-smoothing {config.label_smoothing}: must be in [0, 1)": 0 <= config.label_smoothing < 1,
+        f"--ema {config.ema}: must be in [0, 1)": 0 <= config.ema < 1,
+        "--weights and --init-from: give one of them": not (config.weights and config.init_from),
         f"--plateau-epochs {config.plateau_epochs}: must be at least 1": config.plateau_epochs >= 1,
         f"--step-epochs {config.step_epochs}: must be at least 1": config.step_epochs >= 1,
         f"--warmup-epochs {config.warmup_epochs}: must not be negative": config.warmup_epochs >= 0,

@@ -12,16 +12,19 @@ import numpy as np
 from common.errors import TrainingError, UserError
 from common.progress import printable, say
 from common.ranks import Ranks, first_then_others
+from engine.checkpoint import Checkpoint
 from engine.config import DIGITS, SYNTHETIC, Config
+from engine.networks import Network
 from engine.precision import Precision
 from pipeline.digits import digits_folder
 from pipeline.headers import read_header
 from pipeline.loader import Batch, DaliLoader, SyntheticLoader
 from pipeline.manifest import open_manifest
 from pipeline.manifest_files import QUARANTINE, Manifest, add_to_quarantine, load_manifest
-from pipeline.plan import IMAGENET_MEAN_RGB, Samples, TrainPlan, ValidationPlan
+from pipeline.plan import IMAGENET_COLOUR_SHIFT, IMAGENET_MEAN_RGB, ColourShift, Samples, TrainPlan, ValidationPlan
 from pipeline.prepared import Prepared, is_prepared, open_prepared
 from pipeline.reader import Fetch, ShardReader
+from pipeline.statistics import find_statistics
 from pipeline.tables import FileTable, ShardTable
 
 _SYNTHETIC_CLASSES = 1000
@@ -43,6 +46,9 @@ class Data:
     """Images in one training pass of one rank."""
     manifest: Manifest | Prepared | None
     """None for synthetic data."""
+    mean_rgb: tuple[float, float, float] = IMAGENET_MEAN_RGB
+    """What is subtracted from the pixels (0–255)."""
+    colour_shift: ColourShift = IMAGENET_COLOUR_SHIFT
     bad_rows: set[int] = field(default_factory=set)
     """Training rows that this rank found not to be decodable, or not everywhere."""
 
@@ -62,10 +68,6 @@ class Data:
     @property
     def fingerprint(self) -> str:
         return self.manifest.fingerprint if self.manifest else SYNTHETIC
-
-    @property
-    def mean_rgb(self) -> tuple[float, float, float]:
-        return IMAGENET_MEAN_RGB
 
     @property
     def decoder(self) -> str:
@@ -111,6 +113,7 @@ class Data:
             scale=self.config.scale,
             seed=self.config.seed,
             mean_rgb=self.mean_rgb,
+            colour_shift=self.colour_shift,
             window_shards=self.config.window_shards if self.config.order == "window" else None,
         )
 
@@ -207,8 +210,18 @@ def check_lost(lost: int, limit: int, manifest_folder: Path) -> None:
         )
 
 
-def open_data(config: Config, ranks: Ranks, precision: Precision) -> Data:
+def open_data(
+    config: Config,
+    ranks: Ranks,
+    precision: Precision,
+    *,
+    checkpoint: Checkpoint | None = None,
+    initial: Network | None = None,
+) -> Data:
     """Find or make the data set and check that its batches divide among the ranks. Raises UserError.
+
+    checkpoint, initial: what the run goes on from, or starts with. The mean and the colour shift are the checkpoint's; or the
+    mean is the initial network's; what is left is the data set's, where pipeline.statistics has computed it, or ImageNet's.
 
     Rank 0 scans a new data set while the others wait; after that, every rank maps the same files. On a machine that does
     not share rank 0's folders, its ranks make the manifest there: it must come out the same.
@@ -217,7 +230,36 @@ def open_data(config: Config, ranks: Ranks, precision: Precision) -> Data:
         raise UserError("--decoder gpu: needs a GPU; use --decoder cpu or auto")
     micro_batch = _micro_batch(config, ranks)
     manifest = None if config.data == SYNTHETIC else _shared_manifest(config, ranks)
-    return Data(config=config, ranks=ranks, precision=precision, micro_batch=micro_batch, manifest=manifest)
+    mean_rgb, colour_shift = _colours(manifest, checkpoint, initial, ranks)
+    return Data(
+        config=config,
+        ranks=ranks,
+        precision=precision,
+        micro_batch=micro_batch,
+        manifest=manifest,
+        mean_rgb=mean_rgb,
+        colour_shift=colour_shift,
+    )
+
+
+def _colours(
+    manifest: Manifest | Prepared | None, checkpoint: Checkpoint | None, initial: Network | None, ranks: Ranks
+) -> tuple[tuple[float, float, float], ColourShift]:
+    if checkpoint:
+        red, green, blue = checkpoint.mean_rgb
+        return (red, green, blue), tuple((x, y, z) for x, y, z in checkpoint.colour_shift)
+    mean_rgb, colour_shift = IMAGENET_MEAN_RGB, IMAGENET_COLOUR_SHIFT
+    # Rank 0 reads them for all: a machine that does not share its folders may have others, or none.
+    statistics = first_then_others(ranks, lambda: find_statistics(manifest) if manifest else None, lambda found: found)
+    if statistics:
+        mean_rgb, colour_shift = statistics.mean_rgb, statistics.colour_shift
+    if initial:
+        mean_rgb = initial.mean_rgb
+    if ranks.is_main and (statistics or initial):
+        shift = "the data set's statistics" if statistics else "ImageNet"
+        mean = initial.name if initial else shift
+        say(f"mean RGB {', '.join(f'{value:.2f}' for value in mean_rgb)} from {mean}, colour shift from {shift}")
+    return mean_rgb, colour_shift
 
 
 def _shared_manifest(config: Config, ranks: Ranks) -> Manifest | Prepared:

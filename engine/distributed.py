@@ -1,6 +1,8 @@
 """DistributedDataParallel as this trainer uses it."""
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +20,7 @@ def data_parallel(model: nn.Module, ranks: Ranks, *, accumulates: bool, grad_com
         model,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # average_over_ranks() does better
         # With no_sync, a static graph fails in the first backward pass (pytorch issue 143580), or silently stops
         # reducing (pull request 187732).
         static_graph=not accumulates,
@@ -27,3 +30,13 @@ def data_parallel(model: nn.Module, ranks: Ranks, *, accumulates: bool, grad_com
     elif grad_compression == "fp16":
         parallel.register_comm_hook(None, default_hooks.fp16_compress_hook)
     return parallel
+
+
+@torch.no_grad()
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace each tensor, of one dtype all, by its mean over the ranks, in place; every rank must call this."""
+    joined = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(joined)
+    joined /= dist.get_world_size()
+    means = joined.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [mean.view_as(tensor) for mean, tensor in zip(means, tensors, strict=True)])

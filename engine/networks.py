@@ -7,8 +7,9 @@ import torch
 
 from common.errors import UserError
 from engine import checkpoint as checkpoints
-from engine.config import parse_scale
+from engine.config import Config, parse_scale
 from model.vgg import VGG
+from model.weights import describe, from_torchvision, initialise_from, load_all
 
 TORCHVISION = "torchvision:"
 
@@ -35,8 +36,7 @@ class Network:
     def build(self, device: torch.device) -> VGG:
         """The network on a device, in evaluation mode and channels_last."""
         with torch.device("meta"):  # no initial weights, which would only be overwritten
-            bn = {"batch_norm": True} if self.batch_norm else {}  # until branch nets is merged
-            model = VGG(self.arch, classes=len(self.classes), crop=self.crop, **bn)
+            model = VGG(self.arch, classes=len(self.classes), crop=self.crop, batch_norm=self.batch_norm)
         model.to_empty(device=device).load_state_dict(self.state)
         return model.to(memory_format=torch.channels_last).eval()
 
@@ -48,6 +48,32 @@ def load_network(spec: str) -> Network:
     foreign one.
     """
     return _from_torchvision(spec) if spec.startswith(TORCHVISION) else _from_checkpoint(spec)
+
+
+def initial_network(config: Config) -> Network | None:
+    """The network that --weights or --init-from names; None where neither is given. Raises UserError as load_network does."""
+    spec = config.weights or config.init_from
+    return load_network(spec) if spec else None
+
+
+def start_from(network: Network, model: VGG, config: Config) -> str:
+    """Give a fresh model the weights that --weights or --init-from asks for. Returns what was done, for people.
+
+    Raises UserError where the network's layers do not fit.
+    """
+    try:
+        if config.weights:
+            if load_all(model, network.state):
+                return (
+                    f"all layers but the last are those of {network.name}; that one is new, since there are other classes "
+                    f"({len(network.classes)} there)"
+                )
+            return f"all layers are those of {network.name}"
+        copied = dict.fromkeys(name.rpartition(".")[0] for name in initialise_from(model, network.state))
+        return f"{', '.join(copied)} are those of {network.name}, the other layers are new ({config.init})"
+    except ValueError as error:
+        flag = "--weights" if config.weights else "--init-from"
+        raise UserError(f"{flag} {network.name}: {error}") from error
 
 
 def _from_checkpoint(spec: str) -> Network:
@@ -66,25 +92,23 @@ def _from_checkpoint(spec: str) -> Network:
 
 
 def _from_torchvision(spec: str) -> Network:
-    from model import weights  # type: ignore[attr-defined]  # until branch nets is merged
-
     path = spec.removeprefix(TORCHVISION)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        arch, batch_norm, classes, crop = weights.describe(state)
+        description = describe(state)
     except FileNotFoundError as error:
         raise UserError(f"{spec}: no such file") from error
     except ValueError as error:
         raise UserError(f"{spec}: {error}") from error
     except Exception as error:  # torch.load raises whatever it stumbles over
         raise UserError(f"{spec}: damaged, or not a state dict that torch.save has written") from error
-    state, mean_rgb = weights.from_torchvision(state)
+    state, mean_rgb = from_torchvision(state)
     return Network(
         name=spec,
-        arch=arch,
-        batch_norm=batch_norm,
-        crop=crop,
-        classes=tuple(map(str, range(classes))),
+        arch=description.arch,
+        batch_norm=description.batch_norm,
+        crop=description.crop,
+        classes=tuple(map(str, range(description.classes))),
         mean_rgb=mean_rgb,
         train_scale=None,
         state=state,

@@ -17,7 +17,7 @@ from engine.data import Data
 _FREE_SETTINGS = {
     "data", "out", "resume", "device", "micro_batch", "epochs", "steps", "threads", "prefetch", "decoder",
     "read_threads", "read_ahead", "log_every", "checkpoint_minutes", "keep", "max_bad_images", "allow_changed_data",
-    "compile", "compile_mode", "pad_channels",
+    "compile", "compile_mode", "pad_channels", "weights", "init_from",
 }  # fmt: skip
 
 
@@ -36,6 +36,11 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoin
                 f"checkpoint {path} was trained with --{flag} {theirs}, this run asks for {ours}; "
                 "choose another --out, or --resume never to start anew"
             )
+    if checkpoint.batch_norm != config.batch_norm:
+        raise UserError(
+            f"checkpoint {path} was trained {_with(checkpoint.batch_norm)} --batch-norm, this run is "
+            f"{_with(config.batch_norm)}; choose another --out, or --resume never to start anew"
+        )
     if ranks.is_main:
         say(f"going on from {path}: step {checkpoint.steps:,}, {checkpoint.samples_seen:,} images seen")
         for setting, value in to_dict(config).items():
@@ -48,6 +53,10 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoin
                 "stay the same, dropout and rounding do not"
             )
     return checkpoint
+
+
+def _with(whether: bool) -> str:
+    return "with" if whether else "without"
 
 
 def check_same_data(checkpoint: Checkpoint, data: Data, *, allow_changed: bool) -> None:

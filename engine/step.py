@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.progress import say
+from engine.averaging import WeightAverage
+from engine.distributed import average_over_ranks
 from engine.precision import Precision
 from pipeline.loader import Batch
 
@@ -26,13 +28,24 @@ class TrainStep:
         scaler: torch.amp.GradScaler,
         precision: Precision,
         passes: int,
+        label_smoothing: float = 0.0,
+        average: WeightAverage | None = None,
     ) -> None:
-        """model: the DDP module, or the bare one on a single rank. passes: micro-batches whose gradients are accumulated."""
+        """model: the DDP module, or the bare one on a single rank. passes: micro-batches whose gradients are accumulated.
+
+        label_smoothing: share of the target that goes to all classes alike. average: follows the weights.
+        """
         self._model = model
         self._optimizer = optimizer
         self._scaler = scaler
         self._precision = precision
         self._passes = passes
+        self._label_smoothing = label_smoothing
+        self._average = average
+        # Each rank's batch normalisation sees its own images: its statistics are averaged, so that they are those of all
+        # images, and the ranks agree on them whenever they validate or save.
+        self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self._parallel = model if isinstance(model, DistributedDataParallel) else None
 
     def __call__(self, batches: Iterator[Batch]) -> Tensor:
         """Take `passes` micro-batches and update the weights. Returns this rank's mean loss, a scalar on the device."""
@@ -46,28 +59,33 @@ class TrainStep:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
+        if self._statistics and self._parallel:
+            average_over_ranks(self._statistics)
+        if self._average:
+            self._average.update()
         return torch.stack(losses).sum()
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
-        """Compile; run forward and backward, without an update.
+        """Compile; run forward and backward, without an update of weights or of batch normalisation's statistics.
 
         DDP chooses its buckets anew after the first backward pass or, with a static graph, the second. With these passes out
         of the way, every step of a run adds gradients up in the same order, the first step after a resume too: a resumed run
         stays bit-identical, on three ranks and more as well.
         """
-        for _ in range(2 if isinstance(self._model, DistributedDataParallel) else 1):
+        before = [buffer.clone() for buffer in self._model.buffers()]
+        for _ in range(2 if self._parallel else 1):
             self._loss(images, labels).backward()
+        for buffer, value in zip(self._model.buffers(), before, strict=True):
+            buffer.copy_(value)
         self._optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with self._precision.autocast():
             logits = self._model(images)
-        return F.cross_entropy(logits.float(), labels)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
 
     def _all_reduce(self, *, now: bool) -> AbstractContextManager:
-        if now or not isinstance(self._model, DistributedDataParallel):
-            return nullcontext()
-        return self._model.no_sync()
+        return nullcontext() if now or not self._parallel else self._parallel.no_sync()
 
 
 def compile_model(model: nn.Module, *, choice: str, mode: str, device: torch.device, is_main: bool) -> bool:

@@ -32,7 +32,7 @@ from pipeline.loader import Batch
 
 
 class Trainer:
-    """A training run. Its whole state: weights, optimizer, scaler, steps done, samples seen, validation history."""
+    """A training run. Its whole state: weights, their average, optimizer, scaler, steps and samples done, validation history."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Trainer:
             model.load_state_dict(checkpoint.model)
         parts = assemble(config, ranks=ranks, precision=precision, micro_batch=data.micro_batch, model=model)
         self._step, self._optimizer, self._scaler = parts.step, parts.optimizer, parts.scaler
-        self._compiled = parts.compiled
+        self._average, self._compiled = parts.average, parts.compiled
         self._steps, self._samples_seen, self._history = 0, 0, []
         self._resumed = checkpoint is not None
         if checkpoint:
@@ -60,6 +60,8 @@ class Trainer:
                 group.update(momentum=config.momentum, weight_decay=config.weight_decay)
             if checkpoint.scaler:  # empty where the checkpoint's precision needed no scaling
                 self._scaler.load_state_dict(checkpoint.scaler)
+            if checkpoint.ema and self._average:
+                self._average.model.load_state_dict(checkpoint.ema)
             self._steps, self._samples_seen = checkpoint.steps, checkpoint.samples_seen
             self._history = list(checkpoint.history)
         self._validated_epoch = self._history[-1]["epoch"] if self._history else 0
@@ -202,7 +204,7 @@ class Trainer:
         if self._validation is not None:
             batches, steps = self._validation
             accuracy = evaluate(
-                self._model,
+                self._average.model if self._average else self._model,
                 batches,
                 steps,
                 ranks=self._ranks,
@@ -269,6 +271,9 @@ class Trainer:
             fingerprint=self._data.fingerprint,
             config=to_dict(self._config),
             world_size=self._ranks.world_size,
+            batch_norm=self._config.batch_norm,
+            colour_shift=[list(row) for row in self._data.colour_shift],
+            ema=self._average.model.state_dict() if self._average else None,
         )
         with self._clock.saving():
             checkpoints.save(checkpoint, self._config.out, is_best=is_best, keep=self._config.keep)
@@ -290,8 +295,9 @@ class Trainer:
         config, ranks, data = self._config, self._ranks, self._data
         parameters = sum(weight.numel() for weight in self._model.parameters())
         place = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+        network = f"{config.arch} with batch norm" if config.batch_norm else config.arch
         return (
-            f"{config.arch} ({parameters / 1e6:.1f} M parameters) on {config.data}: {data.train_images:,} images, "
+            f"{network} ({parameters / 1e6:.1f} M parameters) on {config.data}: {data.train_images:,} images, "
             f"{len(data.classes)} classes, crop {config.crop}, scale {config.train_scale}\n"
             f"{place}, {self._precision.name}, {'compiled' if self._compiled else 'eager'}; batch {config.batch_size} = "
             f"{ranks.world_size} ranks × {passes} passes × {data.micro_batch} images; "

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from nvidia.dali import Pipeline, fn, math, types
 
+from pipeline.graphs import read_files
+from pipeline.reader import Fetched, ShardReader, fetched
 from pipeline.recovery import each_alone, is_about_an_image
-from pipeline.tables import FileTable
+from pipeline.tables import FileTable, ShardTable, Table
 
 _ROWS_A_BLOCK = 4096  # read out of the table in one go
 _PIXELS_A_BATCH = (
@@ -22,55 +24,61 @@ _PREFETCH = 2
 
 class _Batch(NamedTuple):
     source: np.ndarray
-    """uint8 [n, W]: absolute paths."""
+    """[n, …]: where the images' bytes lie, as the kind of table has it."""
     sizes: np.ndarray
     """int64 [n, 2]: as in the table."""
     targets: np.ndarray
     """int64 [n, 2]: after the resize."""
 
-    def inputs(self, which: slice = slice(None)) -> tuple[np.ndarray, ...]:
-        """What the DALI graph takes."""
-        return self.source[which], self.sizes[which].astype(np.int32), self.targets[which].astype(np.float32)
-
 
 def decode_whole(
-    table: FileTable, rows: np.ndarray, *, sizes: np.ndarray | None = None, threads: int
+    table: FileTable | ShardTable, rows: np.ndarray, *, sizes: np.ndarray | None = None, threads: int
 ) -> Iterator[tuple[np.ndarray | None, str]]:
     """Decode the whole images of these rows (int64 [n]), in order, as training does on the CPU.
 
     sizes: int64 [n, 2], what each is resized to, with training's filter; None leaves them as they are. An image that has
     its size already comes through bit-identically. threads: of the decoder; the result does not depend on them.
-    Yields (uint8 [height, width, 3], "") or (None, why it cannot be decoded). The arrays are the caller's to keep.
+    Yields (uint8 [height, width, 3], "") or (None, why it cannot be decoded). The arrays are the caller's to keep. Raises
+    TrainingError where a shard cannot be read.
     """
+    fetch = None if isinstance(table, FileTable) else ShardReader(table, threads=None, batches_ahead=_PREFETCH).fetch
     images_a_batch = max(_LEAST_IMAGES, _IMAGES_A_THREAD * threads)
-    waiting = _batches(table, rows, sizes, images_a_batch)
-    in_flight: deque[_Batch] = deque()
-    given_back: deque[_Batch] = deque()
+    make_pipeline = functools.partial(_pipeline, from_files=isinstance(table, FileTable))
+    waiting = fetched(_batches(table, rows, sizes, images_a_batch), fetch)
+    in_flight: deque[Fetched[_Batch]] = deque()
+    given_back: deque[Fetched[_Batch]] = deque()
 
     def next_inputs() -> tuple:
         in_flight.append(given_back.popleft() if given_back else next(waiting))
-        return in_flight[-1].inputs()
+        return _inputs(*in_flight[-1])
 
     while True:
-        pipeline = _pipeline(next_inputs, batch_size=images_a_batch, threads=threads, prefetch=_PREFETCH)
+        pipeline = make_pipeline(next_inputs, batch_size=images_a_batch, threads=threads, prefetch=_PREFETCH)
         try:
             while True:
                 outputs = pipeline.run()
-                yield from _results(outputs, in_flight.popleft().sizes)
+                yield from _results(outputs, in_flight.popleft()[0].sizes)
         except StopIteration:
             return
         except RuntimeError as error:
             if not is_about_an_image(error):
                 raise
         # The first batch that was not delivered image by image; those behind it go through a new pipeline.
-        yield from _one_by_one(in_flight[0])
+        yield from _one_by_one(*in_flight[0], make_pipeline)
         given_back.extendleft(list(in_flight)[:0:-1])
         in_flight.clear()
 
 
-def _one_by_one(batch: _Batch) -> Iterator[tuple[np.ndarray | None, str]]:
-    alone = [batch.inputs(slice(index, index + 1)) for index in range(len(batch.sizes))]
-    make_pipeline = functools.partial(_pipeline, batch_size=1, threads=1, prefetch=1)
+def _inputs(batch: _Batch, encoded: np.ndarray, which: slice = slice(None)) -> tuple[np.ndarray, ...]:
+    """What the DALI graph takes."""
+    return encoded[which], batch.sizes[which].astype(np.int32), batch.targets[which].astype(np.float32)
+
+
+def _one_by_one(
+    batch: _Batch, encoded: np.ndarray, make_pipeline: Callable[..., Pipeline]
+) -> Iterator[tuple[np.ndarray | None, str]]:
+    alone = [_inputs(batch, encoded, slice(index, index + 1)) for index in range(len(batch.sizes))]
+    make_pipeline = functools.partial(make_pipeline, batch_size=1, threads=1, prefetch=1)
     for index, (outputs, reason) in enumerate(each_alone(alone, make_pipeline)):
         if outputs is None:
             yield None, reason
@@ -78,7 +86,7 @@ def _one_by_one(batch: _Batch) -> Iterator[tuple[np.ndarray | None, str]]:
             yield from _results(outputs, batch.sizes[index : index + 1])
 
 
-def _batches(table: FileTable, rows: np.ndarray, sizes: np.ndarray | None, most: int) -> Iterator[_Batch]:
+def _batches(table: Table, rows: np.ndarray, sizes: np.ndarray | None, most: int) -> Iterator[_Batch]:
     """The rows in batches of at most so many images and, unless it is one, of at most _PIXELS_A_BATCH."""
     for block in range(0, len(rows), _ROWS_A_BLOCK):
         chosen = slice(block, block + _ROWS_A_BLOCK)
@@ -93,7 +101,9 @@ def _batches(table: FileTable, rows: np.ndarray, sizes: np.ndarray | None, most:
             first, before = stop, pixels[stop - 1]
 
 
-def _pipeline(source: Callable[[], tuple], *, batch_size: int, threads: int, prefetch: int) -> Pipeline:
+def _pipeline(
+    source: Callable[[], tuple], *, from_files: bool, batch_size: int, threads: int, prefetch: int
+) -> Pipeline:
     """Build the pipeline read → decode → resize. Outputs: images [height, width, 3] and what their headers say now."""
     pipeline = Pipeline(
         batch_size=batch_size,
@@ -103,10 +113,10 @@ def _pipeline(source: Callable[[], tuple], *, batch_size: int, threads: int, pre
         exec_dynamic=True,
     )
     with pipeline:
-        names, sizes, targets = fn.external_source(
+        encoded, sizes, targets = fn.external_source(
             source, num_outputs=3, batch=True, dtype=[types.UINT8, types.INT32, types.FLOAT]
         )
-        files = fn.io.file.read(names, dont_use_mmap=True)  # as in training: see graphs.py
+        files = read_files(encoded) if from_files else encoded
         shapes = fn.peek_image_shape(files, adjust_orientation=False, dtype=types.INT32)
         # A file that was replaced by a far larger image is not decoded beyond the size that is in the table.
         images = fn.decoders.image_slice(

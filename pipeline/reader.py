@@ -4,22 +4,31 @@ import collections
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from pipeline.plan import Samples
 from pipeline.tables import ShardTable
 
-Fetched = tuple[Samples, np.ndarray]
-"""Samples and what DALI reads their images from: the bytes, uint8 [n, W] (W is the largest image's size, other rows end in
+
+class _Batch(Protocol):
+    @property
+    def source(self) -> np.ndarray:
+        """[n, …]: where the images' bytes lie, as the kind of table has it."""
+
+
+B = TypeVar("B", bound=_Batch)  # a plan's Samples, or another batch of images of a table
+
+Fetched = tuple[B, np.ndarray]
+"""A batch and what DALI reads its images from: the bytes, uint8 [n, W] (W is the largest image's size, other rows end in
 whatever was in memory), or their paths."""
 
-Fetch = Callable[[Iterator[Samples]], Iterator[Fetched]]
+Fetch = Callable[[Iterator[B]], Iterator[Fetched[B]]]
 
 
-def fetched(batches: Iterator[Samples], fetch: Fetch | None) -> Iterator[Fetched]:
+def fetched(batches: Iterator[B], fetch: Fetch[B] | None) -> Iterator[Fetched[B]]:
     """The batches with what DALI reads them from: what `fetch` adds or, where it is None, the files' paths."""
-    return fetch(batches) if fetch else ((samples, samples.source) for samples in batches)
+    return fetch(batches) if fetch else ((batch, batch.source) for batch in batches)
 
 
 class ShardReader:
@@ -31,17 +40,17 @@ class ShardReader:
         self._threads = threads or table.storage.threads
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="shard reader")
 
-    def fetch(self, batches: Iterator[Samples], group: Callable[[Samples], int] | None) -> Iterator[Fetched]:
+    def fetch(self, batches: Iterator[B], group: Callable[[B], int] | None = None) -> Iterator[Fetched[B]]:
         """The batches with their bytes, in order.
 
         group: equal for consecutive batches whose bytes are requested together, shard by shard in ascending order; None:
         each batch by itself. Raises TrainingError where a shard cannot be read.
         """
         if group is None:
-            groups = ([samples] for samples in batches)
+            groups = ([batch] for batch in batches)
         else:
             groups = (list(members) for _, members in itertools.groupby(batches, key=group))
-        under_way: collections.deque[tuple[list[Fetched], list[Future]]] = collections.deque()
+        under_way: collections.deque[tuple[list[Fetched[B]], list[Future]]] = collections.deque()
         while True:
             while sum(len(fetched) for fetched, _ in under_way) < self._batches_ahead:
                 members = next(groups, None)
@@ -57,16 +66,16 @@ class ShardReader:
                 under_way.append(self._request(members))  # while this one is used up
             yield from fetched
 
-    def _request(self, batches: list[Samples]) -> tuple[list[Fetched], list[Future]]:
+    def _request(self, batches: list[B]) -> tuple[list[Fetched[B]], list[Future]]:
         fetched, targets = [], []
-        for samples in batches:
-            lengths = samples.source[:, 2].tolist()
+        for batch in batches:
+            lengths = batch.source[:, 2].tolist()
             width = max(lengths)
             encoded = np.empty((len(lengths), width), dtype=np.uint8)
             memory = encoded.reshape(-1).data
             targets += [memory[n * width : n * width + length] for n, length in enumerate(lengths)]
-            fetched.append((samples, encoded))
-        source = np.concatenate([samples.source for samples in batches])
+            fetched.append((batch, encoded))
+        source = np.concatenate([batch.source for batch in batches])
         ascending = np.lexsort((source[:, 1], source[:, 0]))
         edges = np.flatnonzero(np.diff(source[ascending, 0])) + 1
         by_shard = np.split(ascending, edges)

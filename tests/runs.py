@@ -110,5 +110,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert first.samples_seen == second.samples_seen
     for name, weight in first.model.items():
         assert torch.equal(weight, second.model[name]), name
+    assert (first.ema is None) == (second.ema is None)
+    for name, weight in (first.ema or {}).items():
+        assert second.ema
+        assert torch.equal(weight, second.ema[name]), name
     for key, state in first.optimizer["state"].items():
         assert torch.equal(state["momentum_buffer"], second.optimizer["state"][key]["momentum_buffer"])

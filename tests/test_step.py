@@ -1,3 +1,4 @@
+import copy
 import itertools
 import shutil
 
@@ -16,8 +17,8 @@ CPU = torch.device("cpu")
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 
 
-def make(precision: Precision, *, passes: int = 1, dropout: float = 0.0):
-    model = build("A", classes=10, crop=32, dropout=dropout, init="xavier", device=CPU, seed=3)
+def make(precision: Precision, *, passes: int = 1, batch_norm: bool = False):
+    model = build("A", classes=10, crop=32, dropout=0.0, init="xavier", device=CPU, seed=3, batch_norm=batch_norm)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
     return model, TrainStep(
         model, optimizer=optimizer, scaler=precision.grad_scaler(), precision=precision, passes=passes
@@ -82,6 +83,23 @@ def test_half_precision_steps_follow_float32(name):
     assert torch.cosine_similarity(moved, exactly, dim=0) > 0.98
 
 
+def test_label_smoothing_is_a_mixture_of_two_cross_entropies():
+    """(1 - ε) · cross-entropy with the label + ε · cross-entropy with the uniform distribution, in float64."""
+    model = build("A", classes=10, crop=32, dropout=0.0, init="xavier", device=CPU, seed=3)
+    images, labels = make_batch(4)
+    log_posteriors = copy.deepcopy(model).double()(images.double()).log_softmax(dim=1)
+    expected = -(0.9 * log_posteriors[range(4), labels] + 0.1 * log_posteriors.mean(dim=1)).mean()
+    step = TrainStep(
+        model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=LR),
+        scaler=FP32.grad_scaler(),
+        precision=FP32,
+        passes=1,
+        label_smoothing=0.1,
+    )
+    assert step(iter([(images, labels)])).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_a_first_step_that_the_scaler_skips_leaves_no_velocity():
     """torch.empty is made to give NaN, so that memory which nobody has written to shows."""
     ranks = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU, patient_group=None)
@@ -102,18 +120,20 @@ def test_a_first_step_that_the_scaler_skips_leaves_no_velocity():
         assert torch.allclose(skipped, other, rtol=1e-4, atol=1e-6), "the scale, halved by the skip, rounds otherwise"
 
 
-def test_warm_up_changes_nothing():
-    model, step = make(FP32)
-    before = [weight.clone() for weight in model.parameters()]
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_warm_up_changes_nothing(batch_norm):
+    model, step = make(FP32, batch_norm=batch_norm)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     step.warm_up(*make_batch(2))
-    assert all(torch.equal(weight, old) for weight, old in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(weight.grad is None for weight in model.parameters())
 
 
-def test_training_and_evaluation_compile_once_each_and_give_the_same_numbers():
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_training_and_evaluation_compile_once_each_and_give_the_same_numbers(batch_norm):
     images, labels = make_batch(4)
-    eager_model, eager = make(FP32)
-    model, step = make(FP32)
+    eager_model, eager = make(FP32, batch_norm=batch_norm)
+    model, step = make(FP32, batch_norm=batch_norm)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert compile_model(model, choice="on", mode="default", device=CPU, is_main=True)

@@ -139,9 +139,10 @@ def test_two_ranks_resumed_on_one_go_on_alike(two_ranks, tmp_path):
 
 
 @pytest.mark.parametrize("micro_batch", ["2", "4"])
-def test_three_ranks_stopped_and_resumed_are_bit_identical_with_dropout(tmp_path, micro_batch):
+@pytest.mark.parametrize("extras", [[], ["--batch-norm", "--ema", "0.8"]], ids=["plain", "batch norm and average"])
+def test_three_ranks_stopped_and_resumed_are_bit_identical_with_dropout(tmp_path, micro_batch, extras):
     """With accumulation and without: DDP's graph is static only without, and chooses its buckets later."""
-    flags = [*SMALL, "--micro-batch", micro_batch]
+    flags = [*SMALL, "--micro-batch", micro_batch, *extras]
     done = run(*flags, "--steps", "4", "--out", str(tmp_path / "whole"), ranks=3, script="tests/worker.py")
     assert results_of(done)["different_weights"] == 1
     for steps in ("2", "4"):

@@ -1,0 +1,208 @@
+"""python -m pipeline.statistics DATA: mean and covariance of a data set's RGB values, for training on it.
+
+DATA is a folder with train/<class>/* and val/<class>/*, or prepared data (a folder or an s3:// URL). Every training image is
+decoded whole, as training decodes it; each has the same weight, however large it is, as it has in training. The result is
+written as statistics.json beside the manifest or, for prepared data, beside its index (for S3, the index's copy in the user's
+cache folder). A run that starts anew then subtracts this mean, and shifts colours along these eigenvectors (section 3.1 of
+the paper, after AlexNet); without the file, it takes ImageNet's published figures.
+"""
+
+import collections
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import TrainingError, UserError, tell
+from common.files import replacing
+from common.flags import FlagParser
+from common.progress import say, track
+from pipeline.manifest import open_manifest
+from pipeline.manifest_files import Manifest
+from pipeline.plan import ColourShift
+from pipeline.prepared import Prepared, is_prepared, open_prepared
+from pipeline.tables import FileTable, ShardTable
+
+STATISTICS = "statistics.json"
+
+_AGAIN = "python -m pipeline.statistics computes them anew"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Of the RGB values of a data set's training images, in 0–255."""
+
+    fingerprint: str
+    """Of the data set."""
+    images: int
+    """Training images counted."""
+    mean_rgb: tuple[float, float, float]
+    covariance: tuple[tuple[float, float, float], ...]
+    """3×3"""
+    eigenvalues: tuple[float, float, float]
+    """Of the covariance, the largest first."""
+    eigenvectors: tuple[tuple[float, float, float], ...]
+    """3×3, the columns of unit length, in the eigenvalues' order."""
+
+    @property
+    def colour_shift(self) -> ColourShift:
+        # An eigenvalue has the square of the pixels' unit: in units of 255 it is 1/255² of what it is here, the shift 1/255.
+        first, second, third = (value / 255 for value in self.eigenvalues)
+        return tuple((x * first, y * second, z * third) for x, y, z in self.eigenvectors)
+
+
+def find_statistics(data: Manifest | Prepared) -> Statistics | None:
+    """The statistics of a data set; None where nobody has computed them, or they are another's, with a note.
+
+    Raises UserError where the file is damaged.
+    """
+    content = _read(data)
+    if content is None:
+        return None
+    try:
+        found = json.loads(content)
+        statistics = Statistics(
+            fingerprint=found["fingerprint"],
+            images=found["images"],
+            mean_rgb=_three(found["mean_rgb"]),
+            covariance=tuple(map(_three, found["covariance"])),
+            eigenvalues=_three(found["eigenvalues"]),
+            eigenvectors=tuple(map(_three, found["eigenvectors"])),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{data.folder / STATISTICS}: is damaged; {_AGAIN}") from error
+    if statistics.fingerprint != data.fingerprint:
+        say(f"note: {data.folder / STATISTICS} is of other images, and not used; {_AGAIN}")
+        return None
+    return statistics
+
+
+def compute_statistics(data: Manifest | Prepared, *, threads: int) -> Statistics:
+    """Decode all training images and add them up, in float64; the result does not depend on the threads.
+
+    Raises UserError: none of them can be decoded. TrainingError: a shard cannot be read.
+    """
+    total, count = np.zeros((4, 4)), 0
+    moments = _all_moments(data.train, threads)
+    for one in track(moments, total=len(data.train), label="statistics", unit="images"):
+        if one is not None:
+            total += one
+            count += 1
+    if not count:
+        raise UserError(f"{data.root}: none of the training images can be decoded")
+    if lost := len(data.train) - count:
+        say(f"warning: {lost:,} training images cannot be decoded and do not count")
+    return _from_moments(total / count, images=count, fingerprint=data.fingerprint)
+
+
+def save_statistics(statistics: Statistics, folder: Path) -> Path:
+    """Write statistics.json. Returns its path. Raises UserError where that is not possible."""
+    path = folder / STATISTICS
+    try:
+        with replacing(path) as file:
+            file.write(json.dumps(asdict(statistics), indent=1).encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    return path
+
+
+def _all_moments(table: FileTable | ShardTable, threads: int) -> Iterator[np.ndarray | None]:
+    """Each image's moments, in the table's order; None where it cannot be decoded."""
+    from pipeline.decoding import (
+        decode_whole,
+    )  # here, because DALI takes long to import, and training imports this file
+
+    images = decode_whole(table, np.arange(len(table)), threads=threads)
+    waiting: collections.deque[Future | None] = collections.deque()
+    with ThreadPoolExecutor(threads) as pool:  # NumPy lets go of the interpreter meanwhile
+        for image, _ in images:
+            waiting.append(None if image is None else pool.submit(_moments, image))
+            if len(waiting) > 4 * threads:
+                future = waiting.popleft()
+                yield future.result() if future else None
+        for future in waiting:
+            yield future.result() if future else None
+
+
+def _moments(image: np.ndarray) -> np.ndarray:
+    """uint8 [height, width, 3] → the means over the pixels of all products of (1, R, G, B), float64 [4, 4].
+
+    Sums of products of bytes are integers, exact in float64 in any order, up to images of 10¹¹ pixels.
+    """
+    pixels = np.ones((4, image.shape[0] * image.shape[1]))
+    pixels[1:] = image.reshape(-1, 3).T
+    return pixels @ pixels.T / pixels.shape[1]
+
+
+def _from_moments(moments: np.ndarray, *, images: int, fingerprint: str) -> Statistics:
+    mean = moments[0, 1:]
+    covariance = moments[1:, 1:] - np.outer(mean, mean)
+    values, vectors = np.linalg.eigh(covariance)  # ascending
+    return Statistics(
+        fingerprint=fingerprint,
+        images=images,
+        mean_rgb=_three(mean),
+        covariance=tuple(map(_three, covariance)),
+        eigenvalues=_three(values[::-1]),
+        eigenvectors=tuple(map(_three, vectors[:, ::-1])),
+    )
+
+
+def _three(values: np.ndarray | list[float]) -> tuple[float, float, float]:
+    first, second, third = map(float, values)
+    return first, second, third
+
+
+def _read(data: Manifest | Prepared) -> bytes | None:
+    with contextlib.suppress(FileNotFoundError):
+        return (data.folder / STATISTICS).read_bytes()
+    if isinstance(data, Prepared):  # in a bucket, copied there with the shards
+        content = io.BytesIO()
+        with contextlib.suppress(UserError):
+            data.train.storage.copy(STATISTICS, content)
+            return content.getvalue()
+    return None
+
+
+# ---- command line ------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = FlagParser(prog="python -m pipeline.statistics", description="Mean and covariance of the RGB values.")
+    parser.add_argument("data", help="folder with train/<class>/* and val/<class>/*, or prepared data")
+    started = time.monotonic()
+    try:
+        name = parser.parse_args(argv).data
+        data = open_prepared(name) if is_prepared(name) else open_manifest(Path(name))
+        statistics = compute_statistics(data, threads=len(os.sched_getaffinity(0)))
+        path = save_statistics(statistics, data.folder)
+    except (UserError, TrainingError) as error:
+        return tell(error)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells have it
+    _print_table(statistics)
+    seconds = time.monotonic() - started
+    print(json.dumps({**asdict(statistics), "statistics": str(path), "seconds": round(seconds, 1)}))
+    return 0
+
+
+def _print_table(statistics: Statistics) -> None:
+    print(f"{'':>12}{'R':>10}{'G':>10}{'B':>10}")
+    print(f"{'mean':>12}" + "".join(f"{value:>10.3f}" for value in statistics.mean_rgb))
+    deviations = np.sqrt(np.diag(statistics.covariance))
+    print(f"{'deviation':>12}" + "".join(f"{value:>10.3f}" for value in deviations))
+    for value, vector in zip(statistics.eigenvalues, np.transpose(statistics.eigenvectors), strict=True):
+        print(f"{'eigenvector':>12}" + "".join(f"{share:>10.4f}" for share in vector) + f"   eigenvalue {value:.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
