@@ -38,6 +38,19 @@ def parse_dataclass(cls: type[T], flags: Sequence[str], default: T | None, prog:
         raise UserError(f"{_first_paragraph(messages.getvalue())}; {prog} --help lists the flags") from None
 
 
+def expand_switch(flags: Sequence[str], name: str) -> list[str]:
+    """--NAME and --no-NAME as --NAME on and --NAME off, for a flag whose values are auto, on and off."""
+    expanded = []
+    for position, token in enumerate(flags):
+        if token in (f"--no-{name}", f"--no_{name}"):
+            expanded += [f"--{name}", "off"]
+        elif token == f"--{name}" and ([*flags[position + 1 : position + 2], "--"])[0].startswith("--"):
+            expanded += [f"--{name}", "on"]
+        else:
+            expanded.append(token)
+    return expanded
+
+
 def _first_paragraph(box: str) -> str:
     """What stands first inside the frame that tyro draws round an error, without the full stop."""
     words: list[str] = []

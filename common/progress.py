@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -24,19 +24,23 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in escaped)
 
 
-def track(items: Iterable[T], *, total: int, label: str, unit: str, weight: int = 1) -> Iterator[T]:
+def track(
+    items: Iterable[T], *, total: int, label: str, unit: str, weight: int | Callable[[T], int] = 1
+) -> Iterator[T]:
     """Yield the items and show how far they are. total counts units; each item stands for `weight` of them."""
+    units_of = weight if callable(weight) else lambda _: weight
     if sys.stderr.isatty():
         with tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True, file=sys.stderr) as bar:
             for item in items:
                 yield item
-                bar.update(min(weight, total - bar.n))
+                bar.update(min(units_of(item), total - bar.n))
         return
     started = last = time.monotonic()
-    for number, item in enumerate(items, start=1):
+    done = 0
+    for item in items:
         yield item
+        done = min(done + units_of(item), total)
         now = time.monotonic()
         if now - last >= _SECONDS_BETWEEN_LINES:
-            done = min(number * weight, total)
             say(f"{label}: {done:,} of {total:,} {unit}, {done / (now - started):,.0f} {unit}/s")
             last = now

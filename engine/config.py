@@ -14,14 +14,15 @@ import yaml
 
 from common.errors import UserError
 from common.files import replacing
-from common.flags import parse_dataclass
+from common.flags import expand_switch, parse_dataclass
 
 DIGITS = "digits"
 SYNTHETIC = "synthetic"
 _PROG = "train.py"
 
 
-def _default_data() -> str:
+def default_data() -> str:
+    """What --data means where it is not given."""
     if folder := os.environ.get("VGG_DATA"):
         return folder
     return "data/imagenet" if Path("data/imagenet").is_dir() else DIGITS
@@ -36,7 +37,7 @@ class Config:
     batch_norm: bool = False
     """Batch normalisation after each convolution, as in torchvision's vgg*_bn; the paper has none. Its statistics are of the
     images of one pass of one rank."""
-    data: str = dataclasses.field(default_factory=_default_data)
+    data: str = dataclasses.field(default_factory=default_data)
     """A folder with train/<class>/* and val/<class>/*, a folder or s3:// URL with prepared data (pipeline.prepare),
     `digits` (built in), or `synthetic` (one batch of noise on the device, to measure the step alone). Default: $VGG_DATA,
     else data/imagenet where it exists, else digits."""
@@ -178,7 +179,7 @@ def parse_scale(text: str) -> tuple[int, int]:
 
 def parse_args(argv: list[str] | None = None) -> Config:
     """The configuration that a command line asks for. Raises UserError; --help prints and exits."""
-    flags = _expand_compile(sys.argv[1:] if argv is None else argv)
+    flags = expand_switch(sys.argv[1:] if argv is None else argv, "compile")
     first = parse_dataclass(Config, flags, Config(), _PROG)
     recipe_flags = read_recipe(first.recipe) if first.recipe else []
     first = parse_dataclass(Config, flags, parse_dataclass(Config, recipe_flags, Config(), _PROG), _PROG)
@@ -188,7 +189,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
         out=Path("runs") / f"{first.arch}-{Path(first.data).resolve().name}",
     )
     config = parse_dataclass(Config, flags, parse_dataclass(Config, recipe_flags, base, _PROG), _PROG)
-    _check(config)
+    check(config)
     return config
 
 
@@ -235,20 +236,7 @@ def to_dict(config: Config) -> dict[str, str | int | float | bool | None]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in entries.items()}
 
 
-def _expand_compile(argv: list[str]) -> list[str]:
-    """--compile and --no-compile → --compile on and --compile off."""
-    expanded = []
-    for position, token in enumerate(argv):
-        if token in ("--no-compile", "--no_compile"):
-            expanded += ["--compile", "off"]
-        elif token == "--compile" and (argv[position + 1 : position + 2] or ["--"])[0].startswith("--"):
-            expanded += ["--compile", "on"]
-        else:
-            expanded.append(token)
-    return expanded
-
-
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
     """Raise UserError for values that no world size and no machine could make good."""
     try:
         lowest, highest = config.scale

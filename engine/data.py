@@ -26,6 +26,9 @@ from pipeline.prepared import Prepared, is_prepared, open_prepared
 from pipeline.reader import Fetch, ShardReader
 from pipeline.statistics import find_statistics
 from pipeline.tables import FileTable, ShardTable
+from pipeline.whole import WholePlan
+
+Plan = TrainPlan | ValidationPlan | WholePlan
 
 _SYNTHETIC_CLASSES = 1000
 _SYNTHETIC_IMAGES = 1_281_167  # ImageNet's, so that an epoch means the same
@@ -51,6 +54,8 @@ class Data:
     colour_shift: ColourShift = IMAGENET_COLOUR_SHIFT
     bad_rows: set[int] = field(default_factory=set)
     """Training rows that this rank found not to be decodable, or not everywhere."""
+    bad_val_rows: set[int] = field(default_factory=set)
+    """Validation rows that this rank found so."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -59,6 +64,11 @@ class Data:
     @property
     def train_images(self) -> int:
         return len(self.manifest.train) if self.manifest else _SYNTHETIC_IMAGES
+
+    @property
+    def val_images(self) -> int:
+        """Those that can be decoded, as far as is known."""
+        return len(self.manifest.val) if self.manifest else 0
 
     @property
     def val_lost(self) -> int:
@@ -130,9 +140,35 @@ class Data:
         size = min(self.config.batch_size, self.config.micro_batch or _VALIDATION_BATCH, _VALIDATION_BATCH)
         rank, world_size = self.ranks.rank, self.ranks.world_size
         loader = self._loader(
-            plan, lambda skip: plan.batches(rank=rank, world_size=world_size, batch_size=size, skip=skip), size, set()
+            plan,
+            lambda skip: plan.batches(rank=rank, world_size=world_size, batch_size=size, skip=skip),
+            size,
+            self.bad_val_rows,
         )
         return loader, plan.steps(world_size=world_size, batch_size=size)
+
+    def whole_batches(self, split: str, pixels: int) -> tuple[Iterator[Batch], int]:
+        """This rank's whole images of "train" or "val", each once, and how many they are; not for synthetic data.
+
+        The images' shorter side is the validation scale; those of a batch have one size, and `pixels` together at most, unless
+        it is a single one. The labels are the rows' numbers.
+        """
+        assert self.manifest
+        plan = WholePlan(
+            table=self.manifest.train if split == "train" else self.manifest.val,
+            scale=self.config.validation_scale,
+            pixels=pixels,
+            mean_rgb=self.mean_rgb,
+        )
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        loader = self._loader(
+            plan,
+            lambda skip: plan.batches(rank=rank, world_size=world_size, skip=skip),
+            plan.largest_batch,
+            self.bad_rows if split == "train" else self.bad_val_rows,
+            whole=True,
+        )
+        return loader, plan.images(rank=rank, world_size=world_size)
 
     def max_lost(self, images: int) -> int:
         """Images of a set of so many that may be lost before the run ends."""
@@ -141,16 +177,17 @@ class Data:
 
     def _loader(
         self,
-        plan: TrainPlan | ValidationPlan,
+        plan: Plan,
         batches_after: Callable[[int], Iterator[Samples]],
         batch_size: int,
         bad_rows: set[int],
+        whole: bool = False,
     ) -> DaliLoader:
         return DaliLoader(
             batches_after,
             lose=lambda samples, dead, reasons: self._lose(plan, bad_rows, samples, dead, reasons),
             batch_size=batch_size,
-            crop=self.config.crop,
+            crop=None if whole else self.config.crop,
             device=self.ranks.device,
             decoder=self.decoder,
             hw_decoder_load=self.config.hw_decoder_load,
@@ -161,7 +198,7 @@ class Data:
             fetch=self.fetch(plan),
         )
 
-    def fetch(self, plan: TrainPlan | ValidationPlan) -> Fetch | None:
+    def fetch(self, plan: Plan) -> Fetch | None:
         """What adds the images' bytes to the plan's batches, in threads of its own; None where DALI reads files itself."""
         if not isinstance(plan.table, ShardTable):
             return None
@@ -170,7 +207,7 @@ class Data:
 
     def _lose(
         self,
-        plan: TrainPlan | ValidationPlan,
+        plan: Plan,
         bad_rows: set[int],
         samples: Samples,
         dead: np.ndarray,

@@ -45,6 +45,7 @@ class VGG(nn.Module):
         if crop < STRIDE or crop % STRIDE:
             raise ValueError(f"crop {crop} is not a multiple of {STRIDE}: VGG halves its input five times")
         super().__init__()
+        self.crop = crop
         self.features = _features(CONFIGURATIONS[arch], batch_norm=batch_norm)
         self.classifier = nn.Sequential(
             nn.Linear(512 * (crop // STRIDE) ** 2, 4096),

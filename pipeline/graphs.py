@@ -1,4 +1,4 @@
-"""The DALI graph: four operators, the same for training and validation, on a GPU and on a CPU."""
+"""The DALI graph: four operators, the same for training, validation and tests, on a GPU and on a CPU."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def image_pipeline(
     *,
     from_files: bool,
     batch_size: int,
-    crop: int,
+    crop: int | None,
     device_id: int | None,
     decoder: str,
     half: bool,
@@ -29,10 +29,11 @@ def image_pipeline(
 
     source: returns the bytes' source and the inputs() of a plan's Samples, one batch a call. from_files: the bytes' source is
     a path, uint8 [n, W]; else the bytes themselves, each image's followed by whatever fills up its row of uint8 [n, W].
+    crop: side of the images that come out; None: they are whole, of the samples' own sizes, and batch_size is the largest.
     device_id: the GPU, or None for the CPU. decoder: "gpu" (needs a device_id) or "cpu". hw_decoder_load: the share of the
     images, in [0, 1], that decoder "gpu" gives to the JPEG engine. half: float16 images instead of float32. pad_channels: add
     a fourth channel of zeros. whole: have the CPU's decoder decode whole images, as the GPU's does, so that the same files
-    fail. Outputs: images [batch_size, crop, crop, 3 or 4] (NHWC) and labels int64 [batch_size], on the device.
+    fail. Outputs: images [batch_size, height, width, 3 or 4] (NHWC) and labels int64 [batch_size], on the device.
     """
     on_gpu = device_id is not None
     device = "gpu" if on_gpu else "cpu"
@@ -46,9 +47,9 @@ def image_pipeline(
         enable_conditionals=True,
     )
     def graph():
-        encoded, start, shape, roi_start, roi_end, resized, mirrored, mean, labels = fn.external_source(
+        encoded, start, shape, roi_start, roi_end, resized, mirrored, size, mean, labels = fn.external_source(
             source,
-            num_outputs=9,
+            num_outputs=10,
             batch=True,
             dtype=[
                 types.UINT8,
@@ -58,6 +59,7 @@ def image_pipeline(
                 types.FLOAT,
                 types.BOOL,
                 types.INT32,
+                types.FLOAT,
                 types.FLOAT,
                 types.INT64,
             ],
@@ -76,35 +78,15 @@ def image_pipeline(
             images = fn.resize(
                 images,
                 device=device,
-                size=[crop, crop],
+                size=size,
                 roi_start=roi_start,  # beyond roi_end in x to flip: on a CPU 2–3 % faster than a mirror afterwards
                 roi_end=roi_end,
                 subpixel_scale=False,  # within 1–2 grey levels of PIL's and torchvision's; the default is up to 6 off
                 antialias=True,
             )
-        # The mean holds the colour shift too: it costs no pass over the image. NHWC is what torch calls channels_last.
-        dtype = types.FLOAT16 if half else types.FLOAT
-        if on_gpu:
-            images = fn.crop_mirror_normalize(
-                images,
-                device="gpu",
-                mirror=mirrored,
-                mean=mean,
-                std=1.0,
-                output_layout="HWC",
-                dtype=dtype,
-                pad_output=pad_channels,  # to a power of two
-            )
-        else:  # on a CPU, two operators are faster than the one
-            images = fn.flip(images, horizontal=mirrored)
-            # One mean for each value of a row, not for each channel: its inner loop is then long enough for SIMD, 20
-            # instead of 70 µs of a core for 224×224 pixels.
-            means = fn.reshape(mean, shape=[1, 3]) + types.Constant(np.zeros((crop, 1), dtype=np.float32))
-            rows = fn.reshape(images, shape=[crop, crop * 3], layout="")
-            rows = fn.normalize(rows, mean=fn.reshape(means, shape=[1, crop * 3]), stddev=1.0, axes=[0], dtype=dtype)
-            images = fn.reshape(rows, shape=[crop, crop, 3], layout="HWC")
-            if pad_channels:
-                images = fn.pad(images, axes=[2], shape=[4])
+        images = _flip_and_subtract(
+            images, mirrored, mean, device=device, crop=crop, half=half, pad_channels=pad_channels
+        )
         return images, labels.gpu() if on_gpu else labels
 
     return graph()
@@ -136,3 +118,37 @@ def decode_windows(
     if on_gpu or whole:
         return fn.slice(fn.decoders.image(encoded, **settings), start=start, shape=shape, axes=[0, 1])
     return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **settings)
+
+
+def _flip_and_subtract(
+    images: DataNode,
+    mirrored: DataNode,
+    mean: DataNode,
+    *,
+    device: str,
+    crop: int | None,
+    half: bool,
+    pad_channels: bool,
+) -> DataNode:
+    """The graph's last operator. The mean holds the colour shift too: it costs no pass over the image."""
+    dtype = types.FLOAT16 if half else types.FLOAT
+    if device == "gpu" or crop is None:
+        return fn.crop_mirror_normalize(
+            images,
+            device=device,
+            mirror=mirrored,
+            mean=mean,
+            std=1.0,
+            output_layout="HWC",  # what torch calls channels_last
+            dtype=dtype,
+            pad_output=pad_channels,  # to a power of two
+        )
+    # On a CPU, and where the size is known, two operators are faster than the one.
+    images = fn.flip(images, horizontal=mirrored)
+    # One mean for each value of a row, not for each channel: its inner loop is then long enough for SIMD, 20 instead of
+    # 70 µs of a core for 224×224 pixels.
+    means = fn.reshape(mean, shape=[1, 3]) + types.Constant(np.zeros((crop, 1), dtype=np.float32))
+    rows = fn.reshape(images, shape=[crop, crop * 3], layout="")
+    rows = fn.normalize(rows, mean=fn.reshape(means, shape=[1, crop * 3]), stddev=1.0, axes=[0], dtype=dtype)
+    images = fn.reshape(rows, shape=[crop, crop, 3], layout="HWC")
+    return fn.pad(images, axes=[2], shape=[4]) if pad_channels else images

@@ -1,7 +1,7 @@
-"""Loaders: endless iterators of (images, labels) on the training device.
+"""Loaders: iterators of (images, labels) on the training device, as long as the plan's.
 
 images: [n, 3, crop, crop], channels_last, float32 or float16, mean subtracted, otherwise in units of 0–255 grey levels;
-with a fourth channel, of zeros, where that is asked for.
+with a fourth channel, of zeros, where that is asked for. Whole images are [n, 3, height, width], otherwise the same.
 labels: int64 [n]; PADDING_LABEL where a validation batch is filled up, LOST_LABEL for an image that cannot be decoded.
 """
 
@@ -34,7 +34,7 @@ class DaliLoader:
         *,
         lose: Callable[[Samples, np.ndarray, list[str]], None],
         batch_size: int,
-        crop: int,
+        crop: int | None,
         device: torch.device,
         decoder: str,
         half: bool,
@@ -44,7 +44,7 @@ class DaliLoader:
         pad_channels: bool = False,
         fetch: Fetch | None = None,
     ) -> None:
-        """batches_after: the plan's batches, endless, less the first so many, each of `batch_size` samples.
+        """batches_after: the plan's batches less the first so many, each of `batch_size` samples, or at most so many.
 
         lose: called with samples that cannot be decoded, whether nothing of their files can be (bool [n]), and the reasons;
         the plan must show others from then on. It may raise to end the run. fetch: adds the images' bytes to batches; None

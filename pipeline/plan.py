@@ -64,6 +64,8 @@ class Samples(NamedTuple):
     """bool [n]: False where the window is the crop itself, because the image has the right size already."""
     mirrored: np.ndarray
     """int32 [n]: 1 where an image that is not resized is flipped horizontally."""
+    size: np.ndarray
+    """float32 [n, 2]: height and width of what comes out: of the crop, or of the whole rescaled image."""
     mean: np.ndarray
     """float32 [n, 3]: what is subtracted from R, G, B (0–255): the data set's mean less the sample's colour shift."""
     labels: np.ndarray
@@ -267,11 +269,12 @@ def rescaled_sizes(sizes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def source_windows(
-    sizes: np.ndarray, rescaled: np.ndarray, corners: np.ndarray, crop: int, flipped: np.ndarray
+    sizes: np.ndarray, rescaled: np.ndarray, corners: np.ndarray, crop: int | np.ndarray, flipped: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The source window of a crop×crop square whose corner lies at `corners` of the rescaled image.
+    """The source window of a rectangle whose corner lies at `corners` of the rescaled image.
 
-    sizes, rescaled, corners: int64 [n, 2]; flipped: bool [n]. Returns start … mirrored, as in Samples.
+    sizes, rescaled, corners: int64 [n, 2]; crop: the rectangle's sides, int64 [n, 2], or the side of a square; flipped: bool
+    [n]. Returns start … size, as in Samples.
     Resizing the window's region of interest equals rescaling the whole image and cropping it, because the window has a
     margin as wide as the support of the triangular filter that the resize uses. Where rescaling would change nothing, the
     window is the crop.
@@ -290,4 +293,5 @@ def source_windows(
         "roi_end": (np.where(swap, begin, end) - start).astype(np.float32),
         "resized": resized,
         "mirrored": (flipped & ~resized).astype(np.int32),
+        "size": np.broadcast_to(crop, sizes.shape).astype(np.float32),
     }

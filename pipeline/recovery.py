@@ -24,7 +24,7 @@ def cause_of(error: RuntimeError) -> str:
     return cause
 
 
-def undecodable(samples: Samples, crop: int, fetch: Fetch | None, *, whole: bool = False) -> dict[int, str]:
+def undecodable(samples: Samples, crop: int | None, fetch: Fetch | None, *, whole: bool = False) -> dict[int, str]:
     """Try the samples one by one on the CPU. Returns the indices of those that fail, with DALI's reason.
 
     whole: decode the whole images, and not only the windows.

@@ -198,8 +198,8 @@ def inspect_gpu_graph(decoder: str):
     named = [(type(op._op).__name__, op) for op in pipeline._ops]
     operators = {name: op for name, op in named if name not in ("ExternalSource", "Split", "Merge")}
     assert [op._op._device for name, op in named if name == "Merge"] == ["gpu"], "of those resized with those not"
-    assert sorted(op._op._device for name, op in named if name == "Split") == ["cpu", "cpu", "gpu"], (
-        "images, their ROIs"
+    assert sorted(op._op._device for name, op in named if name == "Split") == ["cpu"] * 3 + ["gpu"], (
+        "images, their ROIs and sizes"
     )
     (decoding,) = (op for name, op in operators.items() if name.startswith("Image"))
     assert decoding._op._init_args["hw_decoder_load"] == 0.25

@@ -17,7 +17,8 @@ ALLOWED = {
     "engine": {"common", "pipeline", "model"},
     "profile": {"common", "pipeline", "model", "engine"},
 }
-OWN = set(ALLOWED) | {"train"}
+PROGRAMS = ("train", "evaluate", "features")
+OWN = {*ALLOWED, *PROGRAMS}
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -47,6 +48,7 @@ def test_profile_never_shadows_a_module():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_command_line_starts_without_torch():
-    code = "import sys, train; assert 'torch' not in sys.modules and 'nvidia.dali' not in sys.modules"
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_command_line_starts_without_torch(program):
+    code = f"import sys, {program}; assert 'torch' not in sys.modules and 'nvidia.dali' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -93,7 +93,7 @@ def test_batches_are_the_samples_of_the_blocks_before_and_after():
 def test_inputs_for_dali_have_the_promised_types():
     samples = make_plan(50, batch_size=10).samples(np.arange(10))
     expected = [np.uint8, np.int32, np.int32, np.float32, np.float32, np.bool_, np.int32]
-    expected += [np.float32, np.int64, np.int64, np.int64]
+    expected += [np.float32, np.float32, np.int64, np.int64, np.int64]
     assert [field.dtype for field in samples] == expected
     assert all(field.flags.c_contiguous for field in samples)
     assert bytes(samples.source[0]) == b"/images/%08d" % samples.labels[0]

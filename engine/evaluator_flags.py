@@ -1,0 +1,128 @@
+"""The command lines of evaluate.py and features.py: frozen dataclasses, their field docstrings are the text of --help.
+
+Nothing here imports torch, so that --help and a mistyped flag answer at once.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Literal
+
+from common.errors import UserError
+from common.flags import expand_switch, parse_dataclass
+from engine.config import SYNTHETIC, Config, check, default_data
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputFlags:
+    """Which images a network is shown, and how."""
+
+    data: str = dataclasses.field(default_factory=default_data)
+    """As train.py's: a folder with train/ and val/, prepared data in a folder or a bucket, or `digits`."""
+    scales: str | None = None
+    """Shorter sides Q of the rescaled test image in pixels, with commas, as 256,384,512; answers are averaged. Default: each
+    network's training scale, or the middle of its range."""
+    flip: Literal["auto", "on", "off"] = "auto"
+    """Average over each view of an image and its mirror image; --flip and --no-flip are short for on and off. auto: as the
+    paper has it, except with --protocol center."""
+    batch_size: int = 128
+    """Images of the network's own size that a rank computes at a time; of larger ones, as many as have no more pixels."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: the GPU where there is one."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of autocast. auto: bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
+    decoder: Literal["auto", "gpu", "cpu"] = "auto"
+    """Where JPEGs are decoded. auto: where the network runs."""
+    threads: int | None = None
+    """DALI's CPU threads in each rank. Default: one more than the rank's share of the cores."""
+    max_bad_images: int | None = None
+    """Images that may turn out not to be decodable; more end it. Default: 0.1 % of the images."""
+
+    def config(self, world_size: int) -> Config:
+        """The same as train.py's configuration, for the data set and its loaders. Raises UserError for impossible values."""
+        if self.data == SYNTHETIC:
+            raise UserError(f"--data {SYNTHETIC}: has no images to test on; give a folder, or digits")
+        config = Config(
+            data=self.data,
+            device=self.device,
+            precision=self.precision,
+            decoder=self.decoder,
+            threads=self.threads,
+            max_bad_images=self.max_bad_images,
+            batch_size=self.batch_size * world_size,
+        )
+        check(config)
+        return config
+
+    def chosen_scales(self) -> tuple[int, ...] | None:
+        """--scales as numbers. Raises UserError."""
+        if self.scales is None:
+            return None
+        try:
+            return tuple(int(scale) for scale in self.scales.split(","))
+        except ValueError:
+            raise UserError(f"--scales {self.scales}: give numbers of pixels with commas, as 256,384,512") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateFlags(InputFlags):
+    """Test networks on the validation images, as the paper does. The last line on stdout is one line of JSON."""
+
+    checkpoint: tuple[str, ...]
+    """Checkpoints of train.py, or torchvision:PATH for a state dict of torchvision's; several are fused by averaging their
+    posteriors."""
+    protocol: Literal["center", "dense", "multicrop", "multicrop+dense"] = "dense"
+    """center: the centre crop, as train.py's validation. dense: the network at every place of the whole image. multicrop: a
+    grid of 5×5 crops. multicrop+dense: the mean of both."""
+    table: Literal[3, 4, 5, 6] | None = None
+    """Print this table of the paper, ours beside the paper's figures, each checkpoint in its row; decides protocol, scales and
+    flip."""
+    posteriors: Path = Path("runs/posteriors")
+    """Folder where the posteriors are kept; those that are there already are not computed again."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureFlags(InputFlags):
+    """Write the features that a network finds in the images of a data set (appendix B of the paper): the 4096 activations
+    of its penultimate layer, averaged over places, scales and mirror images, of length 1. The last line on stdout is one
+    line of JSON."""
+
+    checkpoint: str
+    """A checkpoint of train.py, or torchvision:PATH for a state dict of torchvision's."""
+    output: Path
+    """Folder to write to: train.npy and val.npy, float32 [images, 4096], train-labels.npy and val-labels.npy, int64
+    [images], and classes.txt."""
+    svm: bool = False
+    """Fit a linear support vector machine to the features of train, and test it on those of val."""
+    svm_c: float = 1.0
+    """C of the support vector machine: small values regularise more."""
+
+
+def parse_evaluate(argv: list[str] | None = None) -> EvaluateFlags:
+    """evaluate.py's flags. Raises UserError; --help prints and exits."""
+    flags = parse_dataclass(EvaluateFlags, _expanded(argv), None, "evaluate.py")
+    _check(flags)
+    decided = {"--protocol": flags.protocol != "dense", "--scales": flags.scales, "--flip": flags.flip != "auto"}
+    if flags.table and (given := next((flag for flag, is_given in decided.items() if is_given), None)):
+        raise UserError(f"{given}: --table {flags.table} decides it; leave one of the two out")
+    return flags
+
+
+def parse_features(argv: list[str] | None = None) -> FeatureFlags:
+    """features.py's flags. Raises UserError; --help prints and exits."""
+    flags = parse_dataclass(FeatureFlags, _expanded(argv), None, "features.py")
+    _check(flags)
+    if flags.svm_c <= 0:
+        raise UserError(f"--svm-c {flags.svm_c}: must be above 0")
+    return flags
+
+
+def _expanded(argv: list[str] | None) -> list[str]:
+    return expand_switch(sys.argv[1:] if argv is None else argv, "flip")
+
+
+def _check(flags: InputFlags) -> None:
+    if flags.batch_size < 1:
+        raise UserError(f"--batch-size {flags.batch_size}: must be at least 1")
+    flags.config(1)
+    flags.chosen_scales()

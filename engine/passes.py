@@ -1,0 +1,72 @@
+"""One pass of a network over a split's images, this rank's share of it: which image gives which answer."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from common.progress import track
+from common.ranks import union_over_ranks
+from engine.data import Data, check_lost
+from engine.networks import Network
+from engine.rows import Block
+from pipeline.loader import Batch
+from pipeline.plan import LOST_LABEL, PADDING_LABEL
+
+_NO_ROW = -1  # of what fills up a batch, and of images that cannot be decoded
+
+
+def seen_by(network: Network, data: Data, scale: int) -> Data:
+    """The data set as a network takes it, rescaled to a shorter side of `scale` pixels: with its crop and its mean."""
+    config = dataclasses.replace(data.config, crop=network.crop, train_scale=str(scale))
+    return dataclasses.replace(data, config=config, mean_rgb=network.mean_rgb)
+
+
+def center_crops(data: Data) -> tuple[Iterator[Batch], int]:
+    """The validation's batches of one pass, the rows' numbers in place of the labels, and this rank's images in them."""
+    found = data.validation_batches()
+    assert found
+    batches, steps = found
+    rank, world_size = data.ranks.rank, data.ranks.world_size
+
+    def with_rows() -> Iterator[Batch]:
+        for step in range(steps):
+            images, labels = next(batches)
+            first = (step * world_size + rank) * len(labels)
+            rows = torch.arange(first, first + len(labels), device=labels.device)
+            yield images, torch.where((labels == PADDING_LABEL) | (labels == LOST_LABEL), _NO_ROW, rows)
+
+    return with_rows(), -(-data.val_images // world_size)
+
+
+def answers(
+    data: Data, split: str, batches: Iterator[Batch], images: int, compute: Callable[[Tensor], Tensor], label: str
+) -> Iterator[Block]:
+    """What `compute` ([n, 3, height, width] → [n, width]) says of each image; every rank must go through to the end.
+
+    batches: images and their rows' numbers, `images` of them. Raises TrainingError where more images of the split cannot be
+    decoded, on all ranks together, than may be.
+    """
+    if data.ranks.is_main:
+        every = data.ranks.world_size  # rank 0 shows its own progress as that of all
+        batches = track(
+            batches, total=images * every, label=label, unit="images", weight=lambda batch: len(batch[1]) * every
+        )
+    before: tuple[Tensor, Tensor] | None = None
+    for batch, rows in batches:
+        now = rows, compute(batch)
+        if before:  # one behind: the device is busy with this batch while the host waits for the last one
+            yield _block(*before)
+        before = now
+    if before:
+        yield _block(*before)
+    assert data.manifest
+    table = data.manifest.train if split == "train" else data.manifest.val
+    bad_rows = data.bad_rows if split == "train" else data.bad_val_rows
+    check_lost(len(union_over_ranks(bad_rows, data.ranks)), data.max_lost(len(table)), data.manifest.folder)
+
+
+def _block(rows: Tensor, values: Tensor) -> Block:
+    kept = rows != _NO_ROW
+    return Block(rows[kept].cpu().numpy(), values[kept].cpu().numpy())

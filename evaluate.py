@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Test networks as the paper does: python evaluate.py --checkpoint runs/A-digits/best.pt --data digits, also under torchrun.
+
+Several checkpoints are fused. --table 3 … 6 prints a table of the paper from the checkpoints that belong to it.
+"""
+
+import json
+import os
+import sys
+
+from common.errors import TrainingError, UserError, tell
+from common.heap import share_one_heap
+from common.orphans import end_with_torchrun
+from engine.evaluator_flags import EvaluateFlags, parse_evaluate
+
+
+def evaluate(flags: EvaluateFlags) -> dict:
+    """Run the tests that the flags ask for. Returns the results, on every rank. Raises UserError, TrainingError."""
+    # Here, not above: --help and mistyped flags answer without waiting for torch.
+    from common.ranks import ranks_of_this_run
+    from engine.data import open_data
+    from engine.evaluator import Evaluator
+    from engine.networks import load_network
+    from engine.precision import choose_precision, set_numerics
+    from engine.reports import fused, table
+
+    with ranks_of_this_run(flags.device) as ranks:
+        set_numerics(deterministic=False)
+        precision = choose_precision(flags.precision, ranks.device)
+        networks = [load_network(spec) for spec in flags.checkpoint]
+        data = open_data(flags.config(ranks.world_size), ranks, precision)
+        evaluator = Evaluator(data, batch_size=flags.batch_size, folder=flags.posteriors)
+        results = table(flags.table, networks, evaluator) if flags.table else fused(flags, networks, evaluator)
+        return {
+            **results,
+            "images_per_second": evaluator.images_per_second,
+            "world_size": ranks.world_size,
+            "device": ranks.device.type,
+            "precision": precision.name,
+        }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, test, print the results. Returns the exit code: 0, 1 (the test failed), 2 (something given is wrong), 130."""
+    end_with_torchrun()
+    share_one_heap()
+    try:
+        results = evaluate(parse_evaluate(argv))
+    except (UserError, TrainingError) as error:
+        return tell(error)
+    except KeyboardInterrupt:
+        print("interrupted; posteriors that were complete are kept", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells have it
+    if os.environ.get("RANK", "0") == "0":
+        print(results.pop("text"))
+        print(json.dumps(results), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

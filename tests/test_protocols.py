@@ -1,0 +1,149 @@
+"""Test protocols against PIL and torchvision, and averages against NumPy in float64."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms.v2 import functional
+
+from common.ranks import Ranks
+from engine.config import Config
+from engine.data import open_data
+from engine.evaluator import posteriors_of
+from engine.precision import Precision
+from engine.protocols import PROTOCOLS, grid_corners, grid_crops, mean_over_views, whole_image
+from model.dense import Dense
+from model.vgg import build
+from tests.images import photographs
+
+CPU = torch.device("cpu")
+RANKS = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU, patient_group=None)
+FP32 = Precision("fp32", "cpu")
+CROP, CLASSES = 32, 7
+MEAN = (120.0, 110.0, 100.0)
+SIDES = ((48, 70), (70, 48), (48, 48), (48, 71), (48, 70), (60, 90))  # height, width
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A network whose posteriors differ between images and between crops."""
+    model = build("A", classes=CLASSES, crop=CROP, dropout=0.5, init="kaiming", device=CPU, seed=3).eval()
+    model.classifier[-1].weight.data *= 0.2
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    for split in ("train", "val"):
+        for number, (height, width) in enumerate(SIDES):
+            place = root / split / f"class{number % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            image = photographs()[number % 2].crop((40 * number, 0, 40 * number + 300, 300)).resize((width, height))
+            image.save(place / f"{number}.png")
+    return root
+
+
+def whole_images(folder: Path, scale: int):
+    """Row → the loader's image, float32 [3, height, width]; and the sizes of the batches."""
+    config = Config(data=str(folder), crop=CROP, train_scale=str(scale), batch_size=8)
+    data = open_data(config, RANKS, FP32)
+    batches, count = data.whole_batches("val", pixels=8 * CROP**2)
+    images, sizes = {}, []
+    for batch, rows in batches:
+        assert len(batch) == 1 or batch[0].numel() * len(batch) <= 3 * 8 * CROP**2
+        sizes.append(tuple(batch.shape))
+        images |= {int(row): image + torch.tensor(data.mean_rgb)[:, None, None] for row, image in zip(rows, batch)}
+    assert count == len(images) == len(SIDES)
+    return images, sizes, data
+
+
+def pil_image(data, row: int) -> Image.Image:
+    return Image.open(data.manifest.val.path(row)).convert("RGB")
+
+
+def pil_crops(image: Image.Image) -> torch.Tensor:
+    """The 50 crops as anyone would write them: float32 [50, 3, CROP, CROP]."""
+    crops = []
+    for i in range(5):
+        for j in range(5):
+            top, left = (round(n * (side - CROP) / 4) for n, side in ((i, image.height), (j, image.width)))
+            crop = image.crop((left, top, left + CROP, top + CROP))
+            crops += [crop, functional.horizontal_flip(crop)]
+    return torch.stack([functional.pil_to_tensor(crop).float() for crop in crops])
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    return images - torch.tensor(MEAN)[:, None, None]
+
+
+# At the images' own short side nothing is resized. PIL's antialiased resize and DALI's differ by a few grey levels.
+@pytest.mark.parametrize(("scale", "tolerance"), [(48, 1e-3), (40, 2e-2)])
+def test_multicrop_equals_fifty_crops_made_with_pil_and_torchvision(network, folder, scale, tolerance):
+    images, _, data = whole_images(folder, scale)
+    compute = posteriors_of(network, FP32)
+    spread = []
+    for row, image in images.items():
+        original = pil_image(data, row)
+        if scale == 48 and min(original.size) != scale:
+            continue  # this one is resized
+        rescaled = functional.resize(original, list(image.shape[1:]), antialias=True)
+        with torch.no_grad():
+            alone = network(normalised(pil_crops(rescaled))).double().softmax(1)
+        views = PROTOCOLS["multicrop"].views(normalised(image)[None], CROP)
+        ours = mean_over_views(compute, views, flip=True, pixels=20 * CROP**2)[0]
+        assert len(views) == 25
+        assert np.abs(ours.numpy() - alone.mean(0).numpy()).max() < tolerance
+        spread.append(float(alone.std(0).max()))
+    assert len(spread) >= 5
+    assert max(spread) > 0.02, "the crops must differ for this to show anything"
+
+
+def test_whole_images_are_batched_by_size_and_each_is_there_once(folder):
+    _, sizes, _ = whole_images(folder, 48)
+    assert sorted(sizes) == sorted([(1, 3, 70, 48), (1, 3, 48, 48), (1, 3, 48, 71), (1, 3, 48, 72), (2, 3, 48, 70)])
+
+
+@pytest.mark.parametrize(("length", "corners"), [(32, [0] * 5), (36, [0, 1, 2, 3, 4]), (39, [0, 2, 4, 5, 7])])
+def test_grid(length, corners):
+    assert grid_corners(length, 32) == corners
+
+
+def test_the_middle_of_the_grid_is_torchvisions_centre_crop():
+    for height in range(32, 45):
+        image = torch.randn(1, 3, height, 51)
+        assert torch.equal(grid_crops(image, 32)[12], functional.center_crop(image, [32, 32]))
+
+
+def test_dense_on_an_image_of_the_crops_size_is_the_plain_network(network):
+    images = torch.randn(4, 3, CROP, CROP) * 60
+    plain = mean_over_views(posteriors_of(network, FP32), whole_image(images, CROP), flip=False, pixels=10**6)
+    dense = mean_over_views(posteriors_of(Dense(network), FP32), whole_image(images, CROP), flip=False, pixels=10**6)
+    assert torch.allclose(dense, plain, atol=1e-6)
+
+
+class Linear(nn.Module):
+    """Logits that anyone can compute: of the first pixel."""
+
+    def forward(self, images):
+        return images[:, :, 0, 0]
+
+
+@pytest.mark.parametrize("pixels", [1, 10**4])
+@pytest.mark.parametrize("flip", [False, True])
+def test_posteriors_are_averaged_and_not_logits(flip, pixels):
+    images = torch.randn(5, 3, 40, 44)
+    ours = mean_over_views(posteriors_of(Linear(), FP32), grid_crops(images, 32), flip=flip, pixels=pixels)
+    seen = []
+    for y in grid_corners(40, 32):
+        for x in grid_corners(44, 32):
+            for column in (x, x + 31) if flip else (x,):  # the first column of the crop, or of its mirror image
+                exponential = np.exp(images[:, :, y, column].double().numpy())
+                seen.append(exponential / exponential.sum(axis=1, keepdims=True))
+    assert len(seen) == 25 * (1 + flip)
+    assert np.allclose(ours, np.mean(seen, axis=0), atol=1e-6)
+    assert math.isclose(float(ours.sum()), 5, rel_tol=1e-5)
