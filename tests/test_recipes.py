@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,11 +13,13 @@ import pytest
 import yaml
 
 from engine.config import parse_args
+from engine.evaluator_flags import parse_evaluate
+from engine.tables import PAPER_CROP, TABLES, scales_to_test
 from tests.runs import ROOT
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
 SCALES = {"256": (256, 256), "384": (384, 384), "256-512": (256, 512)}
-TABLES = ["table-3", "table-4", "table-5", "table-6"]
+TABLE_STAGES = [f"table-{number}" for number in TABLES]
 
 
 def split(name: str) -> tuple[str, str]:
@@ -39,9 +42,20 @@ def test_a_recipe_is_the_papers_training(name):
     assert (config.momentum, config.weight_decay, config.dropout) == (0.9, 5e-4, 0.5)
     assert (config.schedule, config.epochs) == ("plateau", 74)
     assert config.lr == (0.01 if scale == "256" else 0.001)
+    assert f"train.py --recipe recipes/{name}.yaml --data" in RECIPES[name].read_text()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_expected_result_is_the_papers(name):
+    """As engine/tables.py has it, for a single test scale and for several."""
+    arch, scale = split(name)
+    rows = [row for number in (3, 4) for row in TABLES[number] if row.networks == ((arch, SCALES[scale]),)]
     header = RECIPES[name].read_text().partition("arch:")[0]
-    assert f"train.py --recipe recipes/{name}.yaml --data" in header
-    assert "Expected" in header
+    found = re.findall(r"([\d.]+) / ([\d.]+) at Q = ([\d, ]+) \(", header)
+    assert [(float(top1), float(top5)) for top1, top5, _ in found] == [row.paper for row in rows]
+    for row, (_, _, tested) in zip(rows, found, strict=True):
+        expected = scales_to_test(SCALES[scale], PAPER_CROP, several=row.several_scales)
+        assert tuple(map(int, tested.split(", "))) == expected
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -83,9 +97,14 @@ def test_dry_run_prints_commands_that_train_py_takes(tmp_path):
         assert start is None or Path(start).parent.name in trained, "its weights are not there yet"
         trained.add(config.out.name)
     assert trained == set(RECIPES)
-    assert [command[:4] for command in commands[12:]] == [
-        ["python", "evaluate.py", "--table", str(number)] for number in (3, 4, 5, 6)
-    ]
+    assert [command[:2] for command in commands[12:]] == [["python", "evaluate.py"]] * 4
+    for number, command in zip(TABLES, commands[12:], strict=True):
+        flags = parse_evaluate(command[2:])
+        assert flags.table == number
+        tested = {split(Path(checkpoint).parent.name) for checkpoint in flags.checkpoint}
+        assert {(arch, SCALES[scale]) for arch, scale in tested} == {
+            network for row in TABLES[number] for network in row.networks
+        }
     assert not (tmp_path / "a b").exists()
 
 
@@ -136,8 +155,8 @@ def test_each_stage_is_run_once(tmp_path):
     assert second.returncode == 0, second.stderr
     stages = calls.read_text().split()
     assert stages.count("D-256") == 2
-    assert {stage for stage in stages if stages.count(stage) == 1} == {*RECIPES, *TABLES} - {"D-256"}
-    assert second.stdout.splitlines() == [f"figures of {table}" for table in TABLES]
+    assert {stage for stage in stages if stages.count(stage) == 1} == {*RECIPES, *TABLE_STAGES} - {"D-256"}
+    assert second.stdout.splitlines() == [f"figures of {table}" for table in TABLE_STAGES]
 
     third = reproduce(PYTHON=str(python), OUT=str(out))
     assert third.stdout == second.stdout
