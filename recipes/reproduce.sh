@@ -102,4 +102,8 @@ table 4 B-256 "${deep[@]}"
 table 5 {D,E}-256-512
 table 6 {D,E}-256-512
 
-[ -n "$dry_run" ] || for number in 3 4 5 6; do head -n -1 "$OUT/table-$number/stdout.txt"; done
+[ -z "$dry_run" ] || exit 0
+for number in 3 4 5 6; do
+    echo
+    head -n -1 "$OUT/table-$number/stdout.txt"
+done
