@@ -19,7 +19,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck sweeps/*.sh sweeps/*.sbatch .ci/run
+	$(BIN)/shellcheck sweeps/*.sh sweeps/*.sbatch recipes/*.sh .ci/run
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

@@ -33,7 +33,7 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image, read_file
-from torchvision.transforms import v2
+from usual_transforms import COLOUR_SHIFT_SIGMA, training_transform
 
 from common.errors import UserError, tell
 from common.flags import FlagParser
@@ -55,7 +55,6 @@ TENSORS = "torchvision, tensors"
 PREPARED = "this project, prepared"
 FFCV = "ffcv"
 _PREFETCH = 2
-_COLOUR_SHIFT_SIGMA = 0.1
 _BATCHES_NOT_COUNTED = 8
 _PAUSE_SECONDS = 1.5
 
@@ -237,7 +236,7 @@ def usual_dali(
         whole = fn.decoders.image(encoded, output_type=types.RGB, device="mixed" if on_gpu else "cpu")
         shorter = float(scale[0]) if scale[0] == scale[1] else fn.random.uniform(range=tuple(map(float, scale)))
         resized = fn.resize(whole, resize_shorter=shorter)
-        alpha = fn.reshape(fn.random.normal(shape=[3], stddev=_COLOUR_SHIFT_SIGMA), shape=[1, 3])
+        alpha = fn.reshape(fn.random.normal(shape=[3], stddev=COLOUR_SHIFT_SIGMA), shape=[1, 3])
         shift = fn.reductions.sum(alpha * shift_of_alpha, axes=1)
         images = fn.crop_mirror_normalize(
             resized,
@@ -264,17 +263,6 @@ def read_pil(path: str) -> Image.Image:
 
 def read_tensor(path: str) -> torch.Tensor:
     return decode_image(read_file(path), mode=ImageReadMode.RGB)
-
-
-class ColourShift(torch.nn.Module):
-    """AlexNet's colour shift as the transform that everyone writes for it: one vector added to a [3, height, width] image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._shift_of_alpha = torch.tensor(IMAGENET_COLOUR_SHIFT)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return image + (self._shift_of_alpha @ (torch.randn(3) * _COLOUR_SHIFT_SIGMA))[:, None, None]
 
 
 class Images(Dataset):
@@ -306,20 +294,8 @@ def torchvision_loader(
     paths: list[str], labels: list[int], read: Callable, scale, crop: int, batch_size: int, workers: int
 ) -> Iterator:
     """torchvision's transforms in as many worker processes as there are cores."""
-    resize = v2.Resize(scale[0]) if scale[0] == scale[1] else v2.RandomShortestSize(list(range(scale[0], scale[1] + 1)))
-    transform = v2.Compose(
-        [
-            resize,
-            v2.RandomCrop(crop),
-            v2.RandomHorizontalFlip(),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32),
-            v2.Normalize(mean=list(IMAGENET_MEAN_RGB), std=[1.0] * 3),
-            ColourShift(),
-        ]
-    )
     loader = DataLoader(
-        Images(paths, labels, read, transform),
+        Images(paths, labels, read, training_transform(scale, crop, IMAGENET_MEAN_RGB, IMAGENET_COLOUR_SHIFT)),
         batch_size=batch_size,
         sampler=EndlessShuffle(len(paths)),
         num_workers=workers,

@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# The paper's whole chain: A, the deeper networks from A's layers, S = 384 from S = 256, scale jitter from S = 384, Tables 3–6.
+#
+#   recipes/reproduce.sh                                                   on the built-in digits, with small settings
+#   DATA=/data/imagenet OUT=/data/runs RANKS=8 recipes/reproduce.sh        the paper's (needs ImageNet and 8 GPUs)
+#   DATA=/data/imagenet OUT=/data/runs RANKS=8 recipes/reproduce.sh --dry-run     only prints the commands that are left
+#
+# Each stage has its folder, OUT/<stage>, and is finished when its result.json is there: the last line of its program. Stopped
+# (Ctrl-C, SIGTERM) or killed at any moment, the same command goes on: finished stages are skipped, the one that was under
+# way continues from its last checkpoint. Remove a stage's folder to have it made again.
+set -euo pipefail
+
+DATA=${DATA:-digits}
+OUT=${OUT:-runs/paper}
+RANKS=${RANKS:-1}               # processes on this machine: a number, or gpu for one on each GPU
+PYTHON=${PYTHON:-python}
+
+dry_run=
+case "$#:${1:-}" in
+    0:) ;;
+    1:--dry-run) dry_run=yes ;;
+    *) echo "error: the only flag is --dry-run; DATA, OUT, RANKS and PYTHON are given by environment" >&2; exit 2 ;;
+esac
+recipes=$(dirname "$0")
+cd "$recipes/.."
+
+launch=("$PYTHON")
+[ "$RANKS" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node="$RANKS")
+
+child='' stopped=''
+trap 'stopped=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' INT TERM
+
+# NAME COMMAND…: run it, unless its result is there already.
+stage() {
+    local folder=$OUT/$1
+    if [ -s "$folder/result.json" ]; then
+        echo "$1: finished before" >&2
+        return
+    fi
+    if [ -n "$dry_run" ]; then
+        printf '%q' "$2"
+        printf ' %q' "${@:3}"
+        echo
+        return
+    fi
+    echo "$1: begins" >&2
+    mkdir -p "$folder"
+    "${@:2}" >"$folder/stdout.txt" &
+    child=$!
+    local status=0
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do  # the wait ended with a signal to this script: the program saves its state
+        status=0
+        wait "$child" || status=$?
+    done
+    child=
+    if [ "$status" != 0 ]; then
+        echo "$1: ended with exit code $status; the same command goes on from there" >&2
+        exit "$status"
+    fi
+    tail -n 1 "$folder/stdout.txt" >"$folder/result.json.new"
+    mv "$folder/result.json.new" "$folder/result.json"
+    [ -z "$stopped" ] || exit 75
+}
+
+# NAME [FLAG VALUE]: train a recipe; the flag names the weights to begin with.
+train() {
+    local small=()
+    [ "$DATA" != digits ] || set_small "$1"
+    stage "$1" "${launch[@]}" train.py --recipe "recipes/$1.yaml" --data "$DATA" --out "$OUT/$1" "${@:2}" "${small[@]}"
+}
+
+# NAME: what a recipe has instead on the digits. Scales are times 32/224, rounded down; and so few epochs that the whole chain
+# takes less than 20 minutes on two cores.
+set_small() {
+    small=(--crop 32 --batch-size 32 --schedule cosine --keep 1)
+    case "$1" in
+        A-256 | A-LRN-256) small+=(--train-scale 36 --epochs 6 --warmup-epochs 1) ;;
+        *-256-512) small+=(--train-scale 36-73 --epochs 1 --warmup-epochs 0) ;;
+        *-384) small+=(--train-scale 54 --epochs 1 --warmup-epochs 0) ;;
+        *) small+=(--train-scale 36 --epochs 3 --warmup-epochs 1) ;;
+    esac
+}
+
+# NUMBER NAME…: print a table of the paper from these trainings.
+table() {
+    local checkpoints=() name
+    for name in "${@:2}"; do checkpoints+=("$OUT/$name/best.pt"); done
+    stage "table-$1" "${launch[@]}" evaluate.py --table "$1" --data "$DATA" --posteriors "$OUT/posteriors" \
+        --checkpoint "${checkpoints[@]}"
+}
+
+train A-256
+train A-LRN-256
+for arch in B C D E; do train "$arch-256" --init-from "$OUT/A-256/best.pt"; done
+for arch in C D E; do train "$arch-384" --weights "$OUT/$arch-256/best.pt"; done
+for arch in C D E; do train "$arch-256-512" --weights "$OUT/$arch-384/best.pt"; done
+
+deep=({C,D,E}-{256,384,256-512})
+table 3 A-256 A-LRN-256 B-256 "${deep[@]}"
+table 4 B-256 "${deep[@]}"
+table 5 {D,E}-256-512
+table 6 {D,E}-256-512
+
+[ -z "$dry_run" ] || exit 0
+for number in 3 4 5 6; do
+    echo
+    head -n -1 "$OUT/table-$number/stdout.txt"
+done
