@@ -32,7 +32,9 @@ SIDES = ((48, 70), (70, 48), (48, 48), (48, 71), (48, 70), (60, 90))  # height, 
 def network():
     """A network whose posteriors differ between images and between crops."""
     model = build("A", classes=CLASSES, crop=CROP, dropout=0.5, init="kaiming", device=CPU, seed=3).eval()
-    model.classifier[-1].weight.data *= 0.2
+    last = model.classifier[-1]
+    assert isinstance(last, nn.Linear)
+    last.weight.data *= 0.2
     return model
 
 
@@ -53,11 +55,14 @@ def whole_images(folder: Path, scale: int):
     config = Config(data=str(folder), crop=CROP, train_scale=str(scale), batch_size=8)
     data = open_data(config, RANKS, FP32)
     batches, count = data.whole_batches("val", pixels=8 * CROP**2)
-    images, sizes = {}, []
+    images: dict[int, torch.Tensor] = {}
+    sizes = []
     for batch, rows in batches:
-        assert len(batch) == 1 or batch[0].numel() * len(batch) <= 3 * 8 * CROP**2
+        assert len(batch) == 1 or batch.numel() <= 3 * 8 * CROP**2
         sizes.append(tuple(batch.shape))
-        images |= {int(row): image + torch.tensor(data.mean_rgb)[:, None, None] for row, image in zip(rows, batch)}
+        images |= {
+            int(row): image + torch.tensor(data.mean_rgb)[:, None, None] for row, image in zip(rows, batch, strict=True)
+        }
     assert count == len(images) == len(SIDES)
     return images, sizes, data
 

@@ -1,0 +1,201 @@
+"""evaluate.py and features.py as a user starts them: figures on several ranks, fusion, posteriors used again, tables."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import features
+from engine.checkpoint import Checkpoint, load, save
+from engine.networks import Network
+from engine.posteriors import POSTERIOR_SCALE
+from model.vgg import build
+from pipeline.manifest import open_manifest
+from tests.images import photographs
+from tests.runs import results_of, run
+
+CLASSES = ("class0", "class1", "class2", "class3", "class4", "class5", "class6")
+CROP, IMAGES = 32, 41
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """41 validation images of various sizes, 48 pixels their shorter side; one of them is damaged after the scan."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 14), ("val", IMAGES)):
+        for number in range(count):
+            place = root / split / CLASSES[number % len(CLASSES)]
+            place.mkdir(parents=True, exist_ok=True)
+            left, top, longer = generator.integers(0, (300, 150, 24))
+            image = photographs()[number % 2].crop((left, top, left + 250, top + 250))
+            image.resize((48, 48 + longer // 4) if number % 3 else (48 + longer // 4, 48)).save(place / f"{number}.jpg")
+    manifest = open_manifest(root)
+    os.truncate(manifest.val.path(17), 300)
+    return root
+
+
+def checkpoint(path: Path, *, arch: str = "A", seed: int, train_scale: str) -> str:
+    """A checkpoint of a network with random weights, which tells images apart."""
+    model = build(
+        arch, classes=len(CLASSES), crop=CROP, dropout=0.5, init="kaiming", device=torch.device("cpu"), seed=seed
+    )
+    path.mkdir()
+    content = Checkpoint(
+        arch=arch,
+        crop=CROP,
+        classes=list(CLASSES),
+        mean_rgb=[120.0, 110.0, 100.0],
+        model=model.state_dict(),
+        optimizer={},
+        scaler={},
+        steps=1,
+        samples_seen=1,
+        history=[],
+        fingerprint="",
+        config={"train_scale": train_scale},
+        world_size=1,
+    )
+    return str(save(content, path, is_best=False, keep=1))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[str]:
+    root = tmp_path_factory.mktemp("networks")
+    return [checkpoint(root / str(seed), seed=seed, train_scale=scale) for seed, scale in ((1, "36"), (2, "36-73"))]
+
+
+def test_figures_are_the_same_on_any_number_of_ranks_with_a_bad_image_among_them(tmp_path, folder, two):
+    files = []
+    figures = []
+    for ranks in (0, 2, 3):
+        out = tmp_path / str(ranks)
+        flags = ["--checkpoint", two[0], "--data", str(folder), "--scales", "40,48", "--posteriors", str(out)]
+        done = run(*flags, ranks=ranks, script="evaluate.py")
+        results = results_of(done)
+        assert results["world_size"] == max(ranks, 1)
+        assert f"warning: {open_manifest(folder).val.path(17)} cannot be decoded" in done.stderr
+        figures.append({key: results[key] for key in ("top1", "top5", "images", "lost")})
+        files.append({path.name: np.load(path) for path in out.glob("*.npy")})
+    assert (figures[0]["images"], figures[0]["lost"]) == (IMAGES, 1)
+    assert 0 < figures[0]["top5"] < 1
+    assert figures[0] == figures[1] == figures[2]
+    assert len(files[0]) == 2
+    for name, posteriors in files[0].items():
+        assert posteriors.dtype == np.float16
+        assert np.array_equal(np.flatnonzero(np.isnan(posteriors).any(axis=1)), [17])
+        for others in files[1:]:
+            assert np.array_equal(posteriors, others[name], equal_nan=True), "to the last bit"
+
+
+def results(capsys, *flags: str) -> dict:
+    assert evaluate.main(list(flags)) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_fusion_is_the_mean_and_nothing_is_computed_twice(tmp_path, folder, two, capsys, monkeypatch):
+    common = ["--data", str(folder), "--posteriors", str(tmp_path), "--protocol", "dense", "--scales", "40"]
+    alone = [results(capsys, "--checkpoint", path, *common) for path in two]
+    assert all(result["images_per_second"] for result in alone)
+    monkeypatch.setattr(Network, "build", lambda *_: pytest.fail("the network was run"))
+    fused = results(capsys, "--checkpoint", *two, *common)
+    again = results(capsys, "--checkpoint", two[0], *common)
+    assert fused["images_per_second"] is None
+    assert {**again, "images_per_second": 0} == {**alone[0], "images_per_second": 0}
+
+    posteriors = [np.load(path).astype(float) / POSTERIOR_SCALE for path in tmp_path.glob("*.npy")]
+    assert len(posteriors) == 2
+    assert np.allclose(np.nansum(posteriors, axis=2)[:, np.arange(IMAGES) != 17], 1, atol=2e-3)
+    val = open_manifest(folder).val
+    labels = val.read(np.arange(IMAGES)).labels
+    order = np.argsort(-np.mean(posteriors, axis=0), axis=1, kind="stable")
+    right = order == labels[:, None]
+    right[17] = False
+    assert fused["top1"] == right[:, 0].sum() / IMAGES
+    assert fused["top5"] == right[:, :5].sum() / IMAGES
+
+
+def test_center_is_the_validation_of_training(tmp_path, folder, capsys):
+    out = tmp_path / "run"
+    small = [
+        "--arch",
+        "A",
+        "--crop",
+        "32",
+        "--train-scale",
+        "40",
+        "--batch-size",
+        "7",
+        "--epochs",
+        "1",
+        "--lr",
+        "0.001",
+    ]
+    run(*small, "--data", str(folder), "--out", str(out))
+    history = load(out / "last.pt").history[-1]
+    # The batch is the training's. In batches of 41 and more, a file whose header is cut ends DALI 2.4 by a segmentation fault.
+    flags = [
+        "--checkpoint",
+        str(out / "last.pt"),
+        "--data",
+        str(folder),
+        "--posteriors",
+        str(tmp_path),
+        "--batch-size",
+        "7",
+    ]
+    result = results(capsys, *flags, "--protocol", "center")
+    assert result["lost"] == 1
+    assert {key: result[key] for key in ("top1", "top5", "images", "lost")} == {
+        key: history[key] for key in ("top1", "top5", "images", "lost")
+    }
+
+
+def test_a_table_has_its_rows_filled_from_what_is_given(tmp_path, folder, two, capsys):
+    assert (
+        evaluate.main(["--table", "3", "--checkpoint", *two, "--data", str(folder), "--posteriors", str(tmp_path)]) == 0
+    )
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
+    result = json.loads(lines[-1])
+    (row,) = result["rows"]
+    assert (row["checkpoints"], row["protocol"], row["scales"]) == ([two[0]], "dense", [[36]])
+    cells = next(line.split() for line in lines if line.startswith("A  "))
+    assert cells == ["A", "36", "36", f"{row['top1_error']:.1f}", "29.6", f"{row['top5_error']:.1f}", "10.4"]
+    assert f"{two[1]}: belongs to no row of Table 3" in output.err
+
+
+def test_features_are_dense_averaged_and_of_length_1(tmp_path, folder, two, capsys):
+    flags = ["--checkpoint", two[0], "--data", str(folder), "--scales", "40,48", "--output", str(tmp_path), "--svm"]
+    assert features.main(flags) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 <= result["accuracy"] <= 1
+    train, val = (np.load(tmp_path / f"{split}.npy") for split in ("train", "val"))
+    assert (train.shape, val.shape, val.dtype) == ((14, 4096), (IMAGES, 4096), np.float32)
+    there = np.arange(IMAGES) != 17
+    assert np.allclose(np.linalg.norm(val[there], axis=1), 1, atol=1e-5)
+    assert np.isnan(val[17]).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "classes.txt", "train-labels.npy", "train.npy", "val-labels.npy", "val.npy",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--scales", "20"], "takes images of 32 pixels at least"),
+        (["--table", "5"], "it needs D at [36;73], E at [36;73]"),
+        (["--data", "digits"], "knows 7 classes, the data set has 10"),
+        (["--table", "4", "--scales", "40"], "--table 4 decides it"),
+        (["--scales", "forty"], "give numbers of pixels"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(tmp_path, folder, two, capsys, flags, sentence):
+    out = tmp_path / "posteriors"
+    assert evaluate.main(["--checkpoint", two[0], "--data", str(folder), "--posteriors", str(out), *flags]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not out.exists()
