@@ -107,20 +107,24 @@ def summarise(run: dict, chance: float) -> dict:
 
 
 def plot(runs: dict[str, dict], chance: float, title: str) -> bytes:
-    """A PNG: top-1 over epochs; a run that diverged ends in a cross, at the level of guessing."""
-    figure = new_figure(4.2, title)
+    """A PNG: top-1 after each epoch. A run that diverged has a cross after its last epoch, at the level of guessing."""
+    figure = new_figure(5.0, title)
     axes = figure.subplots()
     axes.axhline(100 * chance, color=GREY, linestyle=":", label="guessing")
+    cross = 13  # each is smaller than the one before: they may all lie in the first epoch
     for (name, run), colour in zip(runs.items(), _COLOURS, strict=True):
-        epochs = [0, *(entry["epoch"] for entry in run["history"])]
-        top1 = [100 * value for value in (chance, *(entry["top1"] for entry in run["history"]))]
-        axes.plot(epochs, top1, "o-", color=colour, markersize=4, label=name)
+        epochs = [entry["epoch"] for entry in run["history"]]
+        top1 = [100 * entry["top1"] for entry in run["history"]]
         if run["diverged_at"]:
-            axes.lines[-1].set_label(f"{name}: diverged in step {run['diverged_at']}")
-            axes.plot(epochs[-1], top1[-1], "X", color=colour, markersize=10)
-    axes.set(xlabel="epoch", ylabel="validation top-1 (%)", ylim=(0, None))
+            axes.plot(epochs, top1, "o-", color=colour, markersize=4)
+            label = f"{name}: diverged in step {run['diverged_at']}"
+            axes.plot(len(epochs), 100 * chance, "X", color=colour, markersize=cross, label=label, linestyle="none")
+            cross -= 5
+        else:
+            axes.plot(epochs, top1, "o-", color=colour, markersize=4, label=name)
+    axes.set(xlabel="epoch", ylabel="validation top-1 (%)", xlim=(-0.2, None), ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower left", fontsize=8)
     return png(figure)
 
 

@@ -120,7 +120,7 @@ def print_table(result: dict) -> None:
 
 def plot(histories: dict[str, list[list[dict]]], data: str) -> bytes:
     """A PNG: top-1 and loss over epochs, each run thin, the means bold."""
-    figure = new_figure(3.4, f"The same training by this trainer and by a plain PyTorch loop, on {data}")
+    figure = new_figure(3.4, f"This trainer and a plain PyTorch loop, on {data}")
     for axes, measure, label, unit in zip(
         figure.subplots(1, 2),
         ("top1", "loss"),
