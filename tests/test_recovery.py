@@ -101,3 +101,19 @@ def test_a_list_that_cannot_be_written_is_warned_of_once_and_ends_nothing(damage
     output = capsys.readouterr().err
     assert output.count("going on without it") == 3
     assert output.count("quarantine.tsv cannot be added to (Is a directory)") == 1
+
+
+def test_a_header_that_is_cut_does_not_end_the_process_in_a_large_batch(tmp_path):
+    folder = photo_folder(tmp_path / "photos", train=128, val=2)
+    config = parse_args(
+        [*FLAGS, "--data", str(folder), "--batch-size", "128", "--out", str(tmp_path / "out"), "--max-bad-images", "1"]
+    )
+    ranks = Ranks(
+        rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), patient_group=None
+    )
+    data = open_data(config, ranks, Precision("fp32", "cpu"))
+    bad = folder / "train/class0/064.JPEG"
+    os.truncate(bad, 300)
+    images, _ = next(data.train_batches(0))
+    assert images.shape == (128, 3, 32, 32)
+    assert len(data.bad_rows) == 1
