@@ -20,7 +20,6 @@ def data_parallel(model: nn.Module, ranks: Ranks, *, accumulates: bool, grad_com
         model,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,  # average_over_ranks() does better
         # With no_sync, a static graph fails in the first backward pass (pytorch issue 143580), or silently stops
         # reducing (pull request 187732).
         static_graph=not accumulates,

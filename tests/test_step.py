@@ -129,11 +129,11 @@ def test_warm_up_changes_nothing(batch_norm):
     assert all(weight.grad is None for weight in model.parameters())
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
-def test_training_and_evaluation_compile_once_each_and_give_the_same_numbers(batch_norm):
+def test_training_and_evaluation_compile_once_each_and_give_the_same_numbers():
+    """With batch normalisation, whose statistics a compiled step has to write as well."""
     images, labels = make_batch(4)
-    eager_model, eager = make(FP32, batch_norm=batch_norm)
-    model, step = make(FP32, batch_norm=batch_norm)
+    eager_model, eager = make(FP32, batch_norm=True)
+    model, step = make(FP32, batch_norm=True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert compile_model(model, choice="on", mode="default", device=CPU, is_main=True)

@@ -16,7 +16,7 @@ def fit_and_compare(self: Trainer) -> dict:
     results = _fit(self)
     digest = hashlib.sha256()
     for tensor in (*self._model.state_dict().values(), *(s["momentum_buffer"] for s in self._optimizer.state.values())):
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().flatten().view(torch.uint8).numpy().tobytes())
     digests: list = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest.hexdigest())
     return {**results, "different_weights": len(set(digests))}
