@@ -26,11 +26,9 @@ class Flags:
     line of JSON with the results."""
 
     checkpoint: str
-    """A checkpoint of this trainer, or torchvision:PATH for a state dict of torchvision's. The averaged weights (--ema) of a
-    checkpoint that has them."""
+    """A checkpoint of this trainer (its averaged weights, where it has them), or torchvision:PATH, a state dict."""
     format: Literal["torchvision", "torch-export", "onnx"]
-    """torchvision: a state dict for its vgg11 to vgg19 or vgg11_bn to vgg19_bn. torch-export: for torch.export.load. onnx: with
-    any batch size."""
+    """A state dict for torchvision's networks, a program for torch.export.load, or an ONNX model."""
     output: Path
     """The file; one that is there is replaced when the new one is complete."""
 

@@ -91,6 +91,7 @@ def make_steps(config: Config, ranks: Ranks, precision: Precision) -> dict[str, 
         init=config.init,
         device=ranks.device,
         seed=config.seed,
+        batch_norm=config.batch_norm,
     )
     parts = assemble(config, ranks=ranks, precision=precision, micro_batch=data.micro_batch, model=model)
     parts.step.warm_up(*next(batches))
@@ -107,7 +108,7 @@ def make_steps(config: Config, ranks: Ranks, precision: Precision) -> dict[str, 
 
 def peers(config: Config, classes: int) -> dict[str, nn.Module]:
     """The same network by others, with fresh weights."""
-    name = _NAMES[config.arch]
+    name = _NAMES[config.arch] + "_bn" * config.batch_norm
     networks: dict[str, nn.Module] = {
         "torchvision": torchvision.models.get_model(name, num_classes=classes, dropout=config.dropout)
     }

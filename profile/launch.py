@@ -42,7 +42,13 @@ def _step_without_data(bench: Bench) -> Callable[[], object]:
     config, meta, precision = bench.config, torch.device("meta"), Precision("fp32", "cpu")
     classes = len(bench.data.classes)
     with meta:
-        model = VGG(config.arch, classes=classes, crop=config.crop, dropout=config.dropout)
+        model = VGG(
+            config.arch,
+            classes=classes,
+            crop=config.crop,
+            dropout=config.dropout,
+            batch_norm=config.batch_norm,
+        )
     step = TrainStep(
         model,
         optimizer=torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, foreach=True),

@@ -97,6 +97,7 @@ def build_model(bench: Bench) -> VGG:
         init=config.init,
         device=bench.ranks.device,
         seed=config.seed,
+        batch_norm=config.batch_norm,
     )
 
 

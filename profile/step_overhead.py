@@ -118,6 +118,7 @@ def measure(config, ranks: Ranks) -> dict:
         dropout=config.dropout,
         init=config.init,
         device=ranks.device,
+        batch_norm=config.batch_norm,
     )
     optimizer = torch.optim.SGD(
         model.parameters(), lr=1e-4, momentum=config.momentum, weight_decay=config.weight_decay, fused=True

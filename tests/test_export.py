@@ -114,9 +114,9 @@ def test_torch_export_runs_what_was_written_for_it(tmp_path, capsys, with_lrn):
     }
 
 
-@pytest.mark.parametrize(("arch", "batch_norm"), [("A-LRN", False), ("C", True)])
-def test_onnxruntime_runs_what_was_written_for_it(tmp_path, capsys, arch, batch_norm):
-    model, checkpoint = trained(tmp_path, arch, batch_norm=batch_norm)
+def test_onnxruntime_runs_what_was_written_for_it(tmp_path, capsys):
+    """With every kind of layer that there is."""
+    model, checkpoint = trained(tmp_path, "A-LRN", batch_norm=True)
     file = tmp_path / "network.onnx"
     assert run(capsys, "--checkpoint", checkpoint, "--format", "onnx", "--output", file)[0] == 0
     assert sorted(entry.suffix for entry in tmp_path.iterdir()) == [".onnx", ".pt", ".pt"]  # no weights beside it
@@ -127,7 +127,7 @@ def test_onnxruntime_runs_what_was_written_for_it(tmp_path, capsys, arch, batch_
 
     check_equal(run_theirs, model)
     description = json.loads(session.get_modelmeta().custom_metadata_map["network"])
-    assert (description["arch"], description["mean_rgb"], description["classes"]) == (arch, MEAN_RGB, CLASSES)
+    assert (description["arch"], description["mean_rgb"], description["classes"]) == ("A-LRN", MEAN_RGB, CLASSES)
 
 
 @pytest.mark.slow
