@@ -7,6 +7,7 @@ Nothing here imports torch, so that --help and a mistyped flag answer at once.
 import dataclasses
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -143,6 +144,12 @@ class Config:
     """Resume although the data set is not the one that the checkpoint was trained on."""
     log_every: int = 20
     """Steps between two log lines; reading the loss waits for the device."""
+    wandb: bool = False
+    """Send every figure to Weights & Biases too; needs: pip install wandb. Project and the like by its own variables, as
+    WANDB_PROJECT."""
+    inspect: int | None = None
+    """Do not train: write OUT/inspect.png, the first so many training samples of a new run with what was decided about each
+    of them, and as many validation images."""
 
     @property
     def scale(self) -> tuple[int, int]:
@@ -291,6 +298,8 @@ def _check(config: Config) -> None:
             config.max_bad_images is None or config.max_bad_images >= 0
         ),
         f"--log-every {config.log_every}: must be at least 1": config.log_every >= 1,
+        "--wandb: wandb is not installed here; pip install wandb": not config.wandb or find_spec("wandb") is not None,
+        f"--inspect {config.inspect}: must be in [1, 400]": config.inspect is None or 1 <= config.inspect <= 400,
     }
     for message, holds in checks.items():
         if not holds:

@@ -32,7 +32,9 @@ def probabilities_with_pil(model, path):
     """Of an image whose shorter side is 40 already: only the centre has to be cut out."""
     image = Image.open(path)
     left, top = (round((side - 32) / 2) for side in image.size)
-    pixels = np.asarray(image.crop((left, top, left + 32, top + 32)), dtype=np.float32) - np.array(MEAN_RGB, dtype=np.float32)
+    pixels = np.asarray(image.crop((left, top, left + 32, top + 32)), dtype=np.float32) - np.array(
+        MEAN_RGB, dtype=np.float32
+    )
     with torch.no_grad():
         return model(torch.from_numpy(pixels).permute(2, 0, 1)[None]).softmax(dim=1)[0]
 
