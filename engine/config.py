@@ -255,6 +255,11 @@ def _expand_compile(argv: list[str]) -> list[str]:
     return expanded
 
 
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None  # a folder of that name, as wandb leaves them, is no package
+
+
 def _check(config: Config) -> None:
     """Raise UserError for values that no world size and no machine could make good."""
     try:
@@ -298,7 +303,7 @@ def _check(config: Config) -> None:
             config.max_bad_images is None or config.max_bad_images >= 0
         ),
         f"--log-every {config.log_every}: must be at least 1": config.log_every >= 1,
-        "--wandb: wandb is not installed here; pip install wandb": not config.wandb or find_spec("wandb") is not None,
+        "--wandb: wandb is not installed here; pip install wandb": not config.wandb or _is_installed("wandb"),
         f"--inspect {config.inspect}: must be in [1, 400]": config.inspect is None or 1 <= config.inspect <= 400,
     }
     for message, holds in checks.items():

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from common.errors import UserError
 from common.files import replacing
@@ -16,6 +17,7 @@ from engine.pictures import as_pictures
 from engine.precision import choose_precision
 from pipeline.decoding import decode_whole
 from pipeline.plan import LOST_LABEL, Samples, TrainPlan, ValidationPlan
+from pipeline.tables import FileTable, ShardTable
 
 SHEET = "inspect.png"
 
@@ -38,10 +40,14 @@ def inspect(config: Config) -> dict:
 
 def _write(data: Data, count: int, out: Path) -> dict:
     config = data.config
+    assert data.manifest
     train, val = data.train_plan(), data.validation_plan()
     # Spread over the set, whose rows are sorted by class.
     rows = np.linspace(0, len(val.table) - 1, min(count, len(val.table))).round().astype(np.int64)
-    tiles = _training_tiles(data, train, np.arange(count)), _validation_tiles(data, val, rows)
+    tiles = (
+        _training_tiles(data, data.manifest.train, train, np.arange(count)),
+        _validation_tiles(data, data.manifest.val, val, rows),
+    )
     headings = (
         f"Training: the first {count} samples of --seed {config.seed}. Left the source and the crop's window, right what "
         f"the network sees: {config.crop}×{config.crop} pixels, --train-scale {config.train_scale}.",
@@ -58,7 +64,7 @@ def _write(data: Data, count: int, out: Path) -> dict:
     return {"inspect": str(path), "training_samples": count, "validation_images": len(rows), "stopped": False}
 
 
-def _training_tiles(data: Data, plan: TrainPlan, numbers: np.ndarray) -> list[Tile]:
+def _training_tiles(data: Data, table: FileTable | ShardTable, plan: TrainPlan, numbers: np.ndarray) -> list[Tile]:
     crops, samples = data.look(plan, numbers)
     epochs, planned = plan.epochs_and_rows(numbers)
     scales, shifts = plan.scales(numbers), np.asarray(data.mean_rgb) - samples.mean
@@ -72,16 +78,16 @@ def _training_tiles(data: Data, plan: TrainPlan, numbers: np.ndarray) -> list[Ti
                 + " ".join(f"{value:+.1f}".replace("-", "−") for value in shifts[index].tolist()),
             )
         )
-    return _tiles(data, plan, samples, crops, captions)
+    return _tiles(data, table, samples, crops, captions)
 
 
-def _validation_tiles(data: Data, plan: ValidationPlan, rows: np.ndarray) -> list[Tile]:
+def _validation_tiles(data: Data, table: FileTable | ShardTable, plan: ValidationPlan, rows: np.ndarray) -> list[Tile]:
     crops, samples = data.look(plan, rows)
     captions = [
         (f"{_name(data, label)}, image {row}", f"S {plan.scale}, centre")
         for row, label in zip(rows, samples.labels, strict=True)
     ]
-    return _tiles(data, plan, samples, crops, captions)
+    return _tiles(data, table, samples, crops, captions)
 
 
 def _name(data: Data, label: int) -> str:
@@ -89,11 +95,11 @@ def _name(data: Data, label: int) -> str:
 
 
 def _tiles(
-    data: Data, plan: TrainPlan | ValidationPlan, samples: Samples, crops, captions: list[tuple[str, str]]
+    data: Data, table: FileTable | ShardTable, samples: Samples, crops: Tensor, captions: list[tuple[str, str]]
 ) -> list[Tile]:
-    sizes = plan.table.read(samples.rows).sizes
-    thumbnails = np.array([thumbnail_size(height, width, plan.crop) for height, width in sizes.tolist()])
-    sources = decode_whole(plan.table, samples.rows, sizes=thumbnails, threads=data.threads)
+    sizes = table.read(samples.rows).sizes
+    thumbnails = np.array([thumbnail_size(height, width, data.config.crop) for height, width in sizes.tolist()])
+    sources = decode_whole(table, samples.rows, sizes=thumbnails, threads=data.threads)
     ends = np.stack((samples.roi_start, samples.roi_end)) + samples.start
     windows = np.concatenate((ends.min(axis=0), ends.max(axis=0)), axis=1)  # top, left, bottom, right in source pixels
     tiles = []
