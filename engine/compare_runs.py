@@ -15,8 +15,10 @@ from common.flags import FlagParser
 from engine.curves import draw_runs
 from engine.records import Run, read_run
 
-# Flags that say where a run keeps or finds its things, not what it does.
-_LEFT_OUT = {"out", "resume", "inspect", "wandb"}
+# Flags that change neither what a run computes nor how fast.
+_LEFT_OUT = {
+    "out", "resume", "inspect", "wandb", "log_every", "checkpoint_minutes", "keep", "max_bad_images", "allow_changed_data",
+}  # fmt: skip
 _FIGURES = {
     "epoch": ("epoch", ".2f"),
     "train_loss": ("train loss", ".3f"),
@@ -27,6 +29,7 @@ _FIGURES = {
     "images_per_second": ("images/s", ",.0f"),
     "data_wait": ("data wait %", ".0f"),
 }
+_FLAGS_IN_LEGEND = 4
 _PERCENT = {"top1", "top5", "best_top1", "data_wait"}
 
 
@@ -91,12 +94,16 @@ def compare(folders: Sequence[Path], out: Path) -> dict:
     """Print the table, draw the picture, return both's contents. Raises UserError."""
     runs = [read_run(folder) for folder in folders]
     names = short_names(folders)
+    flags = differing_flags(runs)
     print(table(names, runs))
+    legend = [
+        "  ".join([name, *(f"{flag} {run.config.get(flag)}" for flag in flags[:_FLAGS_IN_LEGEND])])
+        for name, run in zip(names, runs, strict=True)
+    ]
     try:
-        draw_runs(runs, names, out)
+        draw_runs(runs, legend, out)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another file") from error
-    flags = differing_flags(runs)
     entries = [
         {"run": str(run.folder), "flags": {flag: run.config.get(flag) for flag in flags}, **figures_of(run)}
         for run in runs

@@ -4,21 +4,28 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from common.ranks import Ranks
+if TYPE_CHECKING:
+    from common.ranks import Ranks
 
 _INTERVAL_SECONDS = 1.0
 _SECONDS_TO_END = 2.0  # for a driver that hangs
-_NAMES = ("power_watts", "sm_utilisation_percent", "memory_used_bytes")
+# By reading: what its curve is called, and what one of it is in the reading's unit.
+_CURVES = {
+    "power_watts": ("power_watts", 1),
+    "sm_utilisation_percent": ("sm_utilisation_percent", 1),
+    "memory_used_bytes": ("memory_used_gib", 2**30),
+}
 
 
-def gpus_of_this_machine(ranks: Ranks) -> list[str] | None:
+def gpus_of_this_machine(ranks: "Ranks") -> list[str] | None:
     """UUIDs of the GPUs of the ranks on this machine; None for a run on CPUs."""
     if ranks.device.type != "cuda":
         return None
-    return [str(torch.cuda.get_device_properties(index).uuid) for index in range(ranks.local_world_size)]
+    from torch.cuda import get_device_properties
+
+    return [str(get_device_properties(index).uuid) for index in range(ranks.local_world_size)]
 
 
 class GpuCurves:
@@ -40,7 +47,7 @@ class GpuCurves:
         self._thread.join(_SECONDS_TO_END)
 
     def take_means(self) -> dict[str, float]:
-        """Means since the last call, by "gpu<CUDA's number>/<reading with its unit>"; without what could not be read."""
+        """Means since the last call, by "gpu<CUDA's number>/<curve with its unit>"; without what could not be read."""
         with self._lock:
             read, self._read = self._read, defaultdict(list)
         return {name: sum(values) / len(values) for name, values in read.items()}
@@ -54,7 +61,7 @@ class GpuCurves:
 
             pynvml.nvmlInit()
             gpus, _ = find_gpus(self._uuids)
-            readings = [reading for reading in READINGS if reading.name in _NAMES]
+            readings = [reading for reading in READINGS if reading.name in _CURVES]
             readers = {f"gpu{number}": Reader(gpu, readings) for number, gpu in enumerate(gpus)}
             while readers:
                 for name, reader in list(readers.items()):
@@ -72,4 +79,5 @@ class GpuCurves:
         with self._lock:
             for name, value in values.items():
                 if not math.isnan(value):
-                    self._read[f"{gpu}/{name}"].append(value)
+                    curve, unit = _CURVES[name]
+                    self._read[f"{gpu}/{curve}"].append(value / unit)
