@@ -145,11 +145,9 @@ class Config:
     log_every: int = 20
     """Steps between two log lines; reading the loss waits for the device."""
     wandb: bool = False
-    """Send every figure to Weights & Biases too; needs: pip install wandb. Project and the like by its own variables, as
-    WANDB_PROJECT."""
+    """Send every figure to Weights & Biases too; needs: pip install wandb. WANDB_PROJECT names the project."""
     inspect: int | None = None
-    """Do not train: write OUT/inspect.png, the first so many training samples of a new run with what was decided about each
-    of them, and as many validation images."""
+    """Do not train: draw this many training samples of a new run, and validation images, into OUT/inspect.png."""
 
     @property
     def scale(self) -> tuple[int, int]:

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 MOST_CLASSES = 50
 """Of more, the matrix cannot be read as a picture."""
@@ -17,6 +15,9 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> np.ndarray:
 
     Colours are shares of the row. Returns uint8 [height, width, 3].
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: a start does not wait for it
+    from matplotlib.figure import Figure
+
     side = 2.5 + 0.42 * min(len(classes), 24)
     figure = Figure(figsize=(side + 0.8, side), dpi=100, layout="constrained")
     axes = figure.subplots()
