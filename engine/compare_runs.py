@@ -74,7 +74,7 @@ def table(names: Sequence[str], runs: Sequence[Run]) -> str:
     rows = [["run", *flags, *(title for title, _ in _FIGURES.values())]]
     for name, run in zip(names, runs, strict=True):
         values = figures_of(run)
-        cells = [str(run.config.get(flag, "–")) for flag in flags]
+        cells = [_said(run.config.get(flag)) for flag in flags]
         for figure, (_, form) in _FIGURES.items():
             value = values[figure]
             cells.append("–" if value is None else format(100 * value if figure in _PERCENT else value, form))
@@ -90,6 +90,10 @@ def table(names: Sequence[str], runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
+def _said(value: object) -> str:
+    return "–" if value is None else str(value)
+
+
 def compare(folders: Sequence[Path], out: Path) -> dict:
     """Print the table, draw the picture, return both's contents. Raises UserError."""
     runs = [read_run(folder) for folder in folders]
@@ -97,7 +101,7 @@ def compare(folders: Sequence[Path], out: Path) -> dict:
     flags = differing_flags(runs)
     print(table(names, runs))
     legend = [
-        "  ".join([name, *(f"{flag} {run.config.get(flag)}" for flag in flags[:_FLAGS_IN_LEGEND])])
+        "  ".join([name, *(f"{flag} {_said(run.config.get(flag))}" for flag in flags[:_FLAGS_IN_LEGEND])])
         for name, run in zip(names, runs, strict=True)
     ]
     try:
