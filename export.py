@@ -22,8 +22,10 @@ from common.progress import say
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Write a trained network for other programs, after comparing its logits there with ours. The last line on stdout is one
-    line of JSON with the results."""
+    """Write a trained network for other programs, if its logits there are ours.
+
+    The last line on stdout is one line of JSON with the results.
+    """
 
     checkpoint: str
     """A checkpoint of this trainer (its averaged weights, where it has them), or torchvision:PATH, a state dict."""

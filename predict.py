@@ -18,8 +18,10 @@ from common.progress import printable
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Name what image files show: the likeliest classes, from the image's centre, as in a validation. The last line on stdout
-    is one line of JSON with the results."""
+    """Name what image files show, from their centre, as in a validation.
+
+    The last line on stdout is one line of JSON with the results.
+    """
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, or folders: all images in them."""

@@ -2,9 +2,12 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
+import os
+import sys
 from collections.abc import Sequence
-from typing import NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 from common.errors import UserError
 
@@ -21,21 +24,60 @@ class FlagParser(argparse.ArgumentParser):
 def parse_dataclass(cls: type[T], flags: Sequence[str], default: T | None, prog: str) -> T:
     """Flags as an instance of a dataclass. Raises UserError with one sentence for a wrong flag; --help prints and exits.
 
+    cls: where it is put together from several dataclasses, --help shows the flags of each in a group of its own.
     default: the values of flags that are not given; None where those that have no default in the class must be.
     prog: the program's name, as a user types it.
     """
     import tyro  # here: the programs that use argparse do without it
 
+    groups = [base for base in cls.__bases__ if dataclasses.is_dataclass(base)]
+    form: Any
+    if groups:
+        names = [group.__name__.removesuffix("Flags").lower() for group in groups]
+        form = dataclasses.make_dataclass(cls.__name__, zip(names, (_form(g, default) for g in groups), strict=True))
+    else:
+        form = _form(cls, default)
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            if default is None:
-                return tyro.cli(cls, args=flags, prog=prog)
-            return tyro.cli(cls, args=flags, default=default, prog=prog)
+            given = tyro.cli(
+                form, args=flags, prog=prog, description=_joined(cls.__doc__), config=(tyro.conf.OmitArgPrefixes,)
+            )
     except SystemExit as exit:
         if not exit.code:
             raise  # --help
         raise UserError(f"{_first_paragraph(messages.getvalue())}; {prog} --help lists the flags") from None
+    except BrokenPipeError:  # --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes nowhere
+        raise SystemExit(0) from None
+    parts = vars(given).values() if groups else [given]
+    return cls(**{name: value for part in parts for name, value in vars(part).items()})
+
+
+def _form(cls: type, default: object) -> type:
+    """A dataclass with the fields of `cls`, the values of `default`, and help texts that fit any terminal's width.
+
+    Left to find the texts itself, tyro keeps the line breaks of the source.
+    """
+    import docstring_parser
+    import tyro
+
+    texts = {text.arg_name: text.description or "" for text in docstring_parser.parse_from_object(cls).params}
+    kinds = get_type_hints(cls, include_extras=True)
+    annotated: Any = Annotated
+    fields: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(cls):
+        kind: Any = annotated[kinds[field.name], tyro.conf.arg(help=_joined(texts[field.name]))]
+        value = field.default if default is None else getattr(default, field.name)
+        fields.append((field.name, kind, dataclasses.field(default=value)))
+    made = dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
+    made.__doc__ = _joined(cls.__doc__)
+    return made
+
+
+def _joined(text: str | None) -> str:
+    """The text with its paragraphs on one line each."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n"))
 
 
 def _first_paragraph(box: str) -> str:

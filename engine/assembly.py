@@ -78,5 +78,5 @@ def too_little_memory(micro_batch: int) -> TrainingError:
     """What to raise for torch.OutOfMemoryError."""
     return TrainingError(
         f"the GPU's memory is too small for {micro_batch} images at a time; halve it with "
-        f"--micro-batch {max(1, micro_batch // 2)} (the result stays the same)"
+        f"--micro-batch {max(1, micro_batch // 2)} (gradients are accumulated)"
     )

@@ -29,55 +29,85 @@ def _default_data() -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Train a VGG network from image files. The last line on stdout is one line of JSON with the results."""
+class RunFlags:
+    """Which run this is."""
+
+    out: Path = Path("runs")
+    """Folder of the run: checkpoints, logs, configuration. Default: runs/<arch>-<data>."""
+    resume: str = "auto"
+    """`auto`: go on from the newest good checkpoint in OUT, if any. `never`: start anew, an earlier run in OUT is moved aside.
+    Or the path of a checkpoint to go on from."""
+    recipe: Path | None = None
+    """YAML file of defaults: keys are flags, unknown ones are refused. OUT/config.yaml of a run is one."""
+    seed: int = 0
+    """Of the initial weights, the order of the images, their augmentation and dropout."""
+    epochs: int = 74
+    """Passes over the training images. (digits: 14)"""
+    steps: int | None = None
+    """Stop after so many steps, counted from the start of the training."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkFlags:
+    """The network, and what it starts from."""
 
     arch: Literal["A", "A-LRN", "B", "C", "D", "E"] = "D"
     """Configuration of the paper's Table 1; D is VGG-16, E is VGG-19."""
     batch_norm: bool = False
     """Batch normalisation after each convolution, as in torchvision's vgg*_bn; the paper has none. Its statistics are of the
     images of one pass of one rank."""
+    dropout: float = 0.5
+    """Probability of dropping an activation of the first two fully-connected layers."""
+    init: Literal["xavier", "normal", "kaiming"] = "xavier"
+    """Initial weights: Glorot uniform, the paper's normal of variance 0.01, or He normal."""
+    init_from: str | None = None
+    """Start with the first four convolutions and the three fully-connected layers of configuration A from this checkpoint
+    (section 3.1 of the paper), or from torchvision:PATH; the other layers are new."""
+    weights: str | None = None
+    """Start with all layers of this checkpoint, at step 0 of a new training; or with those of a state dict of torchvision's,
+    torchvision:PATH. For another number of classes, the last layer is new. A run that is resumed goes on with its own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageFlags:
+    """The images, and what the network sees of them."""
+
     data: str = dataclasses.field(default_factory=_default_data)
     """A folder with train/<class>/* and val/<class>/*, a folder or s3:// URL with prepared data (pipeline.prepare),
     `digits` (built in), or `synthetic` (one batch of noise on the device, to measure the step alone). Default: $VGG_DATA,
     else data/imagenet where it exists, else digits."""
-    out: Path = Path("runs")
-    """Folder of the run: checkpoints, logs, configuration. Default: runs/<arch>-<data>."""
-    resume: str = "auto"
-    """`auto`: go on from the newest good checkpoint in OUT, if any. `never`: start anew, an earlier run in OUT is moved aside.
-    Or the path of a checkpoint to go on from."""
-    weights: str | None = None
-    """Start with all layers of this checkpoint, at step 0 of a new training; or with those of a state dict of torchvision's,
-    torchvision:PATH. For another number of classes, the last layer is new. A run that is resumed goes on with its own."""
-    init_from: str | None = None
-    """Start with the first four convolutions and the three fully-connected layers of configuration A from this checkpoint
-    (section 3.1 of the paper), or from torchvision:PATH; the other layers are new."""
-    recipe: Path | None = None
-    """YAML file of defaults: keys are flags, unknown ones are refused. OUT/config.yaml of a run is one."""
-
     train_scale: str = "256"
     """Shorter side S of the rescaled training image in pixels: one number, or lowest-highest to draw one per image,
     as 256-512. (digits: 36)"""
     crop: int = 224
     """Side of the network's input in pixels, a multiple of 32. (digits: 32)"""
+    order: Literal["global", "window"] = "global"
+    """Of the training images in an epoch. global: a random permutation of all. window: prepared data only, for storage
+    that wants to be read sequentially: shards in random order, and within WINDOW_SHARDS of them all images in random
+    order."""
+    window_shards: int = 16
+    """Shards that are shuffled, and held in memory, together with --order window."""
+    max_bad_images: int | None = None
+    """Images that may turn out not to be decodable during the run; more end it. Default: 0.1 % of the images."""
+    allow_changed_data: bool = False
+    """Resume although the data set is not the one that the checkpoint was trained on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingFlags:
+    """How the weights are learned."""
+
     batch_size: int = 256
     """Images in one step over all ranks together; must divide by their number. (digits: 32)"""
     micro_batch: int | None = None
     """Most images in one pass of one rank; below the rank's share, gradients are accumulated over passes of the largest
     size that divides the share. Default: the share."""
-    epochs: int = 74
-    """Passes over the training images. (digits: 14)"""
-    steps: int | None = None
-    """Stop after so many steps, counted from the start of the training."""
-
     lr: float = 0.01
     """Learning rate at the start. (synthetic: 0.0001)"""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 5e-4
     """L2 penalty on all weights and biases."""
-    dropout: float = 0.5
-    """Probability of dropping an activation of the first two fully-connected layers."""
     label_smoothing: float = 0.0
     """Share of the target that goes to all classes alike, in [0, 1). Validation does without it."""
     ema: float = 0.0
@@ -92,10 +122,11 @@ class Config:
     """Epochs between two drops of the step schedule. (digits: 3)"""
     warmup_epochs: float = 5.0
     """Epochs of warm-up of the cosine schedule. (digits: 1)"""
-    init: Literal["xavier", "normal", "kaiming"] = "xavier"
-    """Initial weights: Glorot uniform, the paper's normal of variance 0.01, or He normal."""
-    seed: int = 0
-    """Of the initial weights, the order of the images, their augmentation and dropout."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputingFlags:
+    """How fast a step is, and in which numbers."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: the GPU where there is one."""
@@ -113,6 +144,11 @@ class Config:
     deterministic: bool = False
     """Deterministic kernels only: slower, and the same result to the last bit every time."""
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadingFlags:
+    """How images get to the device."""
+
     decoder: Literal["auto", "gpu", "cpu"] = "auto"
     """Where JPEGs are decoded. auto: where the network runs."""
     hw_decoder_load: float = 0.65
@@ -122,32 +158,34 @@ class Config:
     """DALI's CPU threads in each rank. Default: one more than the rank's share of the cores."""
     prefetch: int = 2
     """Batches that DALI prepares in advance."""
-
-    order: Literal["global", "window"] = "global"
-    """Of the training images in an epoch. global: a random permutation of all. window: prepared data only, for storage
-    that wants to be read sequentially: shards in random order, and within WINDOW_SHARDS of them all images in random
-    order."""
-    window_shards: int = 16
-    """Shards that are shuffled, and held in memory, together with --order window."""
     read_threads: int | None = None
     """Threads in each rank that read prepared data. Default: 8 for a folder, 64 for S3."""
     read_ahead: int = 8
     """Batches of prepared data that are read in advance, at least."""
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordingFlags:
+    """What is written, and when."""
+
     checkpoint_minutes: float = 30.0
     """Time between checkpoints within an epoch; 0: after every step. One is written after every epoch in any case."""
     keep: int = 2
     """Checkpoints that stay besides the best: OUT/step-*.pt, the newest of which is also OUT/last.pt."""
-    max_bad_images: int | None = None
-    """Images that may turn out not to be decodable during the run; more end it. Default: 0.1 % of the images."""
-    allow_changed_data: bool = False
-    """Resume although the data set is not the one that the checkpoint was trained on."""
     log_every: int = 20
     """Steps between two log lines; reading the loss waits for the device."""
     wandb: bool = False
     """Send every figure to Weights & Biases too; needs: pip install wandb. WANDB_PROJECT names the project."""
     inspect: int | None = None
     """Do not train: draw this many training samples of a new run, and validation images, into OUT/inspect.png."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunFlags, NetworkFlags, ImageFlags, TrainingFlags, ComputingFlags, LoadingFlags, RecordingFlags):
+    """Train a VGG network from image files.
+
+    The last line on stdout is one line of JSON with the results.
+    """
 
     @property
     def scale(self) -> tuple[int, int]:

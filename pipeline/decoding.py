@@ -2,8 +2,9 @@
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, math, types
@@ -20,6 +21,8 @@ _PIXELS_A_BATCH = (
 _IMAGES_A_THREAD = 4  # in a batch, so that threads seldom wait for the one with the largest image
 _LEAST_IMAGES = 32  # in a batch, so that its fixed costs are small
 _PREFETCH = 2
+
+T = TypeVar("T")
 
 
 class _Batch(NamedTuple):
@@ -67,6 +70,27 @@ def decode_whole(
         yield from _one_by_one(*in_flight[0], make_pipeline)
         given_back.extendleft(list(in_flight)[:0:-1])
         in_flight.clear()
+
+
+def each_in_order(
+    pool: ThreadPoolExecutor,
+    function: Callable[[np.ndarray], tuple[T | None, str]],
+    decoded: Iterable[tuple[np.ndarray | None, str]],
+    *,
+    ahead: int,
+) -> Iterator[tuple[T | None, str]]:
+    """What a function makes of each decoded image, or why that cannot be decoded, in order.
+
+    The function runs in the pool's threads, on at most `ahead` images at a time.
+    """
+    waiting: deque[tuple[Future | None, str]] = deque()
+    for image, reason in decoded:
+        waiting.append((None if image is None else pool.submit(function, image), reason))
+        if len(waiting) > ahead:
+            future, reason = waiting.popleft()
+            yield future.result() if future else (None, reason)
+    for future, reason in waiting:
+        yield future.result() if future else (None, reason)
 
 
 def _inputs(batch: _Batch, encoded: np.ndarray, which: slice = slice(None)) -> tuple[np.ndarray, ...]:

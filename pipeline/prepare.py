@@ -11,7 +11,7 @@ that it was at. What is written depends on SRC and the flags alone.
 """
 
 import argparse
-import collections
+import functools
 import hashlib
 import io
 import json
@@ -20,8 +20,8 @@ import shutil
 import sys
 import tarfile
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -35,7 +35,7 @@ from common.flags import FlagParser
 from common.progress import printable, say, track
 from common.ranks import Ranks, first_then_others, ranks_of_this_run, wait_for_all
 from pipeline import draws
-from pipeline.decoding import decode_whole
+from pipeline.decoding import decode_whole, each_in_order
 from pipeline.manifest import open_manifest
 from pipeline.manifest_files import Manifest, load_manifest, read_quarantine, write_quarantine
 from pipeline.plan import rescaled_sizes
@@ -176,13 +176,14 @@ def _write_shards(
     shards: list[Shard], manifest: Manifest, destination: Path, settings: Settings, threads: int
 ) -> Iterator[None]:
     """Write the shards, each with a part of the index beside it; yields after each image."""
-    with ThreadPoolExecutor(threads) as pool:
+    encode = functools.partial(_encode, quality=settings.quality)
+    with ThreadPoolExecutor(threads) as pool:  # PIL lets go of the interpreter meanwhile
         for shard in shards:
             table = _table(manifest, shard.split)
             source, labels, sizes = table.read(shard.rows)
             sizes = settings.sizes(sizes)
             decoded = decode_whole(table, shard.rows, sizes=sizes, threads=threads)
-            jpegs = _in_order(pool, decoded, settings.quality, ahead=4 * threads)
+            jpegs = each_in_order(pool, encode, decoded, ahead=4 * threads)
             good, places, reasons = [], [], {}
             with (
                 replacing(destination / shard.name) as file,
@@ -207,20 +208,6 @@ def _write_shards(
                 index["offset"], index["bytes"] = np.transpose(places)
             with replacing(_part(destination, shard)) as file:
                 _save_part(file, index, reasons)
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, decoded: Iterable[tuple[np.ndarray | None, str]], quality: int, *, ahead: int
-) -> Iterator[tuple[bytes | None, str]]:
-    """Encode in the pool's threads (PIL lets go of the interpreter meanwhile), at most `ahead` images at a time."""
-    waiting: collections.deque[tuple[Future | None, str]] = collections.deque()
-    for image, reason in decoded:
-        waiting.append((None if image is None else pool.submit(_encode, image, quality), reason))
-        if len(waiting) > ahead:
-            future, reason = waiting.popleft()
-            yield future.result() if future else (None, reason)
-    for future, reason in waiting:
-        yield future.result() if future else (None, reason)
 
 
 def _encode(image: np.ndarray, quality: int) -> tuple[bytes | None, str]:

@@ -7,7 +7,6 @@ cache folder). A run that starts anew then subtracts this mean, and shifts colou
 the paper, after AlexNet); without the file, it takes ImageNet's published figures.
 """
 
-import collections
 import contextlib
 import io
 import json
@@ -15,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -116,20 +115,13 @@ def save_statistics(statistics: Statistics, folder: Path) -> Path:
 
 def _all_moments(table: FileTable | ShardTable, threads: int) -> Iterator[np.ndarray | None]:
     """Each image's moments, in the table's order; None where it cannot be decoded."""
-    from pipeline.decoding import (
-        decode_whole,
-    )  # here, because DALI takes long to import, and training imports this file
+    # Here, because DALI takes long to import, and training imports this file.
+    from pipeline.decoding import decode_whole, each_in_order
 
-    images = decode_whole(table, np.arange(len(table)), threads=threads)
-    waiting: collections.deque[Future | None] = collections.deque()
+    decoded = decode_whole(table, np.arange(len(table)), threads=threads)
     with ThreadPoolExecutor(threads) as pool:  # NumPy lets go of the interpreter meanwhile
-        for image, _ in images:
-            waiting.append(None if image is None else pool.submit(_moments, image))
-            if len(waiting) > 4 * threads:
-                future = waiting.popleft()
-                yield future.result() if future else None
-        for future in waiting:
-            yield future.result() if future else None
+        for moments, _ in each_in_order(pool, lambda image: (_moments(image), ""), decoded, ahead=4 * threads):
+            yield moments
 
 
 def _moments(image: np.ndarray) -> np.ndarray:

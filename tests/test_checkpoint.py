@@ -2,6 +2,7 @@ import dataclasses
 import os
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from common.errors import TrainingError, UserError
 from common.files import link_over, replacing
 from engine import checkpoint as checkpoints
 from engine.checkpoint import Checkpoint, load, newest_good, save
+from pipeline.plan import IMAGENET_COLOUR_SHIFT
 
 
 def make(steps: int = 1, weight: float = 1.0) -> Checkpoint:
@@ -37,6 +39,17 @@ def test_what_is_saved_is_loaded(tmp_path):
             assert getattr(loaded, field.name) == getattr(make(7), field.name)
     assert torch.equal(loaded.model["features.0.weight"], make().model["features.0.weight"])
     assert torch.equal(loaded.optimizer["state"][0]["momentum_buffer"], torch.ones(64, 64))
+
+
+def test_a_file_from_before_batch_norm_colour_shift_and_ema_loads(tmp_path):
+    path = save(make(7), tmp_path, is_best=False, keep=2)
+    content = torch.load(path, weights_only=True)
+    for name in ("batch_norm", "colour_shift", "ema"):
+        del content[name]
+    torch.save(content, path)
+    loaded = load(path)
+    assert (loaded.batch_norm, loaded.ema) == (False, None)
+    assert np.allclose(loaded.colour_shift, IMAGENET_COLOUR_SHIFT)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])

@@ -161,3 +161,30 @@ def test_help_comes_at_once_and_describes_every_flag():
     assert time.perf_counter() - started < 2  # 0.2 s when the machine is idle; with torch imported it would be 4 s
     for field in dataclasses.fields(Config):
         assert f"--{field.name.replace('_', '-')}" in done.stdout
+
+
+@pytest.mark.parametrize("program", ["train.py", "export.py", "predict.py"])
+def test_help_fits_a_terminal_of_80_columns(program):
+    done = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, check=True)
+    assert max(len(line) for line in done.stdout.splitlines() if not line.startswith("usage: ")) <= 80
+
+
+def test_help_shows_the_flags_in_groups():
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True)
+    titles = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("╭─")]
+    assert titles == ["options", "run", "network", "image", "training", "computing", "loading", "recording"]
+
+
+def test_help_into_a_pipe_that_closes_is_no_error():
+    command = f"set -o pipefail; {sys.executable} {ROOT / 'train.py'} --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: train.py")
+
+
+def test_the_shell_can_complete_flags_and_their_values():
+    command = [sys.executable, str(ROOT / "train.py"), "--tyro-print-completion", "bash"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--train-scale" in done.stdout
+    assert "max-autotune-no-cudagraphs" in done.stdout
+    subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
