@@ -37,6 +37,7 @@ def test_training_tiles_say_what_the_plan_decided(data):
     u = draws.uniforms(0, epochs, rows, draws.PURPOSE_GEOMETRY)
     for index, tile in enumerate(tiles):
         path = data.manifest.train.path(rows[index])
+        assert tile.source is not None
         first, second, third = tile.caption
         assert first == f"{index}: {path.parent.name}, image {rows[index]}, epoch {index // 6}"
         scale = 80 + int(u[0, index] * 81)
@@ -89,12 +90,14 @@ def test_the_command_writes_a_picture_and_nothing_else(flags, tmp_path, capsys):
 def test_a_broken_image_is_replaced_and_said(flags, tmp_path):
     folder = photo_folder(tmp_path / "photos")
     victim = sorted((folder / "train").rglob("*.JPEG"))[0]
-    config = parse_args([*flags, "--data", str(folder), "--out", str(tmp_path / "out"), "--inspect", "6"])
+    config = parse_args(
+        [*flags, "--data", str(folder), "--out", str(tmp_path / "out"), "--inspect", "6", "--max-bad-images", "2"]
+    )
     inspect(config)  # scans the folder
     victim.write_bytes(bytes(victim.stat().st_size))
     with ranks_of_this_run("cpu") as ranks:
         data = open_data(config, ranks, Precision("fp32", "cpu"))
-        data = type(data)(**{**data.__dict__, "config": parse_args([*flags, "--max-bad-images", "2"])})
+        assert data.manifest
         captions = [
             tile.caption[0] for tile in _training_tiles(data, data.manifest.train, data.train_plan(), np.arange(6))
         ]
