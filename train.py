@@ -14,6 +14,10 @@ from engine.config import Config, parse_args
 def train(config: Config) -> dict:
     """Run a configuration to its end. Returns the results, on every rank. Raises UserError, TrainingError."""
     # Here, not above: --help and mistyped flags answer without waiting for torch.
+    if config.inspect:
+        from engine.inspection import inspect
+
+        return inspect(config)
     from common.lock import FolderLock
     from common.progress import say
     from common.ranks import first_then_others, ranks_of_this_run

@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 from pipeline.loader import Batch
 
 
@@ -56,9 +58,12 @@ class Clock:
 class TimedBatches:
     """An iterator of batches that adds up how long next() took: the time that the host waited for images."""
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
+    def __init__(self, batches: Iterator[Batch], *, images_to_keep: int = 0) -> None:
+        """images_to_keep: of the first batch, for take_images()."""
         self._batches = batches
         self._seconds = 0.0
+        self._images_to_keep = images_to_keep
+        self._images: Tensor | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -67,7 +72,14 @@ class TimedBatches:
         started = time.perf_counter()
         batch = next(self._batches)
         self._seconds += time.perf_counter() - started
+        if self._images_to_keep:  # a copy on the device, so that the loader's buffer is free again: nobody waits for it
+            self._images, self._images_to_keep = batch[0][: self._images_to_keep].clone(), 0
         return batch
+
+    def take_images(self) -> Tensor | None:
+        """The first images of the first batch, once: a copy on the device."""
+        images, self._images = self._images, None
+        return images
 
     def take_wait_seconds(self) -> float:
         """Seconds since the last call."""

@@ -7,6 +7,7 @@ Nothing here imports torch, so that --help and a mistyped flag answer at once.
 import dataclasses
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -174,6 +175,10 @@ class RecordingFlags:
     """Checkpoints that stay besides the best: OUT/step-*.pt, the newest of which is also OUT/last.pt."""
     log_every: int = 20
     """Steps between two log lines; reading the loss waits for the device."""
+    wandb: bool = False
+    """Send every figure to Weights & Biases too; needs: pip install wandb. WANDB_PROJECT names the project."""
+    inspect: int | None = None
+    """Do not train: draw this many training samples of a new run, and validation images, into OUT/inspect.png."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,6 +279,11 @@ def to_dict(config: Config) -> dict[str, str | int | float | bool | None]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in entries.items()}
 
 
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None  # a folder of that name, as wandb leaves them, is no package
+
+
 def check(config: Config) -> None:
     """Raise UserError for values that no world size and no machine could make good."""
     try:
@@ -317,6 +327,8 @@ def check(config: Config) -> None:
             config.max_bad_images is None or config.max_bad_images >= 0
         ),
         f"--log-every {config.log_every}: must be at least 1": config.log_every >= 1,
+        "--wandb: wandb is not installed here; pip install wandb": not config.wandb or _is_installed("wandb"),
+        f"--inspect {config.inspect}: must be in [1, 400]": config.inspect is None or 1 <= config.inspect <= 400,
     }
     for message, holds in checks.items():
         if not holds:

@@ -2,52 +2,71 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError, tell
-from engine.runlog import METRICS
+from common.files import replacing
+from engine.records import Run, read_run
+
+_LINES_OF_LEGEND = 12
 
 
 def draw_curves(out: Path) -> Path:
-    """Plot loss, validation top-1 and top-5, learning rate and images per second over epochs. Returns the PNG's path.
+    """Plot one run into its folder. Returns the PNG's path. Raises UserError where there are no figures to draw."""
+    path = out / "curves.png"
+    draw_runs([read_run(out)], [str(out)], path)
+    return path
 
-    Raises UserError where there are no figures to draw.
+
+def draw_runs(runs: Sequence[Run], names: Sequence[str], path: Path) -> None:
+    """Plot loss, validation top-1 and top-5, learning rate and images per second over epochs, a colour for each run.
+
+    Raises OSError.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: no display is looked for, nothing has to be closed
+    from matplotlib.lines import Line2D
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    (loss, accuracy), (rate, speed) = axes
+    for index, run in enumerate(runs):
+        colour = f"C{index % 10}"
+        epochs, tested = [record["epoch"] for record in run.training], [record["epoch"] for record in run.validation]
 
-    try:
-        records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out / METRICS}: no figures of a run to draw ({error})") from error
-    training = [record for record in records if record["kind"] == "train"]
-    validation = [record for record in records if record["kind"] == "validation"]
-    epochs, tested = [record["epoch"] for record in training], [record["epoch"] for record in validation]
+        def of(records: list[dict], name: str) -> list[float]:
+            return [record[name] for record in records]
 
-    figure, ((loss, accuracy), (rate, speed)) = pyplot.subplots(
-        2, 2, figsize=(11, 7), sharex=True, layout="constrained"
-    )
-    loss.plot(epochs, [record["loss"] for record in training], label="training", alpha=0.8)
-    loss.plot(tested, [record["loss"] for record in validation], "o-", label="validation")
+        loss.plot(epochs, of(run.training, "loss"), color=colour, alpha=0.5, linewidth=1)
+        loss.plot(tested, of(run.validation, "loss"), "o-", color=colour, markersize=4)
+        accuracy.plot(tested, [100 * top1 for top1 in of(run.validation, "top1")], "o-", color=colour, markersize=4)
+        accuracy.plot(tested, [100 * top5 for top5 in of(run.validation, "top5")], "--", color=colour, linewidth=1)
+        rate.plot(epochs, of(run.training, "lr"), color=colour)
+        speed.plot(epochs, of(run.training, "images_per_second"), color=colour)
     loss.set(ylabel="cross-entropy (nats)", yscale="log")
-    for name, label in (("top1", "top-1"), ("top5", "top-5")):
-        accuracy.plot(tested, [100 * record[name] for record in validation], "o-", label=label)
     accuracy.set(ylabel="validation accuracy (%)")
-    rate.plot(epochs, [record["lr"] for record in training])
     rate.set(ylabel="learning rate", xlabel="epoch", yscale="log")
-    rate.set_ylim(bottom=max((record["lr"] for record in training), default=1.0) / 1e4)
-    speed.plot(epochs, [record["images_per_second"] for record in training])
+    rate.set_ylim(bottom=max((record["lr"] for run in runs for record in run.training), default=1.0) / 1e4)
     speed.set(ylabel="images per second", xlabel="epoch", ylim=(0, None))
-    for axes in (loss, accuracy):
-        axes.legend()
-    for axes in (loss, accuracy, rate, speed):
-        axes.grid(alpha=0.3)
-    figure.suptitle(str(out))
-    figure.savefig(out / "curves.png", dpi=110)
-    pyplot.close(figure)
-    return out / "curves.png"
+    training = Line2D([], [], color="black", alpha=0.5, linewidth=1, label="training")
+    validation, top1 = (
+        Line2D([], [], color="black", marker="o", markersize=4, label=label) for label in ("validation", "top-1")
+    )
+    top5 = Line2D([], [], color="black", linestyle="--", linewidth=1, label="top-5")
+    loss.legend(handles=[training, validation])
+    accuracy.legend(handles=[top1, top5])
+    for one in axes.flat:
+        one.grid(alpha=0.3)
+    if len(runs) == 1:
+        figure.suptitle(names[0], parse_math=False)
+    else:
+        handles = [Line2D([], [], color=f"C{index % 10}", label=name) for index, name in enumerate(names)]
+        columns = 1 + (len(names) - 1) // _LINES_OF_LEGEND
+        legend = figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,12 +2,15 @@
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from common.errors import TrainingError, UserError
 from common.progress import printable, say
@@ -131,12 +134,7 @@ class Data:
         """Batches of this rank, endless, and how many make one pass over the validation set; None for synthetic data."""
         if self.manifest is None:
             return None
-        plan = ValidationPlan(
-            table=self.manifest.val,
-            crop=self.config.crop,
-            scale=self.config.validation_scale,
-            mean_rgb=self.mean_rgb,
-        )
+        plan = self.validation_plan()
         size = min(self.config.batch_size, self.config.micro_batch or _VALIDATION_BATCH, _VALIDATION_BATCH)
         rank, world_size = self.ranks.rank, self.ranks.world_size
         loader = self._loader(
@@ -169,6 +167,34 @@ class Data:
             whole=True,
         )
         return loader, plan.images(rank=rank, world_size=world_size)
+
+    def validation_plan(self) -> ValidationPlan:
+        """What a validation shows; not for synthetic data."""
+        assert self.manifest
+        return ValidationPlan(
+            table=self.manifest.val,
+            crop=self.config.crop,
+            scale=self.config.validation_scale,
+            mean_rgb=self.mean_rgb,
+        )
+
+    def look(self, plan: TrainPlan | ValidationPlan, numbers: np.ndarray) -> tuple[Tensor, Samples]:
+        """Some samples of a plan (int64 [n]; rows of a ValidationPlan), loaded as training and validation load them.
+
+        Returns the images, [n, 3 or 4, crop, crop] in the host's memory, and what the plan decided about each.
+        """
+        size = min(len(numbers), _VALIDATION_BATCH)
+        steps = -(-len(numbers) // size)
+        filled_up = np.resize(numbers, (steps, size))
+
+        def batches_after(skip: int) -> Iterator[Samples]:
+            for step in itertools.count(skip):
+                yield plan.samples(filled_up[step % steps])
+
+        loader = self._loader(plan, batches_after, size, self.bad_rows if isinstance(plan, TrainPlan) else set())
+        images = torch.cat([next(loader)[0].cpu() for _ in range(steps)])
+        # Asked for after the loading, which may have found images to do without.
+        return images[: len(numbers)], plan.samples(numbers)
 
     def max_lost(self, images: int) -> int:
         """Images of a set of so many that may be lost before the run ends."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from common.ranks import Ranks, sum_over_ranks
 from engine.precision import Precision
@@ -38,6 +38,7 @@ def evaluate(
     ranks: Ranks,
     precision: Precision,
     lost_before: int = 0,
+    confusion: Tensor | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Accuracy | None:
     """Run `steps` batches of this rank's loader through the model; count on the device, add up over ranks, divide once.
@@ -45,6 +46,8 @@ def evaluate(
     Rows with PADDING_LABEL count for nothing, those with LOST_LABEL as wrong. The model is in training mode again
     afterwards. One device sync, at the end.
     lost_before: images of the set that are in no batch because they cannot be decoded; they count as wrong, too.
+    confusion: int64 [classes, classes] of zeros on the device: becomes the number of images of each class (row) that were
+    taken for each class (column), on every rank; those that cannot be decoded are in none.
     stop: asked after each batch, gives the same answer on all ranks; once it says yes, the result is None.
     """
     model.eval()
@@ -56,7 +59,11 @@ def evaluate(
             logits = model(images)
         logits = logits.float()
         targets = labels.clamp(min=PADDING_LABEL)  # for the loss, a lost image is padding
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        best = likeliest == labels[:, None]
+        if confusion is not None:
+            places = labels.clamp(min=0) * len(confusion) + likeliest[:, 0]
+            confusion.view(-1).index_add_(0, places, (labels >= 0).long())
         sums += torch.stack(
             (
                 F.cross_entropy(logits, targets, ignore_index=PADDING_LABEL, reduction="sum").double(),
@@ -70,6 +77,8 @@ def evaluate(
             model.train()
             return None
     model.train()
+    if confusion is not None:
+        sum_over_ranks(confusion, ranks)
     loss, top1, top5, images_counted, lost = sum_over_ranks(sums, ranks).tolist()
     return Accuracy(
         loss=loss / max(images_counted - lost, 1),

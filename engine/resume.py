@@ -17,7 +17,7 @@ from engine.data import Data
 _FREE_SETTINGS = {
     "data", "out", "resume", "device", "micro_batch", "epochs", "steps", "threads", "prefetch", "decoder",
     "read_threads", "read_ahead", "log_every", "checkpoint_minutes", "keep", "max_bad_images", "allow_changed_data",
-    "compile", "compile_mode", "pad_channels", "weights", "init_from",
+    "compile", "compile_mode", "pad_channels", "weights", "init_from", "wandb", "inspect",
 }  # fmt: skip
 
 

@@ -21,12 +21,14 @@ from engine.assembly import assemble, too_little_memory
 from engine.checkpoint import Checkpoint
 from engine.clock import Clock, TimedBatches
 from engine.config import Config, to_dict
+from engine.confusion import MOST_CLASSES
 from engine.curves import draw_curves
 from engine.data import Data, check_lost
 from engine.evaluation import evaluate
+from engine.gpu_curves import gpus_of_this_machine
 from engine.precision import Precision
 from engine.preemption import StopRequests
-from engine.runlog import RunLog
+from engine.runlog import IMAGES_SHOWN, RunLog
 from model.vgg import VGG
 from pipeline.loader import Batch
 
@@ -84,7 +86,15 @@ class Trainer:
             return self._results()
         try:
             if self._ranks.is_main:
-                with RunLog(self._config.out, steps_done=self._steps, total_steps=self._total_steps) as log:
+                with RunLog(
+                    self._config,
+                    steps_done=self._steps,
+                    total_steps=self._total_steps,
+                    top1=self._history[-1]["top1"] if self._history else None,
+                    classes=self._data.classes,
+                    mean_rgb=self._data.mean_rgb,
+                    gpus=gpus_of_this_machine(self._ranks),
+                ) as log:
                     self._train(log)
                 draw_curves(self._config.out)
             else:
@@ -100,7 +110,7 @@ class Trainer:
 
     def _train(self, log: RunLog | None) -> None:
         config = self._config
-        batches = TimedBatches(self._data.train_batches(self._samples_seen))
+        batches = TimedBatches(self._data.train_batches(self._samples_seen), images_to_keep=IMAGES_SHOWN if log else 0)
         self._step.warm_up(*self._blank_batch())
         self._clock.start(self._steps)
         self._last_save = time.monotonic()
@@ -181,6 +191,7 @@ class Trainer:
             )
         wait_seconds = batches.take_wait_seconds()
         if log:
+            on_gpu = self._ranks.device.type == "cuda"
             log.train(
                 step=self._steps,
                 epoch=self._samples_seen / self._data.train_images,
@@ -188,7 +199,10 @@ class Trainer:
                 lr=self._optimizer.param_groups[0]["lr"],
                 images_per_second=steps * self._config.batch_size / seconds,
                 data_wait=wait_seconds / seconds,
+                gpu_memory_gib=torch.cuda.max_memory_reserved(self._ranks.device) / 2**30 if on_gpu else None,
             )
+            if (images := batches.take_images()) is not None:
+                log.images(step=self._steps, images=images)
 
     def _check_lost_images(self, found: int) -> None:
         """found: images lost, added up over ranks, of which several may have found the same one."""
@@ -203,6 +217,9 @@ class Trainer:
             self._validation = self._data.validation_batches()
         if self._validation is not None:
             batches, steps = self._validation
+            classes = len(self._data.classes)
+            small = classes <= MOST_CLASSES
+            confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self._ranks.device) if small else None
             accuracy = evaluate(
                 self._average.model if self._average else self._model,
                 batches,
@@ -210,6 +227,7 @@ class Trainer:
                 ranks=self._ranks,
                 precision=self._precision,
                 lost_before=self._data.val_lost,
+                confusion=confusion,
                 stop=requests.agreed,
             )
             if accuracy is None:
@@ -217,7 +235,7 @@ class Trainer:
                 return
             self._history.append({"epoch": epoch, **asdict(accuracy)})
             if log:
-                log.validation(step=self._steps, epoch=epoch, accuracy=accuracy)
+                log.validation(step=self._steps, epoch=epoch, accuracy=accuracy, confusion=confusion)
         self._validated_epoch = epoch
 
     def _results(self) -> dict:

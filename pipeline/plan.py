@@ -146,8 +146,7 @@ class TrainPlan:
         shown = self._substituted(numbers, epochs, rows)
         source, labels, sizes = self.table.read(shown)
         u_scale, u_y, u_x, u_flip = draws.uniforms(self.seed, epochs, rows, draws.PURPOSE_GEOMETRY)
-        lowest, highest = self.scale
-        scales = lowest + np.floor(u_scale * (highest - lowest + 1)).astype(np.int64)
+        scales = self._scales(u_scale)
         rescaled = rescaled_sizes(sizes, scales)
         room = rescaled - self.crop
         corners = np.minimum(np.floor(np.stack((u_y, u_x), axis=1) * (room + 1)).astype(np.int64), room)
@@ -161,6 +160,14 @@ class TrainPlan:
             numbers=numbers,
             rows=shown,
         )
+
+    def scales(self, numbers: np.ndarray) -> np.ndarray:
+        """The training scale S of the samples with these numbers (int64 [n]), in pixels: int64 [n]."""
+        return self._scales(draws.uniforms(self.seed, *self.epochs_and_rows(numbers), draws.PURPOSE_GEOMETRY)[0])
+
+    def _scales(self, u: np.ndarray) -> np.ndarray:
+        lowest, highest = self.scale
+        return lowest + np.floor(u * (highest - lowest + 1)).astype(np.int64)
 
     def lose(self, samples: Samples, dead: np.ndarray) -> None:
         """From now on, show others in place of these samples; of rows that are dead (bool [n]), wherever they occur."""
@@ -228,7 +235,7 @@ class ValidationPlan:
         while True:
             for step in range(skip % steps, steps):
                 first = (step * world_size + rank) * batch_size
-                yield self._samples(np.arange(first, first + batch_size))
+                yield self.samples(np.arange(first, first + batch_size))
             skip = 0
 
     def lose(self, samples: Samples, dead: np.ndarray) -> None:
@@ -239,7 +246,8 @@ class ValidationPlan:
     def read_group(self) -> None:
         """Each batch is read by itself: neighbours in the table lie side by side in the shards anyway."""
 
-    def _samples(self, rows: np.ndarray) -> Samples:
+    def samples(self, rows: np.ndarray) -> Samples:
+        """These rows (int64 [n]); those behind the table's last are padding."""
         own_rows = np.minimum(rows, len(self.table) - 1)
         shown = own_rows.copy()
         while len(hits := np.flatnonzero(np.isin(shown, list(self.lost_rows)))):

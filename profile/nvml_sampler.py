@@ -138,8 +138,9 @@ def _open(uuids: Sequence[str] | None, interval_seconds: float) -> tuple[list["G
     """Start NVML. Returns a thread for each GPU, not started yet, and what to tell about them."""
     try:
         import pynvml
-        from nvml_devices import find_gpus
         from nvml_thread import GpuThread
+
+        from common.nvml_devices import find_gpus
     except ImportError as error:
         return [], f"nvidia-ml-py is not installed: {error}"
     try:

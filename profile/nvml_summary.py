@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from nvml_readings import READINGS, THROTTLE_BITS
+from common.nvml_readings import READINGS, THROTTLE_BITS
 
 FIELDS = tuple(r.name for r in READINGS if r.name not in ("energy_counter_joules", "throttle_reasons"))
 """The readings that are summed up by their quantiles and kept as curves."""

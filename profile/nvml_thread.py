@@ -4,9 +4,10 @@ import threading
 from array import array
 from time import perf_counter
 
-from nvml_devices import Gpu
-from nvml_readings import READINGS, GpuGone, Reader
 from nvml_summary import Samples, summarise
+
+from common.nvml_devices import Gpu
+from common.nvml_readings import READINGS, GpuGone, Reader
 
 
 class GpuThread(threading.Thread):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from engine.checkpoint import load
@@ -37,7 +38,10 @@ def test_a_run_leaves_everything_it_promises(short_run):
     assert yaml.safe_load((short_run / "config.yaml").read_text()) == checkpoint.config
     records = [json.loads(line) for line in (short_run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 9))
-    assert list((short_run / "tensorboard").glob("events.*"))
+    events = EventAccumulator(str(short_run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
+    assert [event.step for event in events.Images("train/images")] == [1]
     assert (short_run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,12 +1,13 @@
 """What is read of a GPU, each reading by itself: one that fails is told by name and leaves the others alone."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 import pynvml
-from nvml_devices import Gpu
+
+from common.nvml_devices import Gpu
 
 _ALL_LINKS = 0xFFFFFFFF  # scopeId UINT_MAX: the sum over a GPU's NVLinks (nvml.h, NVLink throughput counters)
 
@@ -116,16 +117,16 @@ READINGS = (
 class Reader:
     """Reads one GPU again and again. A way that can never work is tried once."""
 
-    def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
-        self._ways = {reading.name: list(reading.ways) for reading in READINGS}
+    def __init__(self, gpu: Gpu, readings: Sequence[Reading] = READINGS) -> None:
+        self._gpu, self._readings = gpu, readings
+        self._ways = {reading.name: list(reading.ways) for reading in readings}
         self._counts: dict[str, tuple[float, float]] = {}
         self.reasons: dict[str, str] = {}
         """By reading: why it failed, the last time it did."""
 
     def read(self) -> dict[str, float]:
-        """All readings by name; NaN for what cannot be read. Raises GpuGone."""
-        return {reading.name: self._figure(reading) for reading in READINGS}
+        """The readings by name; NaN for what cannot be read. Raises GpuGone."""
+        return {reading.name: self._figure(reading) for reading in self._readings}
 
     def _figure(self, reading: Reading) -> float:
         value = self._ask(reading.name)

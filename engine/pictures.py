@@ -1,0 +1,24 @@
+"""Network inputs as pictures that people can look at."""
+
+import numpy as np
+from torch import Tensor
+
+
+def as_pictures(images: Tensor, mean_rgb: tuple[float, float, float]) -> np.ndarray:
+    """Images as a loader gives them ([n, 3 or 4, height, width], on any device) → uint8 [n, height, width, 3].
+
+    The mean (0–255) is added again; a colour shift stays, as the network sees it. Waits for the device.
+    """
+    pixels = images[:, :3].float().cpu().permute(0, 2, 3, 1).numpy() + np.asarray(mean_rgb, dtype=np.float32)
+    return pixels.round().clip(0, 255).astype(np.uint8)
+
+
+def grid(pictures: np.ndarray, columns: int) -> np.ndarray:
+    """Pictures (uint8 [n, height, width, 3]) side by side, two pixels of white between them; empty places are white."""
+    count, height, width, _ = pictures.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + 2) - 2, columns * (width + 2) - 2, 3), 255, dtype=np.uint8)
+    for index, picture in enumerate(pictures):
+        y, x = index // columns * (height + 2), index % columns * (width + 2)
+        sheet[y : y + height, x : x + width] = picture
+    return sheet
