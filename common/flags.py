@@ -24,19 +24,16 @@ class FlagParser(argparse.ArgumentParser):
 def parse_dataclass(cls: type[T], flags: Sequence[str], default: T | None, prog: str) -> T:
     """Flags as an instance of a dataclass. Raises UserError with one sentence for a wrong flag; --help prints and exits.
 
-    cls: where it is put together from several dataclasses, --help shows the flags of each in a group of its own.
+    cls: --help shows its own flags and those of each dataclass that it is put together from in groups.
     default: the values of flags that are not given; None where those that have no default in the class must be.
     prog: the program's name, as a user types it.
     """
     import tyro  # here: the programs that use argparse do without it
 
-    groups = [base for base in cls.__bases__ if dataclasses.is_dataclass(base)]
-    form: Any
-    if groups:
-        names = [group.__name__.removesuffix("Flags").lower() for group in groups]
-        form = dataclasses.make_dataclass(cls.__name__, zip(names, (_form(g, default) for g in groups), strict=True))
-    else:
-        form = _form(cls, default)
+    groups = [group for group in (cls, *cls.__bases__) if vars(group).get("__annotations__")]
+    names = [group.__name__.removesuffix("Flags").lower() for group in groups]
+    forms: list[Any] = [_form(group, default) for group in groups]
+    form = forms[0] if len(forms) == 1 else dataclasses.make_dataclass(cls.__name__, zip(names, forms, strict=True))
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -50,12 +47,12 @@ def parse_dataclass(cls: type[T], flags: Sequence[str], default: T | None, prog:
     except BrokenPipeError:  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes nowhere
         raise SystemExit(0) from None
-    parts = vars(given).values() if groups else [given]
+    parts = [given] if len(forms) == 1 else vars(given).values()
     return cls(**{name: value for part in parts for name, value in vars(part).items()})
 
 
 def _form(cls: type, default: object) -> type:
-    """A dataclass with the fields of `cls`, the values of `default`, and help texts that fit any terminal's width.
+    """A dataclass with the fields that `cls` declares, the values of `default`, and help texts that fit any terminal's width.
 
     Left to find the texts itself, tyro keeps the line breaks of the source.
     """
@@ -67,9 +64,13 @@ def _form(cls: type, default: object) -> type:
     annotated: Any = Annotated
     fields: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(cls):
+        if field.name not in vars(cls)["__annotations__"]:
+            continue  # a base's
         kind: Any = annotated[kinds[field.name], tyro.conf.arg(help=_joined(texts[field.name]))]
-        value = field.default if default is None else getattr(default, field.name)
-        fields.append((field.name, kind, dataclasses.field(default=value)))
+        own = dataclasses.field(default=field.default, default_factory=field.default_factory)
+        fields.append(
+            (field.name, kind, own if default is None else dataclasses.field(default=getattr(default, field.name)))
+        )
     made = dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
     made.__doc__ = _joined(cls.__doc__)
     return made

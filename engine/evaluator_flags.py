@@ -66,7 +66,10 @@ class InputFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateFlags(InputFlags):
-    """Test networks on the validation images, as the paper does. The last line on stdout is one line of JSON."""
+    """Test networks on the validation images, as the paper does.
+
+    The last line on stdout is one line of JSON with the results.
+    """
 
     checkpoint: tuple[str, ...]
     """Checkpoints of train.py, or torchvision:PATH for a state dict of torchvision's; several are fused by averaging their
@@ -83,9 +86,12 @@ class EvaluateFlags(InputFlags):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureFlags(InputFlags):
-    """Write the features that a network finds in the images of a data set (appendix B of the paper): the 4096 activations
-    of its penultimate layer, averaged over places, scales and mirror images, of length 1. The last line on stdout is one
-    line of JSON."""
+    """Write what a network sees in a data set, for another classifier.
+
+    Appendix B of the paper: the activations before the last layer.
+
+    The last line on stdout is one line of JSON with the results.
+    """
 
     checkpoint: str
     """A checkpoint of train.py, or torchvision:PATH for a state dict of torchvision's."""

@@ -39,6 +39,7 @@ def card(device: str) -> str:
     """The name of the first GPU that CUDA sees, unless --device is cpu or there is none: then the processor's."""
     if device != "cpu":
         import pynvml
+
         from common.nvml_devices import find_gpus
 
         try:

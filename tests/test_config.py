@@ -163,7 +163,7 @@ def test_help_comes_at_once_and_describes_every_flag():
         assert f"--{field.name.replace('_', '-')}" in done.stdout
 
 
-@pytest.mark.parametrize("program", ["train.py", "export.py", "predict.py"])
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py", "features.py", "export.py", "predict.py"])
 def test_help_fits_a_terminal_of_80_columns(program):
     done = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, check=True)
     assert max(len(line) for line in done.stdout.splitlines() if not line.startswith("usage: ")) <= 80
