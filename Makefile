@@ -33,8 +33,9 @@ pictures: $(VENV)/installed
 	rm -rf runs/pictures
 	$(BIN)/python train.py --arch A --data digits --out runs/pictures/demo
 	$(BIN)/python profile/throughput.py --out runs/pictures/throughput
+	$(BIN)/python train.py --arch A --data digits --inspect 12 --out runs/pictures/look
 	mkdir -p docs/pictures
-	cp runs/pictures/demo/curves.png runs/pictures/throughput/waterfall.png docs/pictures
+	cp runs/pictures/demo/curves.png runs/pictures/throughput/waterfall.png runs/pictures/look/inspect.png docs/pictures
 
 ifeq ($(origin PYTHON),file)
 gpu-report: $(VENV)/installed-dev
