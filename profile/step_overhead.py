@@ -22,9 +22,10 @@ from torch import nn
 
 from common.errors import TrainingError, UserError, tell
 from common.ranks import Ranks, ranks_of_this_run
-from engine.config import SYNTHETIC, parse_args
+from engine.config import SYNTHETIC, parse_args, save_config
 from engine.data import Data
 from engine.precision import Precision, choose_precision, set_numerics
+from engine.records import CONFIG
 from engine.trainer import Trainer
 from model.vgg import build
 from pipeline.loader import Batch
@@ -127,6 +128,7 @@ def measure(config, ranks: Ranks) -> dict:
     data = DataInTurns(
         config=config, ranks=ranks, precision=precision, micro_batch=config.batch_size, manifest=None, turns=turns
     )
+    save_config(config, config.out / CONFIG)  # as train.py does
     trainer = Trainer(config, ranks=ranks, precision=precision, data=data, model=model, checkpoint=None)
     compiled = trainer.fit()["compiled"]
     trainer_seconds, bare_seconds = turns.trainer_seconds[1:], turns.bare_seconds[1:]

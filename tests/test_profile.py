@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.images import photo_folder
 from tests.nvml_stub import compile_stub
 
@@ -42,6 +44,7 @@ def test_compare_loaders(tmp_path):
             assert "times this project" in row
 
 
+@pytest.mark.slow
 def test_soak():
     """A rank is killed, and torchrun restarts all; torchrun is killed, whose ranks stop by themselves, and started again."""
     flags = ["--faults", "2", "--kinds", "rank", "torchrun", "--epochs", "1", "--batch-size", "48"]

@@ -145,7 +145,14 @@ def test_two_ranks_resumed_on_one_go_on_alike(two_ranks, tmp_path):
 _ALL_STATE = ["--batch-norm", "--ema", "0.8"]
 
 
-@pytest.mark.parametrize(("micro_batch", "extras"), [("2", _ALL_STATE), ("4", _ALL_STATE), ("4", [])])
+@pytest.mark.parametrize(
+    ("micro_batch", "extras"),
+    [
+        ("4", _ALL_STATE),
+        pytest.param("2", _ALL_STATE, marks=pytest.mark.slow),
+        pytest.param("4", [], marks=pytest.mark.slow),
+    ],
+)
 def test_three_ranks_stopped_and_resumed_are_bit_identical_with_dropout(tmp_path, micro_batch, extras):
     """With accumulation and without: DDP's graph is static only without, and chooses its buckets later."""
     flags = [*SMALL, "--micro-batch", micro_batch, *extras]
