@@ -13,6 +13,7 @@ from dataclasses import asdict
 import torch
 
 from common.errors import TrainingError
+from common.heap import present_objects_frozen
 from common.progress import say
 from common.ranks import Ranks, sum_over_ranks, union_over_ranks, wait_for_all
 from engine import checkpoint as checkpoints
@@ -114,7 +115,7 @@ class Trainer:
         self._step.warm_up(*self._blank_batch())
         self._clock.start(self._steps)
         self._last_save = time.monotonic()
-        with StopRequests(self._ranks) as requests:
+        with StopRequests(self._ranks) as requests, present_objects_frozen():
             if self._validation_is_due():  # the run was stopped in the middle of it
                 self._end_epoch(log, requests)
             while not (self._done() or self._stopped):

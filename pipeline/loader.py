@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from common.errors import TrainingError
 from pipeline.graphs import HW_DECODER_LOAD, image_pipeline
 from pipeline.plan import Samples
-from pipeline.reader import Fetch, fetched
+from pipeline.reader import Fetch, fetched, graph_inputs
 from pipeline.recovery import cause_of, is_about_an_image, undecodable
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -102,7 +102,7 @@ class DaliLoader:
         def next_inputs() -> tuple:
             samples, encoded = next(batches)
             self._in_flight.append(samples)
-            return encoded, *samples.inputs()
+            return graph_inputs(samples, encoded, from_files=self._fetch is None)
 
         self._pipeline = self._make_pipeline(next_inputs)
 

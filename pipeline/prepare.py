@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from common.errors import TrainingError, UserError, tell
 from common.files import replacing
@@ -43,6 +42,7 @@ from pipeline.prepared import FORMAT, INDEX, read_index
 from pipeline.scan import SPLITS, check_no_empty_class
 from pipeline.storage import S3_SCHEME, open_storage
 from pipeline.tables import SHARD_ROW, FileTable, shard_name
+from pipeline.tiles import tiled_jpeg
 
 _UNFINISHED = ".unfinished"  # in DST: what is known of the shards that are done
 _MAX_MEMBER_NAME = 100  # bytes that every tar format holds in one header
@@ -211,12 +211,10 @@ def _write_shards(
 
 
 def _encode(image: np.ndarray, quality: int) -> tuple[bytes | None, str]:
-    buffer = io.BytesIO()
     try:
-        Image.fromarray(image).save(buffer, "JPEG", quality=quality, optimize=True)
-    except (OSError, ValueError):  # a JPEG's sides end at 65,500 pixels
+        return tiled_jpeg(image, quality), ""
+    except (OSError, ValueError):
         return None, f"too long for a JPEG ({image.shape[1]}×{image.shape[0]} pixels)"
-    return buffer.getvalue(), ""
 
 
 def _key(class_name: str, row: int, path: str) -> str:

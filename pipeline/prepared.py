@@ -22,7 +22,7 @@ from pipeline.storage import S3_SCHEME, Storage, open_storage
 from pipeline.tables import SHARD_ROW, ShardTable, shard_name
 
 INDEX = "index.json"
-FORMAT = "vgg-dali prepared 1"
+FORMAT = "vgg-dali prepared 2"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from nvidia.dali import Pipeline
 
 from pipeline.graphs import image_pipeline
 from pipeline.plan import Samples
-from pipeline.reader import Fetch, fetched
+from pipeline.reader import Fetch, fetched, graph_inputs
 
 
 def is_about_an_image(error: RuntimeError) -> bool:
@@ -30,7 +30,7 @@ def undecodable(samples: Samples, crop: int | None, fetch: Fetch | None, *, whol
     whole: decode the whole images, and not only the windows.
     """
     one_by_one = (samples.take(slice(index, index + 1)) for index in range(len(samples.labels)))
-    alone = [(encoded, *one.inputs()) for one, encoded in fetched(one_by_one, fetch)]
+    alone = [graph_inputs(*one, from_files=fetch is None) for one in fetched(one_by_one, fetch)]
     make_pipeline = functools.partial(
         image_pipeline,
         from_files=fetch is None,

@@ -9,8 +9,9 @@ recipe (500 pixels, JPEG quality 90; its own random crops, no colour shift).
 With --device cuda, DALI's loaders decode on the GPU and leave the images there, ours and the usual one; torchvision's and
 ffcv stay on the CPU, and are not charged for the copy.
 
-They take turns, round after round. A turn begins with a pause, in which the one before fills its queues and falls silent, and
-with batches that are not counted, until what was prefetched meanwhile is used up. Figures are medians over rounds; ratios are
+They take turns, round after round. A turn begins with a pause, in which the one before fills its queues and falls silent
+(torchvision's three workers work on up to six batches), and with batches that are not counted, until what was prefetched
+meanwhile is used up. Figures are medians over rounds; ratios are
 taken within a round.
 """
 
@@ -37,7 +38,7 @@ from usual_transforms import COLOUR_SHIFT_SIGMA, training_transform
 
 from common.errors import UserError, tell
 from common.flags import FlagParser
-from common.heap import share_one_heap
+from common.heap import present_objects_frozen, share_one_heap
 from common.progress import say
 from common.ranks import ranks_of_this_run
 from pipeline.loader import DaliLoader
@@ -56,7 +57,7 @@ PREPARED = "this project, prepared"
 FFCV = "ffcv"
 _PREFETCH = 2
 _BATCHES_NOT_COUNTED = 8
-_PAUSE_SECONDS = 1.5
+_PAUSE_SECONDS = 4.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,21 +164,22 @@ def our_prepared_loader(arguments: argparse.Namespace, device: torch.device, fol
 def measure(loaders: dict[str, Iterator], arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Images per second of each loader in each round."""
     rates: dict[str, list[float]] = {name: [] for name in loaders}
-    for round_number in range(arguments.rounds):
-        for name, loader in loaders.items():
-            sleep(_PAUSE_SECONDS)
-            for _ in range(_BATCHES_NOT_COUNTED):
-                next(loader)
-            finish(arguments.device)
-            started = perf_counter()
-            for _ in range(arguments.batches):
-                next(loader)
-            finish(arguments.device)
-            rates[name].append(arguments.batches * arguments.batch_size / (perf_counter() - started))
-        say(
-            f"round {round_number + 1} of {arguments.rounds}: "
-            + ", ".join(f"{n} {r[-1]:,.0f}" for n, r in rates.items())
-        )
+    with present_objects_frozen():  # as in training
+        for round_number in range(arguments.rounds):
+            for name, loader in loaders.items():
+                sleep(_PAUSE_SECONDS)
+                for _ in range(_BATCHES_NOT_COUNTED):
+                    next(loader)
+                finish(arguments.device)
+                started = perf_counter()
+                for _ in range(arguments.batches):
+                    next(loader)
+                finish(arguments.device)
+                rates[name].append(arguments.batches * arguments.batch_size / (perf_counter() - started))
+            say(
+                f"round {round_number + 1} of {arguments.rounds}: "
+                + ", ".join(f"{n} {r[-1]:,.0f}" for n, r in rates.items())
+            )
     return rates
 
 

@@ -11,7 +11,7 @@ from common.errors import UserError
 from engine.data import Data
 from pipeline.graphs import decode_windows, read_files
 from pipeline.plan import Samples
-from pipeline.reader import fetched
+from pipeline.reader import fetched, graph_inputs
 from pipeline.recovery import cause_of, is_about_an_image
 
 _MOST_RESIDENT_BYTES = 256 << 20
@@ -90,12 +90,9 @@ def _resident(data: Data, start: int) -> list[tuple[list[np.ndarray], np.ndarray
     plan, resident, resident_bytes = data.train_plan(), [], 0
     fetch = data.fetch(plan)
     for samples, encoded in fetched(_batches(data, start), fetch):
-        if fetch:
-            lengths = samples.source[:, 2].tolist()
-            images = [row[:length] for row, length in zip(encoded, lengths, strict=True)]
-        else:
-            images = [_read(plan.table.name(source)) for source in samples.source]
-        resident.append((images, samples.start, samples.shape))
+        encoded, begin, shape = graph_inputs(samples, encoded, from_files=fetch is None)[:3]
+        images = list(encoded) if fetch else [_read(plan.table.name(source)) for source in samples.source]
+        resident.append((images, begin, shape))
         resident_bytes += sum(len(image) for image in images)
         if resident_bytes >= _MOST_RESIDENT_BYTES or len(resident) == _MOST_RESIDENT_BATCHES:
             break

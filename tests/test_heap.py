@@ -1,6 +1,10 @@
+import gc
 import re
 import subprocess
 import sys
+import weakref
+
+from common.heap import present_objects_frozen
 
 _HEAPS_OF_EIGHT_THREADS = """
 import ctypes, threading
@@ -29,3 +33,29 @@ def test_threads_share_one_heap():
 
     assert heaps(shared=False) > 1
     assert heaps(shared=True) == 1
+
+
+def test_frozen_objects_are_collected_afterwards_and_new_ones_meanwhile():
+    class Node:
+        itself: object
+
+    def cycle() -> weakref.ref:
+        node = Node()
+        node.itself = node
+        return weakref.ref(node)
+
+    gc.disable()  # none may be collected by chance
+    try:
+        node = Node()
+        node.itself = node
+        old = weakref.ref(node)
+        with present_objects_frozen():
+            del node
+            new = cycle()
+            gc.collect()
+            assert new() is None
+            assert old() is not None, "not looked at"
+        gc.collect()
+        assert old() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,62 @@
+"""Prepared data on the GPU: images that are cut before they are decoded, and cropped to the last pixel."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import prepare
+from pipeline.loader import DaliLoader
+from pipeline.plan import TrainPlan
+from pipeline.prepared import open_prepared
+from pipeline.reader import ShardReader
+from pipeline.tables import ShardTable
+from tests.gpu.device import DEVICE
+from tests.images import photographs
+
+pytestmark = pytest.mark.gpu
+
+IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory) -> TrainPlan:
+    root, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", IMAGES), ("val", 1)):
+        (root / split / "class").mkdir(parents=True)
+        for number in range(count):
+            width, height = (int(side) for side in generator.integers(240, 700, size=2))
+            photographs()[number % 2].resize((width, height)).save(root / split / f"class/{number}.JPEG", quality=92)
+    assert prepare.main([str(root), str(root / "256"), "--short-side", "256"]) == 0
+    table = open_prepared(str(root / "256")).train
+    return TrainPlan(table=table, batch_size=IMAGES, crop=224, scale=(256, 256), seed=0)
+
+
+def batch_on(plan: TrainPlan, device: torch.device, decoder: str) -> torch.Tensor:
+    assert isinstance(plan.table, ShardTable)
+    reader = ShardReader(plan.table, threads=2, batches_ahead=2)
+    loader = DaliLoader(
+        lambda skip: plan.batches(start=0, rank=0, world_size=1, micro_batch=IMAGES, skip=skip),
+        lose=lambda lost, dead, reasons: pytest.fail(f"cannot be decoded: {reasons}"),
+        batch_size=IMAGES,
+        crop=224,
+        device=device,
+        decoder=decoder,
+        half=False,
+        threads=2,
+        prefetch=2,
+        fetch=reader.fetch,
+    )
+    return next(loader)[0].cpu()
+
+
+def test_images_equal_the_cpus_within_two_grey_levels(plan):
+    difference = (batch_on(plan, torch.device("cpu"), "cpu") - batch_on(plan, DEVICE, "gpu")).abs()
+    assert difference.max() < 2.5
+    assert difference.mean(dim=(1, 2, 3)).max() < 0.5
+
+
+def test_with_the_cpus_decoder_only_the_resize_rounds_otherwise(plan):
+    difference = (batch_on(plan, torch.device("cpu"), "cpu") - batch_on(plan, DEVICE, "cpu")).abs()
+    resized = plan.samples(np.arange(IMAGES)).resized
+    assert difference[~torch.from_numpy(resized)].max() < 1e-3
+    assert difference.max() < 1 + 1e-3
