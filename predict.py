@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from common.errors import TrainingError, UserError, tell
-from common.flags import parse_dataclass
+from common.flags import discard_output, parse_dataclass
 from common.progress import printable
 
 
@@ -121,9 +121,12 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, predict, print. Returns the exit code: 0, 1 (some images cannot be decoded), 2 (something given is wrong)."""
     try:
         results = run(parse_dataclass(Flags, sys.argv[1:] if argv is None else argv, None, "predict.py"))
+        print(json.dumps(results), flush=True)
     except (UserError, TrainingError) as error:
         return tell(error)
-    print(json.dumps(results))
+    except BrokenPipeError:
+        discard_output()
+        return 0
     return 1 if any(result["error"] for result in results["images"]) else 0
 
 

@@ -45,10 +45,15 @@ def parse_dataclass(cls: type[T], flags: Sequence[str], default: T | None, prog:
             raise  # --help
         raise UserError(f"{_first_paragraph(messages.getvalue())}; {prog} --help lists the flags") from None
     except BrokenPipeError:  # --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes nowhere
+        discard_output()
         raise SystemExit(0) from None
     parts = [given] if len(forms) == 1 else vars(given).values()
     return cls(**{name: value for part in parts for name, value in vars(part).items()})
+
+
+def discard_output() -> None:
+    """Where nobody reads stdout any more, as in `| head`: what is left in its buffer goes nowhere, without a traceback."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _form(cls: type, default: object) -> type:

@@ -37,7 +37,7 @@ class RunFlags:
     """Folder of the run: checkpoints, logs, configuration. Default: runs/<arch>-<data>."""
     resume: str = "auto"
     """`auto`: go on from the newest good checkpoint in OUT, if any. `never`: start anew, an earlier run in OUT is moved aside.
-    Or the path of a checkpoint to go on from."""
+    Or the path of a checkpoint to go on from; where that is not in OUT, an earlier run in OUT is moved aside too."""
     recipe: Path | None = None
     """YAML file of defaults: keys are flags, unknown ones are refused. OUT/config.yaml of a run is one."""
     seed: int = 0

@@ -76,7 +76,8 @@ def check_same_data(checkpoint: Checkpoint, data: Data, *, allow_changed: bool) 
 def claim_out(config: Config, checkpoint: Checkpoint | None, lock: FolderLock) -> None:
     """Take possession of OUT, on rank 0, when all that was given is known to be right.
 
-    Moves an earlier run aside if this one starts anew, removes files that a killed run left half-written, saves config.yaml.
+    Moves an earlier run aside unless this one goes on with it, removes files that a killed run left half-written, saves
+    config.yaml.
     Raises UserError: another run writes to OUT, or the disk refuses.
     """
     out = config.out
@@ -85,7 +86,8 @@ def claim_out(config: Config, checkpoint: Checkpoint | None, lock: FolderLock) -
         lock.take()
         for unfinished in out.glob(".*.tmp"):  # of a run that was killed while it wrote a checkpoint
             unfinished.unlink()
-        if checkpoint is None and checkpoints.all_in(out):
+        goes_on = checkpoint and (config.resume == "auto" or os.path.samefile(Path(config.resume).parent, out))
+        if checkpoints.all_in(out) and not goes_on:
             _move_aside(out)
         save_config(config, out / "config.yaml")
     except OSError as error:

@@ -1,7 +1,8 @@
 """python -m pipeline.prepare SRC DST --short-side 256: resize a data set once and pack it into shards, for --data DST.
 
 SRC holds train/<class>/* and val/<class>/*. Every image is decoded as in training, made smaller where it is larger than asked
-for (never larger), and written as a baseline JPEG into DST's tar files, in WebDataset's layout (see pipeline/prepared.py).
+for (never larger), and written as a baseline JPEG in tiles, of which training decodes what it needs (pipeline/tiles.py), into
+DST's tar files, in WebDataset's layout (pipeline/prepared.py).
 
     --short-side 256       the shorter side becomes 256 pixels: for training at S = 256, which then only crops
     --short-side max:500   the longer side becomes at most 500 pixels: for scale jitter within less space

@@ -2,7 +2,7 @@
 
 index.json               classes, fingerprint, the shards' sizes, how they were made; written last
 train-….npy, val-….npy   one row an image (tables.SHARD_ROW), memory-mapped, shared by all ranks
-train-000000.tar …       shards in WebDataset's layout: <class>/<row>-<name>.jpg, and .cls with the label
+train-000000.tar …       shards in WebDataset's layout: <class>/<row>-<name>.jpg (see pipeline/tiles.py), and .cls with the label
 quarantine.tsv           images of the source that could not be decoded and are left out
 """
 
@@ -91,7 +91,7 @@ def read_index(storage: Storage) -> dict:
     except (ValueError, KeyError, TypeError):
         pass
     raise UserError(
-        f"{storage.url}/{INDEX}: not the index of a data set that pipeline.prepare of this version has made"
+        f"{storage.url}/{INDEX}: not the index of a data set that pipeline.prepare of this version has made; prepare it anew"
     )
 
 

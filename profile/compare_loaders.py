@@ -2,17 +2,17 @@
 
 DIR holds train/<class>/*.JPEG and val/<class>/*. All loaders get the same files, batch size and cores, and make the paper's
 sample: shorter side rescaled to S, random 224×224 crop, random flip, random colour shift, mean subtracted, float32. Ours
-leaves them in channels_last, as the network wants them; the others are not charged for that. At S = 256 there are two more:
-this loader on DIR as pipeline.prepare packs it at 256 pixels, and ffcv, where it is installed, with its authors' ImageNet
-recipe (500 pixels, JPEG quality 90; its own random crops, no colour shift).
+leaves them in channels_last, as the network wants them; the others are not charged for that. Ours is also measured on DIR as
+pipeline.prepare packs it: at S = 256 with a shorter side of 256 pixels, else with a longer side of at most 512. At S = 256
+ffcv joins, where it is installed, with its authors' ImageNet recipe (500 pixels, JPEG quality 90; its own random crops, no
+colour shift).
 
 With --device cuda, DALI's loaders decode on the GPU and leave the images there, ours and the usual one; torchvision's and
 ffcv stay on the CPU, and are not charged for the copy.
 
 They take turns, round after round. A turn begins with a pause, in which the one before fills its queues and falls silent
 (torchvision's three workers work on up to six batches), and with batches that are not counted, until what was prefetched
-meanwhile is used up. Figures are medians over rounds; ratios are
-taken within a round.
+meanwhile is used up. Figures are medians over rounds; ratios are taken within a round.
 """
 
 import argparse
@@ -125,8 +125,8 @@ def make_loaders(
         PIL: torchvision_loader(paths, labels, read_pil, scale, crop, size, threads),
         TENSORS: torchvision_loader(paths, labels, read_tensor, scale, crop, size, threads),
     }
+    loaders[PREPARED] = our_prepared_loader(arguments, scale, device, work)
     if scale == (256, 256):
-        loaders[PREPARED] = our_prepared_loader(arguments, device, work / "prepared")
         try:
             peer = ffcv_loader(paths, labels, work, crop, size, min(threads, len(os.sched_getaffinity(0))))  # its limit
             next(peer)  # numba compiles
@@ -151,12 +151,15 @@ def our_loader(plan: TrainPlan, device: torch.device, threads: int, fetch: Fetch
     )
 
 
-def our_prepared_loader(arguments: argparse.Namespace, device: torch.device, folder: Path) -> DaliLoader:
-    settings = Settings(short_side="256", quality=90, shard_images=2048)
+def our_prepared_loader(
+    arguments: argparse.Namespace, scale: tuple[int, int], device: torch.device, work: Path
+) -> DaliLoader:
+    settings = Settings(short_side="256" if scale == (256, 256) else "max:512", quality=90, shard_images=2048)
+    folder = work / settings.short_side.replace(":", "-")
     with ranks_of_this_run("cpu") as ranks:
         prepare(arguments.data, folder, settings, threads=arguments.threads, ranks=ranks)
     table = open_prepared(str(folder)).train
-    plan = TrainPlan(table=table, batch_size=arguments.batch_size, crop=arguments.crop, scale=(256, 256), seed=0)
+    plan = TrainPlan(table=table, batch_size=arguments.batch_size, crop=arguments.crop, scale=scale, seed=0)
     reader = ShardReader(table, threads=None, batches_ahead=8)
     return our_loader(plan, device, arguments.threads, fetch=lambda batches: reader.fetch(batches, plan.read_group))
 

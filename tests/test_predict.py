@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from PIL import Image
 
 import predict
 from tests.images import photographs
+from tests.runs import ROOT
 from tests.test_export import MEAN_RGB, trained
 
 SIDES = [(40, 53), (40, 40), (61, 40)]
@@ -112,3 +115,15 @@ def test_classes_of_imagenet_are_named_in_words():
     assert predict.class_names(wordnet_ids)[:2] == ["tench", "goldfish"]
     assert predict.class_names([str(number) for number in range(1000)])[999] == "toilet tissue"
     assert predict.class_names(["cat", "dog"]) == ["cat", "dog"]
+
+
+def test_a_pipe_that_closes_ends_it_without_a_traceback(network, images):
+    flags = ["--checkpoint", str(network[1]), "--scale", "40", str(images)]
+    with subprocess.Popen(
+        [sys.executable, "predict.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stdout
+        assert started.stderr
+        started.stdout.close()
+        assert "Traceback" not in started.stderr.read()
+    assert started.returncode == 0

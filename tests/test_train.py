@@ -103,6 +103,18 @@ def test_resume_never_moves_the_earlier_run_aside(short_run, tmp_path):
     assert load(out / "earlier-1/last.pt").steps == 8
 
 
+def test_a_checkpoint_from_elsewhere_moves_the_run_in_out_aside(short_run, tmp_path):
+    out = tmp_path / "another"
+    shutil.copytree(short_run, out)
+    flags = [*SMALL, "--out", str(out), "--resume"]
+    run(*flags, str(short_run / "last.pt"), "--steps", "9")
+    assert load(out / "last.pt").steps == 9
+    assert load(out / "earlier-1/last.pt").steps == 8
+    run(*flags, str(out / "last.pt"), "--steps", "10")
+    assert load(out / "last.pt").steps == 10
+    assert not (out / "earlier-2").exists(), "a checkpoint of its own"
+
+
 def test_resume_from_a_path_notes_what_changed(short_run, tmp_path):
     flags = [*SMALL, "--steps", "9", "--out", str(tmp_path / "new"), "--resume", str(short_run / "last.pt")]
     done = run(*flags, "--lr", "0.001", "--weight-decay", "0", "--precision", "fp16")
