@@ -34,6 +34,7 @@ _APP15 = b"\xff\xef"
 _NAME = b"vggtile\0"
 _NAME_AT, _NUMBERS_AT, _PLACES = 6, 14, 22  # in the file, as above
 _RST0, _EOI = 0xFFD0, 0xFFD9
+_ZEROS = -1
 
 
 def tiled_jpeg(image: np.ndarray, quality: int) -> bytes:
@@ -185,7 +186,7 @@ def _smaller(encoded: np.ndarray, cuts: _Cuts, tiles: _Tiles) -> np.ndarray:
         (images, file, file + 2),
         (images, file + cuts.header[:, 0], file + cuts.header[:, 1]),
         (tiles.image, file[tiles.image] + run_begin, file[tiles.image] + run_end),
-        (images, np.zeros_like(images), file_bytes.max() - file_bytes),  # fills up the row, from what is in the cache
+        (images, np.full_like(images, _ZEROS), file_bytes.max() - file_bytes + _ZEROS),
     )
 
     size = np.minimum(cuts.stop * cuts.tile, cuts.size) - cuts.first * cuts.tile
@@ -212,12 +213,14 @@ def _numbers_at(encoded: np.ndarray, places: np.ndarray, dtype: str) -> np.ndarr
 def _joined(encoded: np.ndarray, *pieces: tuple[np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
     """Pieces of the memory, put together anew: uint8 [n, W'].
 
-    pieces: to which image each goes, where it begins and ends. An image has its pieces of the first triple first.
+    pieces: to which image each goes, where it begins and ends. An image has its pieces of the first triple first. One that
+    begins at _ZEROS has so many zeros.
     """
     image, begin, end = (np.concatenate(columns) for columns in zip(*pieces, strict=True))
     order = np.argsort(image, kind="stable")
-    memory = encoded.reshape(-1).data
-    slices = [memory[b:e] for b, e in zip(begin[order].tolist(), end[order].tolist(), strict=True)]
+    memory, zeros = encoded.reshape(-1).data, memoryview(bytes(encoded.shape[1]))
+    places = zip(begin[order].tolist(), end[order].tolist(), strict=True)
+    slices = [memory[b:e] if b != _ZEROS else zeros[: e - b] for b, e in places]
     return np.frombuffer(bytearray().join(slices), dtype=np.uint8).reshape(len(encoded), -1)
 
 

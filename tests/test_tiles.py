@@ -66,6 +66,8 @@ def test_a_windows_pixels_are_those_of_the_whole_image_to_the_last_bit():
         start, shape = windows_of(sizes, generator)
         cut, origin = cut_to_windows(encoded, start, shape)
         assert cut is not encoded
+        ends = [row.tobytes().rstrip(b"\0")[-2:] for row in cut]
+        assert ends == [b"\xff\xd9"] * len(images), "zeros behind the end of each image"
         for n, image in enumerate(images):
             pixels = decoded(cut[n].tobytes())
             (y, x), (height, width) = start[n] - origin[n], shape[n]
