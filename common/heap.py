@@ -23,7 +23,7 @@ def share_one_heap() -> None:
 def present_objects_frozen() -> Iterator[None]:
     """Have the garbage collector look through new objects only.
 
-    torch and DALI bring some hundred thousand that stay. Looking through them again and again costs a loader of 5,000 images a
+    torch and DALI bring very many that stay. Looking through them again and again costs a loader of 5,000 images a
     second 4 to 5 µs of a core for each image (of 22; docs/performance.md).
     """
     gc.collect()
