@@ -4,6 +4,8 @@ import os
 import sys
 import time
 
+_SECONDS_FOR_RANK_0 = 5.0
+"""From its error to its end, and for torchrun to notice; a busy machine has needed more than one."""
 EXIT_STOPPED = 75
 """Of a run that was asked to stop and saved its state: sysexits.h's "temporary failure, try again"."""
 
@@ -23,6 +25,6 @@ class TrainingError(Exception):
 def tell(error: UserError | TrainingError) -> int:
     """Print the error, one line on stderr. Returns the exit code."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(1)  # most errors are the same on all ranks: rank 0 says it, torchrun ends the others meanwhile
+        time.sleep(_SECONDS_FOR_RANK_0)  # most errors are those of all ranks: rank 0 tells, torchrun ends the others
     print(f"error: {error}", file=sys.stderr, flush=True)
     return error.exit_code
