@@ -156,7 +156,7 @@ class LoadingFlags:
     """Share of the images that --decoder gpu gives to the GPU's JPEG engine, where it has one (A100, H100 …), in [0, 1];
     the best one depends on THREADS."""
     threads: int | None = None
-    """DALI's CPU threads in each rank. Default: one more than the rank's share of the cores."""
+    """DALI's CPU threads in each rank. Default: one more than the rank's share of the cores; with --decoder gpu 8 at most."""
     prefetch: int = 2
     """Batches that DALI prepares in advance."""
     read_threads: int | None = None

@@ -39,6 +39,8 @@ _SYNTHETIC_IMAGES = 1_281_167  # ImageNet's, so that an epoch means the same
 # A rank's validation batch never depends on the number of ranks: kernels chosen for another batch size round otherwise,
 # and an image on the edge would count differently.
 _VALIDATION_BATCH = 128
+_MOST_THREADS_BESIDE_A_GPU = 8
+"""With more, a GPU's decoder is no faster, and training on that GPU slower (docs/performance.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ class Data:
     @property
     def threads(self) -> int:
         """DALI's CPU threads in this rank."""
-        return self.config.threads or self.ranks.cpu_share + 1  # each waits at the end of every operator
+        return self.config.threads or default_threads(self.ranks.cpu_share, self.decoder)
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches of this rank, endless, from sample number `start` on."""
@@ -271,6 +273,12 @@ def check_lost(lost: int, limit: int, manifest_folder: Path) -> None:
             f"{lost} images cannot be decoded, more than the {limit} that --max-bad-images allows; they are listed in "
             f"{manifest_folder / QUARANTINE}"
         )
+
+
+def default_threads(cores: int, decoder: str) -> int:
+    """DALI's CPU threads in a rank that has so many cores. decoder: "gpu" or "cpu"."""
+    threads = cores + 1  # each waits at the end of every operator
+    return threads if decoder == "cpu" else min(threads, _MOST_THREADS_BESIDE_A_GPU)
 
 
 def open_data(

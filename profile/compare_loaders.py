@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare(loaders: dict[str, Iterator], arguments: argparse.Namespace, title: str) -> dict:
     """Measure, print the table, return its figures."""
-    summary = summarise(measure(loaders, arguments))
+    summary = summarise(measure(loaders, arguments, pause_seconds=_PAUSE_SECONDS))
     print_table(title, summary)
     return summary
 
@@ -164,13 +164,15 @@ def our_prepared_loader(
     return our_loader(plan, device, arguments.threads, fetch=lambda batches: reader.fetch(batches, plan.read_group))
 
 
-def measure(loaders: dict[str, Iterator], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Images per second of each loader in each round."""
+def measure(
+    loaders: dict[str, Iterator], arguments: argparse.Namespace, *, pause_seconds: float
+) -> dict[str, list[float]]:
+    """Images per second of each loader in each round. pause_seconds: before each turn, in which queues fill up."""
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     with present_objects_frozen():  # as in training
         for round_number in range(arguments.rounds):
             for name, loader in loaders.items():
-                sleep(_PAUSE_SECONDS)
+                sleep(pause_seconds)
                 for _ in range(_BATCHES_NOT_COUNTED):
                     next(loader)
                 finish(arguments.device)

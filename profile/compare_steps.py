@@ -65,7 +65,8 @@ def compare(config: Config, ranks: Ranks, options: argparse.Namespace) -> dict:
     precision = choose_precision(config.precision, ranks.device)
     steps = make_steps(config, ranks, precision)
     options.device, options.batch_size = ranks.device.type, config.batch_size
-    summary = summarise(measure({name: _forever(step) for name, step in steps.items()}, options))
+    endless = {name: forever(step) for name, step in steps.items()}
+    summary = summarise(measure(endless, options, pause_seconds=0))  # they have no queue to fill
     print_table(f"{config.arch}, {precision.name}", summary)
     return {
         "arch": config.arch,
@@ -140,7 +141,8 @@ def usual_step(network: nn.Module, config: Config, precision: Precision) -> Call
     return step
 
 
-def _forever(step: Callable[[], object]) -> Iterator:
+def forever(step: Callable[[], object]) -> Iterator:
+    """An iterator that takes a step each time."""
     while True:
         yield step()
 

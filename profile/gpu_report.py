@@ -1,8 +1,9 @@
 """python profile/gpu_report.py [--data DIR] [--dry-run]: everything that waits for a GPU to be measured, in one go.
 
 Runs, each in a process of its own: the tests in tests/gpu; throughput.py for A, D and E in bf16 and fp16, on noise and on
-images; compare_loaders.py with the GPU's decoder; compare_steps.py against torchvision's and timm's networks. A run that fails
-is told of by name, and the others go on. Writes docs/gpu/<card>.json, and the table of all cards in docs/performance.md.
+images; compare_inputs.py for D; compare_loaders.py with the GPU's decoder; compare_steps.py against torchvision's and timm's
+networks. A run that fails is told of by name, and the others go on. Writes docs/gpu/<card>.json, and the table of all cards in
+docs/performance.md.
 
 Without --data, the images are pieces of scikit-learn's photographs. Nothing is downloaded.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from gpu_results import of_loaders, of_steps, of_tests, of_throughput
+from gpu_results import of_inputs, of_loaders, of_steps, of_tests, of_throughput
 from gpu_table import rewrite_table
 from machine import ROOT, git_revision, hardware
 from photographs import photograph_folder
@@ -44,7 +45,7 @@ class Run:
     """A program to run."""
 
     kind: str
-    """tests, throughput, loaders or steps."""
+    """tests, throughput, inputs, loaders or steps."""
     name: str
     command: list[str]
     """What follows the interpreter."""
@@ -106,6 +107,9 @@ def plan(data: Path, work: Path) -> tuple[list[Run], dict[str, str]]:
         name = f"{arch} {precision}, {images}"
         report = out / "report.json"
         runs.append(Run(kind="throughput", name=name, command=command, size_flag="--micro-batch", report=report))
+    command = ["profile/compare_inputs.py", *_AT_224, "--arch", "D", "--precision", "bf16", "--data", str(data)]
+    command += ["--batch-size", str(_SIZES[0])]
+    runs.append(Run(kind="inputs", name="D bf16, inputs", command=command, size_flag="--micro-batch"))
     for precision in _PRECISIONS:
         command = ["profile/compare_steps.py", *_AT_224, "--arch", "D", "--precision", precision]
         name = f"D {precision}, against others"
@@ -131,6 +135,7 @@ def measure(runs: list[Run], left_out: dict[str, str], work: Path) -> dict:
         "hardware": machine,
         "tests": None,
         "throughput": {},
+        "inputs": {},
         "steps": {},
         "loaders": None,
         "left_out": left_out,
@@ -144,6 +149,8 @@ def measure(runs: list[Run], left_out: dict[str, str], work: Path) -> dict:
             say(f"{run.name} failed: {reason}")
         elif run.kind == "throughput":
             report["throughput"][run.name] = of_throughput(json.loads(result))
+        elif run.kind == "inputs":
+            report["inputs"][run.name] = of_inputs(json.loads(result))
         elif run.kind == "steps":
             report["steps"][run.name] = of_steps(json.loads(result))
         else:

@@ -40,6 +40,10 @@ def of_throughput(report: dict) -> dict:
     }
 
 
+def of_inputs(result: dict) -> dict:
+    return {name: result[name] for name in ("batch_size", "threads", "rounds", "inputs")}
+
+
 def of_steps(result: dict) -> dict:
     return {name: result[name] for name in ("batch_size", "rounds", "steps")}
 

@@ -45,6 +45,8 @@ def _card(report: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|",
         *(_throughput(name, run) for name, run in report["throughput"].items()),
     ]
+    for name, run in report["inputs"].items():
+        lines += ["", f"Training by what feeds it, {name}, {run['batch_size']} images:", "", *_inputs(run["inputs"])]
     for name, run in report["steps"].items():
         lines += ["", f"The step alone, {name}, {run['batch_size']} images:", "", *_turns(run["steps"])]
     if report["loaders"]:
@@ -81,6 +83,16 @@ def _throughput(name: str, run: dict) -> str:
 
 def _rate(images_per_second: dict | None) -> str:
     return f"{images_per_second['median']:,.0f}" if images_per_second else "–"
+
+
+def _inputs(rows: dict) -> list[str]:
+    """Median (lowest–highest) over rounds, and the share of noise's in the same round."""
+    lines = ["| | images/s | of noise's |", "|---|---|---|"]
+    for name, row in rows.items():
+        rate = "{:,.0f} ({:,.0f}–{:,.0f})".format(*row["images_per_second"])
+        share = "{:.3f} ({:.3f}–{:.3f})".format(*row["of noise"])
+        lines.append(f"| {name} | {rate} | {share} |")
+    return lines
 
 
 def _turns(rows: dict) -> list[str]:

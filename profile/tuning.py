@@ -1,11 +1,12 @@
 """python profile/throughput.py --tune [flags of train.py] [--tune-seconds 120] [--out DIR]: the fastest settings, as a recipe.
 
 Searches, setting by setting, with short measurements by the stages of throughput.py, each in a process that may fail: those of
-the loader by the loader alone, those of the step by the step alone. What won there is measured against the configuration as it
+the loader by the loader alone, those of the step by the step alone, and the decoder, which may share the GPU with the step, in
+the training loop. What won there is measured against the configuration as it
 was given, in turns, in the training loop; only if it wins there, too, by more than the spread, it goes into DIR/recipe.yaml.
 
 What changes the result is never touched: batch size, precision, learning rate and so on. All that is tuned leaves a step what it
-is, but for rounding: the GPU's decoder differs from the CPU's by up to two grey levels, compiled code and accumulated gradients
+is, but for rounding: the GPU's decoder differs from the CPU's by a few grey levels, compiled code and accumulated gradients
 add up in another order, and compressed gradients, tried on several ranks only, are rounded to 16 bits on their way.
 """
 
@@ -25,14 +26,15 @@ from common.errors import TrainingError
 from common.progress import say
 from common.ranks import Ranks
 from engine.config import Config
+from engine.data import default_threads
 
 _PREFETCH = (1, 2, 4)
 _HW_DECODER_LOADS = (0.0, 0.5, 0.65, 0.8, 1.0)
 # Shares of the time after which a search begins no trial; the rest is for training.
-_LOADER_UNTIL, _STEP_UNTIL = 0.3, 0.65
+_LOADER_UNTIL, _STEP_UNTIL, _DECODER_UNTIL = 0.3, 0.65, 0.8
 LEAST_LOADER_SHARE = 0.01
 """Of the time of training. If nothing of the loader were hidden behind the step, the best of loaders would gain no more."""
-_GRACE = 0.1  # of the time: so much longer may the last trial of each of the three go on
+_GRACE = 0.1  # of the time: so much longer may the last trial of each of them go on
 
 Run = Callable[[str, Settings, float], Outcome]
 """(stage, changes, limit in seconds) → how it went."""
@@ -109,16 +111,19 @@ def coordinates(job: Job, config: Config) -> dict[str, list[Coordinate]]:
     threads = sorted({1, max(1, cores // 2), cores, cores + 1, cores + cores // 2, 2 * cores})
     loader = [_choice("threads", threads), _choice("prefetch", _PREFETCH)]
     step = [Coordinate("compile", lambda _: _compilations(deterministic=config.deterministic))]
+    decoder = []
     if on_gpu:
         loads = [{"hw_decoder_load": load} for load in _HW_DECODER_LOADS]
-        loader.insert(0, _choice("decoder", offered("decoder")))
+        decoder.append(Coordinate("decoder", lambda now: _other_decoder(now["decoder"], cores)))
         step.append(_choice("pad_channels", (False, True)))
         loader.append(Coordinate("hw_decoder_load", lambda now: loads if now["decoder"] == "gpu" else []))
     else:  # on a GPU, the largest that fits is the fastest
         step.insert(0, Coordinate("micro_batch", lambda now: _micro_batches_beside(now["micro_batch"], job.share)))
     if job.hardware["ranks"] > 1:
         step.insert(0, _choice("grad_compression", offered("grad_compression")))
-    return {"loader": loader if job.has_images else [], "step": step}
+    if not job.has_images:
+        return {"loader": [], "step": step, "training": []}
+    return {"loader": loader, "step": step, "training": decoder}
 
 
 def offered(flag: str) -> tuple[Any, ...]:
@@ -142,8 +147,10 @@ class Search:
         fitting = self._make_fit()
         best, not_reached = fitting, []
         loader_share = self._loader_share(fitting) if coordinates["loader"] else None
-        parts = [("loader", _LOADER_UNTIL)] if loader_share is None or loader_share >= LEAST_LOADER_SHARE else []
-        for stage, until in [*parts, ("step", _STEP_UNTIL)]:
+        parts = [("loader", _LOADER_UNTIL), ("step", _STEP_UNTIL), ("training", _DECODER_UNTIL)]
+        if loader_share is not None and loader_share < LEAST_LOADER_SHARE:
+            parts = [("step", _STEP_UNTIL)]
+        for stage, until in parts:
             best, missed = climb(best, coordinates[stage], self._measure(stage, until))
             not_reached += missed
         gain = self._gain(fitting, best) if best != fitting else None
@@ -249,6 +256,12 @@ def in_words(changes: Settings) -> str:
 
 def _choice(name: str, values) -> Coordinate:
     return Coordinate(name, lambda _: [{name: value} for value in values])
+
+
+def _other_decoder(decoder: str, cores: int) -> list[Settings]:
+    """With as many threads as it has by default: those that are best for the one are not for the other."""
+    other = "cpu" if decoder == "gpu" else "gpu"
+    return [{"decoder": other, "threads": default_threads(cores, other)}]
 
 
 def _micro_batches_beside(micro_batch: int, share: int) -> list[Settings]:

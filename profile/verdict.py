@@ -99,6 +99,13 @@ def _input(report: dict) -> _Finding | None:
         begin = f"Input-bound: {wait_share:.0%} of each training step the GPU waits for images"
     else:
         return None
+    if loader_rate >= step_rate and report["config"]["decoder"] == "gpu":
+        return _Finding(
+            "input",
+            f"{begin}, though the loader alone makes more than the step takes: its decoder shares the GPU with the step.",
+            evidence,
+            _for_a_shared_gpu(report),
+        )
     part = _slow_part_of_the_loader(report)
     rate = _images_per_second(report["stages"][part], report)
     return _Finding(
@@ -230,10 +237,18 @@ def _for_input(report: dict, part: str) -> list[tuple[str, str]]:
     else:
         if _on_gpu(report) and config["decoder"] == "cpu":
             flags.append(("--decoder gpu", "the GPU decodes JPEGs, some with an engine of their own"))
-        if config["threads"] < cores + 1 and report["hardware"]["ranks"] == 1:
+        elif config["threads"] < cores + 1 and report["hardware"]["ranks"] == 1:
             flags.append((f"--threads {cores + 1}", f"there are {cores} cores, and one thread waits at times"))
     if not shards:
         flags.append(("--data PREPARED", "what pipeline.prepare makes: smaller images in few large files"))
+    return flags
+
+
+def _for_a_shared_gpu(report: dict) -> list[tuple[str, str]]:
+    cores = report["hardware"]["cores"]
+    flags = [("--decoder cpu", f"leaves the GPU to the step; this machine has {cores} cores for all of its GPUs")]
+    if report["config"]["images_in"] == "files":
+        flags.append(("--data PREPARED", "what pipeline.prepare makes: less to decode"))
     return flags
 
 

@@ -1,19 +1,24 @@
 """What of make gpu-report works without a GPU: its plan, its table, and how it goes on when a run fails."""
 
+import argparse
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import gpu_report
+import gpu_table
 import numpy as np
 import pytest
 import torch
 from gpu_report import Run, execute, plan
-from gpu_results import of_loaders, of_steps, of_tests, of_throughput
+from gpu_results import of_inputs, of_loaders, of_steps, of_tests, of_throughput
 from gpu_table import BEGIN, END, rewrite_table, section
 from photographs import photograph_folder
 
 from common.errors import UserError
+from common.ranks import ranks_of_this_run
+from engine.config import parse_args
 from pipeline.manifest import open_manifest
 from tests.made_up_report import cpu_report
 from tests.made_up_report import gpu_report as made_up_throughput
@@ -31,6 +36,12 @@ TURNS = {
 }
 
 
+INPUTS = {
+    "noise that stays there": {"images_per_second": [2000.0, 1990.0, 2010.0], "of noise": [1.0, 1.0, 1.0]},
+    "files, CPU": {"images_per_second": [1900.0, 1880.0, 1910.0], "of noise": [0.95, 0.9447, 0.9503]},
+}
+
+
 def made_up_results() -> dict:
     loaders = {"images": 5, "batch_size": 128, "threads": 9, "rounds": 5, "scales": {"S=256": TURNS}, "data": "/home/x"}
     return {
@@ -41,6 +52,7 @@ def made_up_results() -> dict:
         "data": "imagenet",
         "tests": of_tests(JUNIT),
         "throughput": {"D bf16, images": of_throughput(made_up_throughput())},
+        "inputs": {"D bf16, inputs": of_inputs({"batch_size": 256, "threads": 8, "rounds": 5, "inputs": INPUTS})},
         "steps": {"D bf16, against others": of_steps({"batch_size": 256, "rounds": 5, "steps": TURNS, "crop": 224})},
         "loaders": of_loaders(loaders),
         "left_out": {"timm": "it is not installed"},
@@ -62,15 +74,19 @@ def test_the_plan_is_all_that_waits_for_a_gpu(tmp_path, capsys):
     captured = capsys.readouterr()
     names = json.loads(captured.out)["runs"]
     expected = {f"{a} {p}, {images}" for a in "ADE" for p in ("bf16", "fp16") for images in ("noise", "images")}
-    assert set(names) == expected | {"tests/gpu", "D bf16, against others", "D fp16, against others", "loaders"}
-    assert len(captured.err.splitlines()) == len(names) == 16
+    assert set(names) == expected | {
+        "tests/gpu",
+        "D bf16, inputs",
+        "D bf16, against others",
+        "D fp16, against others",
+        "loaders",
+    }
+    assert len(captured.err.splitlines()) == len(names) == 17
     assert f"--data {tmp_path / 'images'}" in captured.err
 
 
-@pytest.mark.parametrize("script", ["throughput", "compare_steps"])
+@pytest.mark.parametrize("script", ["throughput", "compare_inputs", "compare_steps"])
 def test_the_planned_flags_are_known(tmp_path, script):
-    from engine.config import parse_args
-
     for run in plan(tmp_path, tmp_path / "work")[0]:
         if run.command[0] == f"profile/{script}.py":
             flags = [*run.command[1:], "--micro-batch", "32"]
@@ -95,17 +111,20 @@ def test_a_run_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "ranks_of_this_run", lambda device: nullcontext())
     monkeypatch.setattr(gpu_report, "hardware", lambda ranks: machine)
     steps = json.dumps({"batch_size": 2, "rounds": 5, "steps": TURNS})
+    inputs = json.dumps({"batch_size": 2, "threads": 8, "rounds": 5, "inputs": INPUTS})
     (tmp_path / "report.json").write_text(json.dumps(made_up_throughput()))
     (tmp_path / "tests.xml").write_text(JUNIT)
     runs = [
         Run(kind="tests", name="tests/gpu", command=["-c", "import os; os._exit(1)"], report=tmp_path / "tests.xml"),
         Run(kind="loaders", name="loaders", command=["-c", "import os; os.abort()"]),
         Run(kind="throughput", name="D", command=["-c", "pass"], report=tmp_path / "report.json"),
+        Run(kind="inputs", name="inputs", command=["-c", f"print({inputs!r})"]),
         Run(kind="steps", name="others", command=["-c", f"print('words'); print({steps!r})"]),
     ]
     report = gpu_report.measure(runs, {}, tmp_path / "work")
     assert report["tests"]["passed"] == 1
     assert list(report["throughput"]) == ["D"]
+    assert report["inputs"]["inputs"]["inputs"] == INPUTS
     assert report["steps"]["others"]["steps"] == TURNS
     assert (report["loaders"], report["failed"]) == (None, {"loaders": "exit code -6, and no word"})
     gpu_report.write({**report, "data": "x"}, _docs(tmp_path))
@@ -135,6 +154,7 @@ def test_the_section_says_what_was_measured_and_what_was_not():
     )
     assert row == f"| D bf16, images | {step} | {loader} | {training} | 0.968 | 28.3 % | 4.31 | 256 | input |"
     assert "| timm, eager | 700 (690–705) | 1.50 (1.48–1.52) |" in lines
+    assert "| files, CPU | 1,900 (1,880–1,910) | 0.950 (0.945–0.950) |" in lines
     assert "Left out: timm (it is not installed)." in lines
     assert "Failed: E fp16, noise (out of time)." in lines
     assert lines[-5].startswith("tests/gpu: 1 passed; failed: `test_step::test_two` (AssertionError: 3 < 2)")
@@ -147,7 +167,13 @@ def test_what_was_not_measured_is_a_dash():
     quiet = cpu_report()
     quiet["stages"] |= {"loader": None, "training": None}
     quiet["ceiling"]["training_over_ceiling"] = quiet["roofline"]["mfu"] = None
-    results |= {"throughput": {"A bf16, noise": of_throughput(quiet)}, "loaders": None, "tests": None, "steps": {}}
+    results |= {
+        "throughput": {"A bf16, noise": of_throughput(quiet)},
+        "loaders": None,
+        "tests": None,
+        "inputs": {},
+        "steps": {},
+    }
     assert "| A bf16, noise | 118 | – | – | – | – | – | 32 | compute |" in section([results])
 
 
@@ -193,9 +219,7 @@ def test_photographs_are_a_data_set_of_varied_sizes(tmp_path):
 @pytest.mark.slow
 def test_compare_steps_runs_on_a_cpu(monkeypatch):
     """timm is said to be missing, so that what it costs is not in the test."""
-    settings = (
-        "import compare_loaders as c; c._PAUSE_SECONDS = 0.0; c._BATCHES_NOT_COUNTED = 1; sys.modules['timm'] = None"
-    )
+    settings = "import compare_loaders as c; c._BATCHES_NOT_COUNTED = 1; sys.modules['timm'] = None"
     flags = [
         "--arch",
         "A",
@@ -216,3 +240,44 @@ def test_compare_steps_runs_on_a_cpu(monkeypatch):
         for median, lowest, highest in row.values():
             assert 0 < lowest <= median <= highest
     assert (result["device"], result["precision"], result["batch_size"]) == ("cpu", "fp32", 2)
+
+
+def test_compare_inputs_runs_on_a_cpu(tmp_path, monkeypatch):
+    import compare_inputs
+    import compare_loaders
+
+    monkeypatch.setattr(compare_loaders, "_BATCHES_NOT_COUNTED", 1)
+    monkeypatch.setattr(compare_inputs, "_PAUSE_SECONDS", 0.0)
+    folder = photograph_folder(tmp_path / "photographs", train=8, val=2)
+    flags = "--arch A --crop 32 --train-scale 32 --device cpu --no-compile --batch-size 4 --micro-batch 2"
+    options = argparse.Namespace(rounds=2, batches=1)
+    config = parse_args([*flags.split(), "--data", str(folder)])
+    with ranks_of_this_run("cpu") as ranks:
+        result = compare_inputs.compare(config, ranks, options, tmp_path)
+    assert set(result["inputs"]) == {compare_inputs.NOISE, "files, CPU", "prepared, CPU"}
+    for row in result["inputs"].values():
+        for median, lowest, highest in row.values():
+            assert 0 < lowest <= median <= highest
+    assert result["inputs"][compare_inputs.NOISE]["of noise"] == [1.0, 1.0, 1.0]
+    gpu_table._inputs(result["inputs"])
+
+
+def test_on_a_gpu_every_decoder_is_compared():
+    from compare_inputs import decoders
+
+    with ranks_of_this_run("cpu") as ranks:
+        changed = decoders(parse_args(["--prefetch", "3"]), replace(ranks, device=torch.device("cuda", 0)))
+    assert [(one["decoder"], one.get("hw_decoder_load"), one.get("prefetch")) for one in changed.values()] == [
+        ("gpu", None, None),
+        ("gpu", 1.0, None),
+        ("gpu", None, 6),
+        ("cpu", None, None),
+    ]
+
+
+@pytest.mark.parametrize("data", ["synthetic", "digits"])
+def test_inputs_are_compared_over_a_folder(data, capsys):
+    import compare_inputs
+
+    assert compare_inputs.main(["--data", data]) == 2
+    assert "give a folder of photographs" in capsys.readouterr().err

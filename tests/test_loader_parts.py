@@ -11,7 +11,7 @@ from PIL import Image
 from common.errors import UserError
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
-from engine.data import Data, open_data
+from engine.data import Data, default_threads, open_data
 from engine.precision import Precision
 from pipeline.manifest import open_manifest
 from pipeline.plan import Samples
@@ -122,3 +122,10 @@ def test_reading_needs_no_decoding(photos, tmp_path):
         path.write_bytes(b"no image")
     (contents,) = reading_alone(data, start=0)()
     assert np.asarray(contents.at(0)).tobytes() == b"no image"
+
+
+@pytest.mark.parametrize(
+    ("cores", "decoder", "threads"), [(2, "cpu", 3), (16, "cpu", 17), (2, "gpu", 3), (7, "gpu", 8), (16, "gpu", 8)]
+)
+def test_a_gpus_decoder_has_few_threads(cores, decoder, threads):
+    assert default_threads(cores, decoder) == threads

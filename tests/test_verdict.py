@@ -67,6 +67,21 @@ def waiting(report: dict) -> None:
     report["training_parts"]["data_wait"] = summary(0.25 * step)
 
 
+def test_a_decoder_that_shares_the_gpu_with_the_step_is_told_of():
+    report = healthy("cuda")
+    waiting(report)
+    report["config"]["decoder"] = "gpu"
+    found = judge(report)
+    assert "shares the GPU" in found["sentence"]
+    assert [one["flags"] for one in found["try"]] == ["--decoder cpu", "--data PREPARED"]
+    assert f"{report['hardware']['cores']} cores" in found["try"][0]["why"]
+
+    report["config"]["decoder"] = "cpu"
+    found = judge(report)
+    assert "slower part is decoding" in found["sentence"]
+    assert found["try"][0]["flags"] == "--decoder gpu"
+
+
 def slow_host(report: dict) -> None:
     report["host_seconds_per_step"] = 0.95 * step_seconds(report)
 

@@ -43,8 +43,10 @@ def test_ddp_over_nccl_gives_the_plain_steps():
         pytest.skip("this torch has no NCCL")
     done = run(DEVICE.type, ranks=1, script="tests/gpu/ddp_worker.py")
     differences = json.loads(done.stdout.splitlines()[-1])
-    assert differences["none"] == 0, "the sum over one rank"
-    assert 0 < differences["bf16"] < 0.01
-    assert 0 < differences["fp16"] < 0.002
-    assert differences["compiled"] < 0.002
+    assert differences["none"] == 0, differences
+    assert 0 < differences["bf16"] < 2**-8, (
+        differences
+    )  # a unit in the last place of each gradient; half of it is rounding
+    assert 0 < differences["fp16"] < 2**-11, differences
+    assert differences["compiled"] < 0.002, differences
     assert differences["graphs"] > 0
