@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from common.errors import TrainingError, UserError
 
@@ -21,6 +22,8 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=2)
 # And for all ranks to be there, once torchrun has started them on every machine.
 _PATIENCE_TO_START = timedelta(minutes=10)
+# For torchrun's own store, which it has before it starts any rank: without an answer, torchrun is gone.
+_PATIENCE_FOR_TORCHRUN = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +87,25 @@ def ranks_of_this_run(device: str) -> Iterator[Ranks]:
 
 
 def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
-    """torchrun's key-value store, with keys of our own for each start of the ranks. Raises TrainingError: one never comes.
+    """torchrun's key-value store, with keys of our own for each start of the ranks. Raises TrainingError: one never comes,
+    or torchrun died before this process could ask the kernel to tell it (common/orphans.py).
 
     torchrun keeps the store over restarts, and with it the addresses of ranks that are gone: one that is restarted and reads
     before the others have written would try to connect to those. Its count of restarts tells them apart on one machine only:
     on several, each counts its own failures, and not those who joined or left. So rank 0 makes up a name for this start, and
     gives it to whoever asks with a word that was made up for this start too.
     """
-    store, _, _ = next(dist.rendezvous("env://"))
+    torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store, _, _ = next(
+            dist.rendezvous("env://", timeout=_PATIENCE_FOR_TORCHRUN if torchruns else _PATIENCE_TO_START)
+        )
+    except dist.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise TrainingError(
+            f"nobody answers at {address}, where the ranks meet: torchrun is gone, start it again"
+        ) from error
+    store.set_timeout(default_pg_timeout)  # of what is asked later
     name = uuid.uuid4().hex
     if rank > 0:
         store.set(f"asks/{rank}", name)

@@ -49,7 +49,7 @@ def test_a_machine_joins_and_leaves(tmp_path, monkeypatch, fault):
 
 def test_ranks_find_each_other_whatever_an_earlier_start_left_in_the_store(monkeypatch):
     shared = dist.HashStore()
-    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(shared, 0, 0)]))
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: iter([(shared, 0, 0)]))
     shared.set("asks/1", "a rank that is gone")
     for start_number in range(3):
         stores: dict[int, dist.Store] = {}
@@ -67,7 +67,23 @@ def test_ranks_find_each_other_whatever_an_earlier_start_left_in_the_store(monke
 
 
 def test_a_rank_that_never_comes(monkeypatch):
-    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 0, 0)]))
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: iter([(dist.HashStore(), 0, 0)]))
     monkeypatch.setattr(ranks, "_PATIENCE_TO_START", ranks.timedelta(0))
     with pytest.raises(TrainingError, match="rank 1 did not come within 0 minutes"):
         ranks._store_of_this_start(0, 2)
+
+
+def test_ranks_whose_torchrun_is_gone_end_by_themselves(monkeypatch):
+    """Killed before they could ask the kernel to tell them."""
+    of_torchrun = {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+    }
+    port = str(free_port())
+    for name, value in {**of_torchrun, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "_PATIENCE_FOR_TORCHRUN", ranks.timedelta(seconds=1))
+    with pytest.raises(TrainingError, match=f"nobody answers at 127.0.0.1:{port}.*torchrun is gone"):
+        ranks._store_of_this_start(0, 1)
