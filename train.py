@@ -21,12 +21,12 @@ def train(config: Config) -> dict:
     from common.lock import FolderLock
     from common.progress import say
     from common.ranks import first_then_others, ranks_of_this_run
+    from engine.assembly import network_of
     from engine.data import open_data
     from engine.networks import initial_network, start_from
     from engine.precision import choose_precision, set_numerics
     from engine.resume import check_same_data, claim_out, open_checkpoint
     from engine.trainer import Trainer
-    from model.vgg import build
 
     with ranks_of_this_run(config.device) as ranks, FolderLock(config.out) as lock:
         set_numerics(deterministic=config.deterministic)
@@ -36,16 +36,7 @@ def train(config: Config) -> dict:
         data = open_data(config, ranks, precision, checkpoint=checkpoint, initial=initial)
         if checkpoint:
             check_same_data(checkpoint, data, allow_changed=config.allow_changed_data)
-        model = build(
-            config.arch,
-            classes=len(data.classes),
-            crop=config.crop,
-            dropout=config.dropout,
-            init=config.init,
-            device=ranks.device,
-            seed=config.seed,
-            batch_norm=config.batch_norm,
-        )
+        model = network_of(config, classes=len(data.classes), device=ranks.device)
         if initial:
             done = start_from(initial, model, config)
             if ranks.is_main:

@@ -13,6 +13,7 @@ from engine.config import Config
 from engine.distributed import data_parallel
 from engine.precision import Precision
 from engine.step import TrainStep, compile_model
+from model.vgg import VGG, build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,20 @@ def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch:
         average=average,
         compiled=compiled,
         passes=passes,
+    )
+
+
+def network_of(config: Config, *, classes: int, device: torch.device) -> VGG:
+    """The network that a configuration asks for, initialised as it says."""
+    return build(
+        config.arch,
+        classes=classes,
+        crop=config.crop,
+        dropout=config.dropout,
+        init=config.init,
+        device=device,
+        seed=config.seed,
+        batch_norm=config.batch_norm,
     )
 
 

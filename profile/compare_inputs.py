@@ -22,17 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from compare_loaders import measure, median_and_range
 from compare_steps import forever
+from stages import resident
 
 from common.errors import TrainingError, UserError, tell
 from common.flags import FlagParser
 from common.heap import share_one_heap
 from common.ranks import Ranks, ranks_of_this_run
-from engine.assembly import assemble, too_little_memory
+from engine.assembly import assemble, network_of, too_little_memory
 from engine.config import DIGITS, SYNTHETIC, Config, parse_args
 from engine.data import Data, open_data
 from engine.precision import Precision, choose_precision, set_numerics
-from model.vgg import build
-from pipeline.loader import Batch, SyntheticLoader
+from pipeline.loader import Batch
 from pipeline.prepare import Settings, prepare
 from pipeline.prepared import is_prepared
 
@@ -94,19 +94,10 @@ def compare(config: Config, ranks: Ranks, options: argparse.Namespace, work: Pat
 def training_step(data: Data, ranks: Ranks, precision: Precision) -> Callable[[Iterator[Batch]], object]:
     """The trainer's own, compiled where it would be, for these classes. It leaves the weights as they are."""
     config = data.config
-    model = build(
-        config.arch,
-        classes=len(data.classes),
-        crop=config.crop,
-        dropout=config.dropout,
-        init=config.init,
-        device=ranks.device,
-        seed=config.seed,
-        batch_norm=config.batch_norm,
-    )
+    model = network_of(config, classes=len(data.classes), device=ranks.device)
     config = replace(config, lr=0.0)
     step = assemble(config, ranks=ranks, precision=precision, micro_batch=data.micro_batch, model=model).step
-    step.warm_up(*next(noise(data)))
+    step.warm_up(*next(resident(data)))
     return step
 
 
@@ -117,22 +108,11 @@ def make_inputs(files: Data, ranks: Ranks, precision: Precision, work: Path) -> 
     settings = Settings(short_side=f"{low}" if low == high else f"max:{high}", quality=90, shard_images=2048)
     prepare(Path(config.data), folder, settings, threads=files.threads, ranks=ranks)
     prepared = open_data(replace(config, data=str(folder)), ranks, precision)
-    inputs = {NOISE: noise(files)}
+    inputs = {NOISE: resident(files)}
     for kind, data in (("files", files), ("prepared", prepared)):
         for name, changes in decoders(config, ranks).items():
             inputs[f"{kind}, {name}"] = replace(data, config=replace(data.config, **changes)).train_batches(0)
     return inputs
-
-
-def noise(data: Data) -> Iterator[Batch]:
-    return SyntheticLoader(
-        batch_size=data.micro_batch,
-        crop=data.config.crop,
-        classes=len(data.classes),
-        device=data.ranks.device,
-        half=data.precision.half_images,
-        pad_channels=data.config.pad_channels,
-    )
 
 
 def decoders(config: Config, ranks: Ranks) -> dict[str, dict]:

@@ -25,11 +25,10 @@ from common.errors import TrainingError, UserError, tell
 from common.flags import FlagParser
 from common.progress import say
 from common.ranks import Ranks, ranks_of_this_run
-from engine.assembly import assemble
+from engine.assembly import assemble, network_of
 from engine.config import SYNTHETIC, Config, parse_args
 from engine.data import open_data
 from engine.precision import Precision, choose_precision, set_numerics
-from model.vgg import build
 from pipeline.loader import Batch
 
 _NAMES = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
@@ -84,16 +83,7 @@ def make_steps(config: Config, ranks: Ranks, precision: Precision) -> dict[str, 
     data = open_data(config, ranks, precision)
     batches = data.train_batches(0)
     classes = len(data.classes)
-    model = build(
-        config.arch,
-        classes=classes,
-        crop=config.crop,
-        dropout=config.dropout,
-        init=config.init,
-        device=ranks.device,
-        seed=config.seed,
-        batch_norm=config.batch_norm,
-    )
+    model = network_of(config, classes=classes, device=ranks.device)
     parts = assemble(config, ranks=ranks, precision=precision, micro_batch=data.micro_batch, model=model)
     parts.step.warm_up(*next(batches))
     steps: dict[str, Callable[[], object]] = {OURS: lambda: parts.step(batches)}

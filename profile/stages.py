@@ -10,11 +10,11 @@ from laps import Laps, MarkedBatches, MarkedPrecision
 from loader_parts import decoding_alone, reading_alone
 
 from common.ranks import Ranks
-from engine.assembly import Assembly, assemble
+from engine.assembly import Assembly, assemble, network_of
 from engine.config import Config
 from engine.data import Data, open_data
 from engine.precision import Precision, choose_precision, set_numerics
-from model.vgg import VGG, build
+from model.vgg import VGG
 from pipeline.loader import Batch, SyntheticLoader
 
 _STAGES_WITH_DATA = 4
@@ -89,16 +89,7 @@ def time_loader(bench: Bench) -> tuple[Timing, float]:
 
 def build_model(bench: Bench) -> VGG:
     config = bench.config
-    return build(
-        config.arch,
-        classes=len(bench.data.classes),
-        crop=config.crop,
-        dropout=config.dropout,
-        init=config.init,
-        device=bench.ranks.device,
-        seed=config.seed,
-        batch_norm=config.batch_norm,
-    )
+    return network_of(config, classes=len(bench.data.classes), device=bench.ranks.device)
 
 
 def assemble_step(bench: Bench, model: VGG) -> tuple[Assembly, float]:
@@ -123,21 +114,21 @@ def time_step_without_all_reduce(bench: Bench, model: VGG) -> Timing:
         model=model,
     )
     _first_pass(bench, assembly)
-    timing = bench.time(training_step(bench, assembly, resident(bench)))
+    timing = bench.time(training_step(bench, assembly, resident(bench.data)))
     torch._dynamo.reset()  # inside DDP, the model is compiled in parts, one a bucket: these kernels must not be used again
     return timing
 
 
-def resident(bench: Bench) -> Iterator[Batch]:
+def resident(data: Data) -> Iterator[Batch]:
     """One batch that stays on the device, yielded for ever."""
     return SyntheticLoader(
-        batch_size=bench.data.micro_batch,
-        crop=bench.config.crop,
-        classes=len(bench.data.classes),
-        device=bench.ranks.device,
-        half=bench.precision.half_images,
-        pad_channels=bench.config.pad_channels,
-        seed=bench.ranks.rank,
+        batch_size=data.micro_batch,
+        crop=data.config.crop,
+        classes=len(data.classes),
+        device=data.ranks.device,
+        half=data.precision.half_images,
+        pad_channels=data.config.pad_channels,
+        seed=data.ranks.rank,
     )
 
 
@@ -169,7 +160,7 @@ def _times(count: int, call: Callable[[], object]) -> Callable[[], None]:
 
 def _first_pass(bench: Bench, assembly: Assembly) -> float:
     began = perf_counter()
-    assembly.step.warm_up(*next(resident(bench)))
+    assembly.step.warm_up(*next(resident(bench.data)))
     if bench.ranks.device.type == "cuda":
         torch.cuda.synchronize(bench.ranks.device)
     return perf_counter() - began

@@ -176,7 +176,7 @@ def run_stages(bench: Bench, trace: Path | None) -> Findings:
     begin("the step")
     assembly, first_pass_seconds = assemble_step(bench, model)
     found.compile_seconds = first_pass_seconds if assembly.compiled else None
-    step = training_step(bench, assembly, resident(bench))
+    step = training_step(bench, assembly, resident(bench.data))
     found.step = bench.time(step)
     found.host_seconds = host_seconds(bench, assembly, step)
     if ranks.world_size > 1:

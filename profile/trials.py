@@ -240,7 +240,7 @@ def _loader(bench: Bench) -> float:
 
 
 def _step(bench: Bench) -> float:
-    return _median_rate(bench, bench.time(training_step(bench, _assembled(bench), resident(bench))))
+    return _median_rate(bench, bench.time(training_step(bench, _assembled(bench), resident(bench.data))))
 
 
 def _training(bench: Bench) -> float:
