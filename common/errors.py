@@ -22,6 +22,13 @@ class TrainingError(Exception):
     exit_code = 1
 
 
+class DataSourceError(TrainingError):
+    """What the images are read from failed in mid-run: a folder unmounted, a network gone, a token expired.
+
+    The state of the run is whole: it can be saved, and the run goes on from it when the source is there again.
+    """
+
+
 def tell(error: UserError | TrainingError) -> int:
     """Print the error, one line on stderr. Returns the exit code."""
     if os.environ.get("RANK", "0") != "0":

@@ -1,11 +1,20 @@
 """Files that are written whole or not at all, and where this project keeps its own."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+# What the system says of a disk, a network or this process; reading again may help, and no file's content is at fault.
+_STORAGE_TROUBLE = frozenset(
+    getattr(errno, name)
+    for name in """EIO ESTALE ENOTCONN ETIMEDOUT EREMOTEIO ENODEV ENXIO ENOMEDIUM ESHUTDOWN EHOSTDOWN EHOSTUNREACH ENETDOWN
+    ENETUNREACH ENETRESET ECONNRESET ECONNABORTED ECONNREFUSED EPROTO ECOMM ENOLINK EKEYEXPIRED EKEYREVOKED ENOKEY
+    EAGAIN EBUSY ECANCELED EMFILE ENFILE ENOMEM ENOBUFS ENOLCK EUCLEAN EBADMSG""".split()
+)
 
 
 @contextmanager
@@ -59,6 +68,14 @@ def sync_folder(folder: Path) -> None:
         pass  # some network file systems refuse to sync a folder; the rename itself has happened
     finally:
         os.close(descriptor)
+
+
+def is_storage_trouble(error: OSError) -> bool:
+    """Whether reading failed for the storage (a network gone, a disk that fails) or for this process (too many open files).
+
+    Otherwise it failed for the file alone: it is gone, may not be read, or is a folder.
+    """
+    return error.errno in _STORAGE_TROUBLE
 
 
 def cache_folder() -> Path:
