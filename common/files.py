@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 # What the system says of a disk, a network or this process; reading again may help, and no file's content is at fault.
-_STORAGE_TROUBLE = frozenset(
-    getattr(errno, name)
-    for name in """EIO ESTALE ENOTCONN ETIMEDOUT EREMOTEIO ENODEV ENXIO ENOMEDIUM ESHUTDOWN EHOSTDOWN EHOSTUNREACH ENETDOWN
-    ENETUNREACH ENETRESET ECONNRESET ECONNABORTED ECONNREFUSED EPROTO ECOMM ENOLINK EKEYEXPIRED EKEYREVOKED ENOKEY
-    EAGAIN EBUSY ECANCELED EMFILE ENFILE ENOMEM ENOBUFS ENOLCK EUCLEAN EBADMSG""".split()
-)
+_STORAGE_TROUBLE = {
+    errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOMEDIUM, errno.EUCLEAN, errno.EBADMSG,
+    errno.EREMOTEIO, errno.ENOLINK, errno.ECOMM, errno.EPROTO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.ECONNRESET,
+    errno.ECONNABORTED, errno.ECONNREFUSED, errno.EKEYEXPIRED, errno.EKEYREVOKED, errno.ENOKEY, errno.ECANCELED,
+    errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOLCK,
+}  # fmt: skip
 
 
 @contextmanager
