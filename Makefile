@@ -39,10 +39,10 @@ pictures: $(VENV)/installed
 
 ifeq ($(origin PYTHON),file)
 gpu-report: $(VENV)/installed-dev
-	$(BIN)/python profile/gpu_report.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python profile/gpu_report.py $${DATA:+--data "$$DATA"}
 else
 gpu-report:
-	$(PYTHON) profile/gpu_report.py $(if $(DATA),--data $(DATA))
+	$(PYTHON) profile/gpu_report.py $${DATA:+--data "$$DATA"}
 endif
 
 clean:

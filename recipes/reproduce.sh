@@ -10,6 +10,8 @@
 # way continues from its last checkpoint. Remove a stage's folder to have it made again.
 set -euo pipefail
 
+. "$(dirname -- "$0")/../sweeps/common.sh"
+
 DATA=${DATA:-digits}
 OUT=${OUT:-runs/paper}
 RANKS=${RANKS:-1}               # processes on this machine: a number, or gpu for one on each GPU
@@ -21,8 +23,11 @@ case "$#:${1:-}" in
     1:--dry-run) dry_run=yes ;;
     *) echo "error: the only flag is --dry-run; DATA, OUT, RANKS and PYTHON are given by environment" >&2; exit 2 ;;
 esac
-recipes=$(dirname "$0")
-cd "$recipes/.."
+case $OUT in -*) OUT=./$OUT ;; esac  # a folder, not a flag
+if [ "$RANKS" != gpu ] && { ! is_whole "$RANKS" || [ "$RANKS" = 0 ]; }; then
+    refuse RANKS "give a number of processes, or gpu for one on each GPU"
+fi
+cd -- "$(dirname -- "$0")/.."
 
 launch=("$PYTHON")
 [ "$RANKS" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node="$RANKS")

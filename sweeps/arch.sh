@@ -8,11 +8,13 @@
 # SEEDS         of weights, order, augmentation and dropout ("0")
 # All else: sweeps/common.sh.
 set -euo pipefail
-. "$(dirname "$0")/common.sh"
+. "$(dirname -- "$0")/common.sh"
 
 FLAGS=(--data digits --epochs 1)
 ARCHS=${ARCHS:-A A-LRN B C D E}
 SEEDS=${SEEDS:-0}
+lists ARCHS
+numbers SEEDS
 
 grid() {
     for arch in $ARCHS; do

@@ -8,10 +8,11 @@
 # BATCH_SIZES   images in a step, over all ranks together ("16 32 64")
 # All else: sweeps/common.sh.
 set -euo pipefail
-. "$(dirname "$0")/common.sh"
+. "$(dirname -- "$0")/common.sh"
 
 FLAGS=(--arch A --data digits)
 BATCH_SIZES=${BATCH_SIZES:-16 32 64}
+counts BATCH_SIZES
 
 grid() {
     for batch_size in $BATCH_SIZES; do

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the sweeps have in common. Each sources this file, names its FLAGS, defines a function grid that calls train or
-# throughput once for each run, and ends with: sweep "$@".
+# What the sweeps have in common. Each sources this file, names its FLAGS, has its variables checked, defines a function grid
+# that calls train or throughput once for each run, and ends with: sweep "$@".
 #
 #   sweeps/NAME.sh [--dry-run] [--retry-failed] [FLAGS of every run]
 #   sweeps/NAME.sh --count              how many runs there are
@@ -13,10 +13,58 @@
 #
 # Relative paths start at the repository. docs/sweeps.md says when a run counts as done, and what the columns are.
 
-NAME=$(basename "$0" .sh)
+set -f         # the words of a variable are values: * is no list of files
+unset CDPATH   # cd would look there first, and print where it went
+
+NAME=$(basename -- "$0" .sh)
 CSV=${CSV:-runs/sweeps/$NAME.csv}
 PYTHON=${PYTHON:-python}
 SECONDS_A_STAGE=${SECONDS_A_STAGE:-2}  # of throughput.py's measuring; its own default is 12
+
+# VARIABLE REASON: end with one sentence.
+refuse() {
+    printf 'error: %s=%q: %s\n' "$1" "${!1-}" "$2" >&2
+    exit 2
+}
+
+is_whole() {
+    case $1 in '' | *[!0123456789]* | 0?* | ??????????*) return 1 ;; esac
+}
+
+# VARIABLE…: each is a list of whole numbers above 0. In arithmetic, bash would run what else stands there, as a[$(command)].
+counts() {
+    local variable word
+    lists "$@"
+    for variable in "$@"; do
+        for word in ${!variable}; do
+            if ! is_whole "$word" || [ "$word" = 0 ]; then
+                refuse "$variable" "give whole numbers above 0"
+            fi
+        done
+    done
+}
+
+# VARIABLE…: each is a list of numbers, as 0.01 or 1e-3.
+numbers() {
+    local variable word
+    lists "$@"
+    for variable in "$@"; do
+        for word in ${!variable}; do
+            [[ $word =~ ^-?[0123456789]*[.]?[0123456789]+(e-?[0123456789]+)?$ ]] || refuse "$variable" "give numbers"
+        done
+    done
+}
+
+# VARIABLE…: each is a list of values. A flag among them would be one of another program's.
+lists() {
+    local variable word
+    for variable in "$@"; do
+        [ -n "${!variable//[[:space:]]/}" ] || refuse "$variable" "give values, with spaces between them"
+        for word in ${!variable}; do
+            case $word in -*[!0123456789.e-]* | --* | -) refuse "$variable" "give values, not flags" ;; esac
+        done
+    done
+}
 
 train() { run train.py "$@"; }
 throughput() { run profile/throughput.py --seconds "$SECONDS_A_STAGE" "$@"; }
@@ -53,7 +101,10 @@ run() {
 }
 
 sweep() {
-    cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+    cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit
+    case $SECONDS_A_STAGE in
+        *[!0123456789.]* | *.*.* | . | "") refuse SECONDS_A_STAGE "give a number of seconds" ;;
+    esac
     local options=() pass=count number=0 total="" only="" failed=0 busy="" count="" dry_run=""
     [ "${KEEP_CHECKPOINTS:-}" != 1 ] || options+=(--keep-checkpoints)
     while [ $# -gt 0 ]; do
@@ -74,10 +125,11 @@ sweep() {
         echo "$total"
         exit
     fi
-    if [ -n "$only" ] && ! [[ "$only" =~ ^[0-9]+$ && "$only" -ge 1 && "$only" -le "$total" ]]; then
-        echo "error: --run $only: there are runs 1 to $total" >&2
+    if [ -n "$only" ] && ! { is_whole "$only" && [ "$only" -ge 1 ] && [ "$only" -le "$total" ]; }; then
+        printf 'error: --run %q: there are runs 1 to %s\n' "$only" "$total" >&2
         exit 2
     fi
+    command -v -- "$PYTHON" >/dev/null || refuse PYTHON "no such program; name a Python that has the requirements"
     if [ -z "$dry_run$only" ]; then
         pass=check
         grid

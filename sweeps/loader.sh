@@ -9,12 +9,14 @@
 # DECODERS      gpu, cpu or auto ("auto")
 # All else: sweeps/common.sh.
 set -euo pipefail
-. "$(dirname "$0")/common.sh"
+. "$(dirname -- "$0")/common.sh"
 
 FLAGS=(--arch A --data digits)
 THREADS=${THREADS:-1 2 3}
 PREFETCHES=${PREFETCHES:-2}
 DECODERS=${DECODERS:-auto}
+counts THREADS PREFETCHES
+lists DECODERS
 
 grid() {
     for decoder in $DECODERS; do

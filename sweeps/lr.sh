@@ -8,11 +8,12 @@
 # SEEDS         of weights, order, augmentation and dropout ("0")
 # All else: sweeps/common.sh.
 set -euo pipefail
-. "$(dirname "$0")/common.sh"
+. "$(dirname -- "$0")/common.sh"
 
 FLAGS=(--arch A --data digits --epochs 2)
 LRS=${LRS:-0.003 0.01 0.03}
 SEEDS=${SEEDS:-0}
+numbers LRS SEEDS
 
 grid() {
     for lr in $LRS; do

@@ -8,11 +8,12 @@
 # COMPILES      on or off ("off")
 # All else: sweeps/common.sh.
 set -euo pipefail
-. "$(dirname "$0")/common.sh"
+. "$(dirname -- "$0")/common.sh"
 
 FLAGS=(--arch A --data digits)
 PRECISIONS=${PRECISIONS:-fp32 bf16}
 COMPILES=${COMPILES:-off}
+lists PRECISIONS COMPILES
 
 grid() {
     for compile in $COMPILES; do

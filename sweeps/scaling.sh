@@ -9,12 +9,15 @@
 # BATCH_SIZE    images in a step: over all ranks together with strong scaling, on each with weak scaling (32)
 # All else: sweeps/common.sh.
 set -euo pipefail
-. "$(dirname "$0")/common.sh"
+. "$(dirname -- "$0")/common.sh"
 
 FLAGS=(--arch A --data digits)
 RANKS=${RANKS:-1 2}
 SCALINGS=${SCALINGS:-strong weak}
 BATCH_SIZE=${BATCH_SIZE:-32}
+counts RANKS
+is_whole "$BATCH_SIZE" || refuse BATCH_SIZE "give a whole number"
+lists SCALINGS
 
 grid() {
     for scaling in $SCALINGS; do
@@ -22,7 +25,7 @@ grid() {
             case $scaling in
                 strong) batch_size=$BATCH_SIZE ;;
                 weak) batch_size=$((BATCH_SIZE * ranks)) ;;
-                *) echo "error: SCALINGS: $scaling is neither strong nor weak" >&2; exit 2 ;;
+                *) refuse SCALINGS "give strong, weak or both" ;;
             esac
             throughput --variant "$scaling" --ranks "$ranks" --batch-size "$batch_size"
         done

@@ -79,6 +79,47 @@ def test_slurm_would_run(tmp_path):
     assert ":22345 " in torchrun
 
 
+@pytest.mark.parametrize(
+    ("variables", "gpus", "ranks"),
+    [
+        ({"RANKS": "3", "SLURM_GPUS_ON_NODE": "2"}, "", "3"),
+        ({"SLURM_GPUS_ON_NODE": "2"}, "", "2"),
+        ({"SLURM_GPUS_ON_NODE": "0"}, "", "1"),
+        ({}, "", "1"),
+        ({}, "No devices were found", "1"),
+        ({}, "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)", "gpu"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)", "1"),
+        ({"RANKS": "gpu"}, "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)", "gpu"),
+        ({"RANKS": "gpu"}, "", None),
+    ],
+)
+def test_ranks_of_a_job_are_those_given_or_the_nodes_gpus(tmp_path, variables, gpus, ranks):
+    """srun stands for SLURM's and runs the job's step; without a GPU, torchrun would end in a traceback."""
+    if not gpus and Path("/proc/driver/nvidia/gpus").is_dir():
+        pytest.skip("this machine has a GPU")
+    environment = fake_slurm(tmp_path, 'shift; exec "$@"')
+    for name, action in {"torchrun": ":", "nvidia-smi": f"echo {gpus!r}; [ -n {gpus!r} ]"}.items():
+        (tmp_path / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*" >> {tmp_path}/calls\n{action}\n')
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", "sweeps/slurm.sbatch", "--arch", "A"],
+        cwd=ROOT,
+        env={**environment, "SLURM_SUBMIT_DIR": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (*_, last) = (tmp_path / "calls").read_text().splitlines()
+    if ranks is None:
+        assert (done.returncode, done.stderr) == (
+            2,
+            "error: RANKS=gpu: there is no GPU here; give a number of processes\n",
+        )
+    else:
+        assert done.returncode == 0, done.stderr
+        assert last.startswith(f"torchrun --nnodes=2 --nproc_per_node={ranks} ")
+
+
 def test_slurm_requeues_what_it_stopped(tmp_path):
     """USR1 to the script, ahead of the time limit: the steps get SIGTERM, and the script waits for them."""
     srun = 'echo $$ > srun.pid; trap "sleep 0.5; echo saved >> calls; exit 1" TERM; while :; do sleep 0.1; done'

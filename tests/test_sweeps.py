@@ -173,6 +173,107 @@ def test_what_is_wrong_is_said_before_the_first_run(flags, others, words, folder
     assert rates_run(folder) == []
 
 
+CODE = [
+    "a[$(touch {mark})]",
+    "x[`touch {mark}`]",
+    "1;touch {mark}",
+    "$(touch {mark})",
+    "-x;touch {mark}",
+    "1\n2 $(touch {mark})",
+]
+NO_NUMBERS = [*CODE, "*", "08", "99999999999999999999", "--help", " "]
+"""What stands in bash's arithmetic is run, and in an unquoted list it is a pattern of file names."""
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (["sweeps/scaling.sh", "--count"], ["RANKS", "BATCH_SIZE"]),
+        (["sweeps/batch_size.sh", "--count"], ["BATCH_SIZES"]),
+        (["sweeps/loader.sh", "--count"], ["THREADS", "PREFETCHES"]),
+        (["recipes/reproduce.sh", "--dry-run"], ["RANKS"]),
+        (["sweeps/two_machines.sh", "--dry-run"], ["PORT", "NODES", "RANKS", "RESTARTS", "LAST_CALL", "PROGRAM"]),
+        (["sweeps/two_machines.sh", "--dry-run"], ["HOST"]),
+        (["bash", "sweeps/slurm.sbatch", "--dry-run"], ["RANKS", "PORT"]),
+    ],
+)
+def test_a_variable_that_is_no_number_is_refused_and_not_run(command, names, tmp_path):
+    mark = tmp_path / "mark"
+    for name in names:
+        for value in NO_NUMBERS:
+            variables = {"HOST": "localhost", name: value.format(mark=mark)}
+            if (name, value) == ("HOST", "99999999999999999999"):
+                continue  # may be a name
+            done = subprocess.run(
+                command, cwd=ROOT, env={**environment(), **variables}, capture_output=True, text=True, check=False
+            )
+            assert not mark.exists(), f"{variables} was run"
+            assert done.returncode == 2, (variables, done)
+            assert done.stderr.startswith(f"error: {name}="), (variables, done)
+            assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", CODE)
+def test_what_slurm_says_is_a_number_or_refused(value, tmp_path):
+    mark = tmp_path / "mark"
+    for script, names in {
+        "slurm.sbatch": ["SLURM_JOB_ID", "SLURM_NNODES", "SLURM_GPUS_ON_NODE"],
+        "slurm_array.sbatch": ["SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_JOB_ID"],
+    }.items():
+        for name in names:
+            done = subprocess.run(
+                ["bash", f"sweeps/{script}", "--dry-run", "sweeps/lr.sh"],
+                cwd=ROOT,
+                env={**environment(), name: value.format(mark=mark)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert not mark.exists()
+            assert done.returncode == 2
+            assert done.stderr.startswith(f"error: {name}=")
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "value"),
+    [
+        *(("lr", "LRS", value) for value in (*CODE, "*", "fast", "--help", " ")),
+        *(("lr", variable, "$(true)") for variable in ("SEEDS", "SECONDS_A_STAGE")),
+        *((name, variable, "--help") for name, variable in (("arch", "ARCHS"), ("precision", "COMPILES"))),
+        ("lr", "PYTHON", "no such program"),
+    ],
+)
+def test_values_of_a_grid_are_no_flags_and_no_patterns(name, variable, value, folder):
+    mark = folder / "mark"
+    done = sweep(folder, "--dry-run", name=name, **{variable: value.format(mark=mark)})
+    assert (done.returncode, done.stdout, mark.exists()) == (2, "", False)
+    assert done.stderr.startswith(f"error: {variable}=")
+    assert rates_run(folder) == []
+
+
+def test_cdpath_does_not_lead_elsewhere(folder):
+    """With it set, cd prints where it went, which --count would print along."""
+    assert sweep(folder, "--count", CDPATH=str(ROOT)).stdout == "3\n"
+
+
+def test_make_does_not_run_the_name_of_a_folder(folder):
+    for data in ("a b`touch {mark}`", "a; touch {mark}", "it's"):
+        data = data.format(mark=folder / "mark")
+        python = folder / "show"
+        python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"')
+        python.chmod(0o755)
+        shown = subprocess.run(
+            ["make", "--silent", "gpu-report", f"PYTHON={python}"],
+            cwd=ROOT,
+            env={**environment(), "DATA": data},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert shown.splitlines() == ["profile/gpu_report.py", "--data", data]
+    assert not (folder / "mark").exists()
+
+
 _SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("batch_size", "loader", "precision", "arch")]
 
 
