@@ -154,7 +154,7 @@ class LoadingFlags:
     """Where JPEGs are decoded. auto: where the network runs."""
     hw_decoder_load: float = 0.65
     """Share of the images that --decoder gpu gives to the GPU's JPEG engine, where it has one (A100, H100 …), in [0, 1];
-    the best one depends on THREADS."""
+    the best one depends on THREADS. Validation, and --deterministic, give it all of them (1) or none."""
     threads: int | None = None
     """DALI's CPU threads in each rank. Default: one more than the rank's share of the cores; with --decoder gpu 8 at most."""
     prefetch: int = 2

@@ -95,6 +95,17 @@ class Data:
         """DALI's CPU threads in this rank."""
         return self.config.threads or default_threads(self.ranks.cpu_share, self.decoder)
 
+    def engine_load(self, *, training: bool) -> float:
+        """The share of a loader's images that --decoder gpu gives to the GPU's JPEG engine, in [0, 1].
+
+        Of a batch that the engine shares with other decoders it gets the images that come first by kind and size: an image's
+        pixels then depend on its batch-mates, and so on micro-batch and rank count. Where a result must not, the engine
+        decodes all or none. None, unless all are asked for: nvImageCodec marks the engine's images good before they are decoded.
+        """
+        load = self.config.hw_decoder_load
+        shares = training and not self.config.deterministic
+        return load if shares or load == 1 else 0.0
+
     def train_batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches of this rank, endless, from sample number `start` on."""
         if self.manifest is None:
@@ -116,6 +127,7 @@ class Data:
             ),
             micro_batch,
             self.bad_rows,
+            training=True,
         )
 
     def train_plan(self) -> TrainPlan:
@@ -209,7 +221,9 @@ class Data:
         batches_after: Callable[[int], Iterator[Samples]],
         batch_size: int,
         bad_rows: set[int],
+        *,
         whole: bool = False,
+        training: bool = False,
     ) -> DaliLoader:
         return DaliLoader(
             batches_after,
@@ -218,7 +232,7 @@ class Data:
             crop=None if whole else self.config.crop,
             device=self.ranks.device,
             decoder=self.decoder,
-            hw_decoder_load=self.config.hw_decoder_load,
+            hw_decoder_load=self.engine_load(training=training),
             half=self.precision.half_images,
             threads=self.threads,
             prefetch=self.config.prefetch,
@@ -373,4 +387,12 @@ def _micro_batch(config: Config, ranks: Ranks) -> int:
             f"that divides it, or take a multiple of {ranks.world_size}"
         )
     limit = min(config.micro_batch or share, share)
-    return next(size for size in range(limit, 0, -1) if share % size == 0)
+    size = next(size for size in range(limit, 0, -1) if share % size == 0)
+    if 2 * size < limit and ranks.is_main:
+        step = limit * ranks.world_size
+        less, more = config.batch_size // step * step, -(-config.batch_size // step) * step
+        say(
+            f"warning: --micro-batch {limit}: a rank's {share} images divide into passes of {size} at most; "
+            f"--batch-size {less} or {more} makes passes of {limit}"
+        )
+    return size

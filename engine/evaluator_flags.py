@@ -50,6 +50,7 @@ class InputFlags:
             threads=self.threads,
             max_bad_images=self.max_bad_images,
             batch_size=self.batch_size * world_size,
+            micro_batch=self.batch_size,
         )
         check(config)
         return config

@@ -73,6 +73,7 @@ def predict(
         half=precision.half_images,
         threads=threads,
         prefetch=2,
+        hw_decoder_load=0.0,  # as a validation has it: an answer must not depend on the other images (engine/data.py)
     )
     model = network.build(device)
     likeliest: dict[int, tuple[list[int], list[float]]] = {}
