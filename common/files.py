@@ -1,10 +1,12 @@
 """Files that are written whole or not at all, and where this project keeps its own."""
 
+import contextlib
 import errno
 import os
+import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tokenize
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,8 +19,14 @@ _STORAGE_TROUBLE = {
     errno.EAGAIN, errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOLCK,
 }  # fmt: skip
 
+DAMAGED_FILE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError, SyntaxError, tokenize.TokenError,
+    RecursionError, MemoryError,
+)  # fmt: skip
+"""What reading a JSON file, or one of NumPy's, can raise where anybody may have written anything into it."""
 
-@contextmanager
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new binary file that takes its name, and the old file's place, only when it is complete and on the disk.
 
@@ -26,7 +34,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "w+b") as file:
             os.fchmod(descriptor, 0o666 & ~_umask())  # mkstemp's 0600 would shut out the user's group
             yield file
             file.flush()
@@ -58,6 +66,25 @@ def link_over(source: Path, target: Path) -> None:
         temporary.unlink()
         raise
     sync_folder(target.parent)
+
+
+def remove_own(folder: Path, name: re.Pattern[str], *, but: Collection[str] = ()) -> None:
+    """Remove the files whose whole names match from a folder, but for some.
+
+    Only regular files, and only where the folder itself is none that a link leads to: what lies behind one is not ours.
+    Somebody else may remove them meanwhile.
+    """
+    if folder.is_symlink():
+        return
+    with os.scandir(folder) as entries:
+        found = [
+            entry.path
+            for entry in entries
+            if name.fullmatch(entry.name) and entry.name not in but and entry.is_file(follow_symlinks=False)
+        ]
+    for path in found:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -42,7 +42,7 @@ def decode_whole(
     sizes: int64 [n, 2], what each is resized to, with training's filter; None leaves them as they are. An image that has
     its size already comes through bit-identically. threads: of the decoder; the result does not depend on them.
     Yields (uint8 [height, width, 3], "") or (None, why it cannot be decoded). The arrays are the caller's to keep. Raises
-    TrainingError where a shard cannot be read.
+    DataSourceError where the storage of files or shards fails, for a minute.
     """
     fetch = None if isinstance(table, FileTable) else ShardReader(table, threads=None, batches_ahead=_PREFETCH).fetch
     images_a_batch = max(_LEAST_IMAGES, _IMAGES_A_THREAD * threads)
@@ -67,7 +67,7 @@ def decode_whole(
             if not is_about_an_image(error):
                 raise
         # The first batch that was not delivered image by image; those behind it go through a new pipeline.
-        yield from _one_by_one(*in_flight[0], make_pipeline)
+        yield from _one_by_one(*in_flight[0], make_pipeline, from_files=fetch is None)
         given_back.extendleft(list(in_flight)[:0:-1])
         in_flight.clear()
 
@@ -99,11 +99,12 @@ def _inputs(batch: _Batch, encoded: np.ndarray, which: slice = slice(None)) -> t
 
 
 def _one_by_one(
-    batch: _Batch, encoded: np.ndarray, make_pipeline: Callable[..., Pipeline]
+    batch: _Batch, encoded: np.ndarray, make_pipeline: Callable[..., Pipeline], *, from_files: bool
 ) -> Iterator[tuple[np.ndarray | None, str]]:
     alone = [_inputs(batch, encoded, slice(index, index + 1)) for index in range(len(batch.sizes))]
     make_pipeline = functools.partial(make_pipeline, batch_size=1, threads=1, prefetch=1)
-    for index, (outputs, reason) in enumerate(each_alone(alone, make_pipeline)):
+    results = each_alone(alone, make_pipeline, from_files=from_files)
+    for index, (outputs, reason) in enumerate(results):
         if outputs is None:
             yield None, reason
         else:

@@ -13,19 +13,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.errors import TrainingError
+from common.errors import DataSourceError, TrainingError
+from common.progress import say
 from pipeline.graphs import HW_DECODER_LOAD, image_pipeline
 from pipeline.plan import Samples
 from pipeline.reader import Fetch, fetched, graph_inputs
-from pipeline.recovery import cause_of, is_about_an_image, undecodable
+from pipeline.recovery import cause_of, is_about_an_image, is_about_reading, undecodable
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+_ATTEMPTS = 5  # at a batch of which a file could not be read, though each can by itself
 
 
 class DaliLoader:
     """Runs a plan's batches through the DALI graph; DALI reads, decodes and prefetches in its own threads.
 
-    When DALI fails on an image, the loader finds it, has the plan do without it, and goes on at the same batch.
+    When DALI fails on an image, the loader finds it, has the plan do without it, and goes on at the same batch. When the
+    storage fails, no image is lost: the loader waits for it, for a minute, and then raises DataSourceError.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class DaliLoader:
             hw_decoder_load=hw_decoder_load,
             pad_channels=pad_channels,
         )
-        self._delivered = 0
+        self._delivered = self._attempts = 0
         self._start()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -75,6 +79,7 @@ class DaliLoader:
     def __next__(self) -> Batch:
         images, labels = self._run()
         self._delivered += 1
+        self._attempts = 0
         self._in_flight.popleft()
         # NHWC memory permuted to NCHW is what torch calls channels_last: no copy.
         return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), torch.from_dlpack(labels.as_tensor())
@@ -116,7 +121,17 @@ class DaliLoader:
                 dead = np.zeros(len(reasons), dtype=bool)
                 dead[list(self._undecodable(failed.first_pixels()))] = True
                 self._lose(failed, dead, list(reasons.values()))
-        if not found:
+        if found:
+            return
+        self._attempts += 1
+        if is_about_reading(error) and self._attempts < _ATTEMPTS:
+            say(f"warning: a file could not be read ({cause_of(error)}), and now can; going on")
+        elif is_about_reading(error):
+            raise DataSourceError(
+                f"files cannot be read in batches ({cause_of(error)}), though each can by itself; "
+                "if too many files are open, raise ulimit -n, or lower --threads"
+            ) from error
+        else:
             raise TrainingError(
                 f"DALI failed on a batch ({cause_of(error)}), though each image of it can be decoded on the CPU; "
                 "try --decoder cpu"

@@ -13,7 +13,6 @@ that it was at. What is written depends on SRC and the flags alone.
 
 import argparse
 import functools
-import hashlib
 import io
 import json
 import os
@@ -39,7 +38,7 @@ from pipeline.decoding import decode_whole, each_in_order
 from pipeline.manifest import open_manifest
 from pipeline.manifest_files import Manifest, load_manifest, read_quarantine, write_quarantine
 from pipeline.plan import rescaled_sizes
-from pipeline.prepared import FORMAT, INDEX, read_index
+from pipeline.prepared import FORMAT, INDEX, fingerprint_of, read_index
 from pipeline.scan import SPLITS, check_no_empty_class
 from pipeline.storage import S3_SCHEME, open_storage
 from pipeline.tables import SHARD_ROW, FileTable, shard_name
@@ -242,7 +241,6 @@ def _save_part(file: BinaryIO, index: np.ndarray, reasons: dict[str, str]) -> No
 
 def _finish(shards: list[Shard], manifest: Manifest, destination: Path, settings: Settings) -> None:
     """Join the parts of the index and write it; index.json, written last, makes the data set complete."""
-    digest = hashlib.blake2b(json.dumps(manifest.classes).encode(), digest_size=16)
     parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     reasons: dict[str, str] = {}
     for shard in shards:
@@ -256,8 +254,7 @@ def _finish(shards: list[Shard], manifest: Manifest, destination: Path, settings
     for split in SPLITS:
         labels = np.unique(tables[split]["label"]).tolist()
         check_no_empty_class(manifest.root, split, list(manifest.classes), labels, quarantine)
-        digest.update(tables[split].data)
-    fingerprint = digest.hexdigest()
+    fingerprint = fingerprint_of(list(manifest.classes), (tables[split] for split in SPLITS))
     table_names = {split: f"{split}-{fingerprint}.npy" for split in SPLITS}
     description = {
         "format": FORMAT,

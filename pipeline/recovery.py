@@ -1,18 +1,30 @@
 """Which images of a batch DALI cannot decode. Its own message names a file only sometimes, and its pipeline is then lost."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 from nvidia.dali import Pipeline
 
+from common.files import is_storage_trouble
+from pipeline import storage
 from pipeline.graphs import image_pipeline
 from pipeline.plan import Samples
 from pipeline.reader import Fetch, fetched, graph_inputs
+from pipeline.storage import StorageTrouble, patiently, unreadable
+
+_ATTEMPTS = 3  # at an image whose file could not be read, and now can
+_BLOCK_BYTES = 1 << 20
+
+
+def is_about_reading(error: RuntimeError) -> bool:
+    """Whether DALI failed in reading a file, before it looked at what is in it."""
+    return "fn.io.file.read" in str(error)
 
 
 def is_about_an_image(error: RuntimeError) -> bool:
     """Whether DALI failed in reading or decoding files, and not for a fault in the program."""
-    return any(operator in str(error) for operator in ("fn.io.file.read", "fn.decoders", "fn.peek_image_shape"))
+    return is_about_reading(error) or any(operator in str(error) for operator in ("fn.decoders", "fn.peek_image_shape"))
 
 
 def cause_of(error: RuntimeError) -> str:
@@ -27,7 +39,7 @@ def cause_of(error: RuntimeError) -> str:
 def undecodable(samples: Samples, crop: int | None, fetch: Fetch | None, *, whole: bool = False) -> dict[int, str]:
     """Try the samples one by one on the CPU. Returns the indices of those that fail, with DALI's reason.
 
-    whole: decode the whole images, and not only the windows.
+    whole: decode the whole images, and not only the windows. Raises DataSourceError: see each_alone.
     """
     one_by_one = (samples.take(slice(index, index + 1)) for index in range(len(samples.labels)))
     alone = [graph_inputs(*one, from_files=fetch is None) for one in fetched(one_by_one, fetch)]
@@ -43,17 +55,20 @@ def undecodable(samples: Samples, crop: int | None, fetch: Fetch | None, *, whol
         prefetch=1,
         whole=whole,
     )
-    return {index: reason for index, (_, reason) in enumerate(each_alone(alone, make_pipeline)) if reason}
+    results = each_alone(alone, make_pipeline, from_files=fetch is None)
+    return {index: reason for index, (_, reason) in enumerate(results) if reason}
 
 
 def each_alone(
-    inputs: Sequence[tuple], make_pipeline: Callable[[Callable[[], tuple]], Pipeline]
+    inputs: Sequence[tuple], make_pipeline: Callable[[Callable[[], tuple]], Pipeline], *, from_files: bool
 ) -> Iterator[tuple[tuple | None, str]]:
     """Run inputs, each of one sample, through a DALI pipeline of batch size 1, and through a new one after each failure.
 
-    make_pipeline: builds a pipeline over a source. Yields each sample's outputs and "", or None and why DALI failed.
+    make_pipeline: builds a pipeline over a source. from_files: the inputs begin with the path of a file, uint8 [1, W].
+    Yields each sample's outputs and "", or None and why DALI failed. Raises DataSourceError where it failed because the
+    storage of the files fails, and does so for a minute: whether the image is good is not known then.
     """
-    done = 0
+    done = attempts = 0
     while done < len(inputs):
         pipeline, reason = _pipeline_over(inputs[done:], make_pipeline), ""
         while done < len(inputs) and not reason:
@@ -63,8 +78,47 @@ def each_alone(
                 if not is_about_an_image(error):
                     raise
                 outputs, reason = None, cause_of(error)  # the pipeline is of no use any more
+                attempts += 1
+                if from_files and attempts < _ATTEMPTS:
+                    path = os.fsdecode(inputs[done][0].tobytes())
+                    if had_to_wait_for(path) or (is_about_reading(error) and attempts == 1):
+                        continue  # the file can be read: once more
+            attempts = 0
             done += 1
             yield outputs, reason
+
+
+def had_to_wait_for(path: str) -> bool:
+    """Whether the storage of a file failed, and it can be read, or fails for itself, only now. Raises DataSourceError."""
+    troubles: list[StorageTrouble] = []
+
+    def attempt() -> None:
+        if trouble := _trouble_with(path):
+            troubles.append(trouble)
+            raise trouble
+
+    try:
+        patiently(path, storage.PATIENCE_SECONDS, attempt)
+    except StorageTrouble as trouble:
+        raise unreadable(path, trouble) from trouble
+    return bool(troubles)
+
+
+def _trouble_with(path: str) -> StorageTrouble | None:
+    """Why a file cannot be read, if not for itself: a disk or a network that fails, the folder of all images gone."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(_BLOCK_BYTES):
+                pass
+    except OSError as error:
+        class_folder = os.path.dirname(path)
+        # A file or a class that somebody removed leaves the folder above the class where it is; an unmounted disk does not.
+        is_alone = os.access(os.path.dirname(class_folder), os.X_OK) and (
+            os.access(class_folder, os.X_OK) or not os.path.exists(class_folder)
+        )
+        if is_storage_trouble(error) or not is_alone:
+            return StorageTrouble(error.strerror or str(error), may_pass=True)
+    return None
 
 
 def _pipeline_over(inputs: Sequence[tuple], make_pipeline: Callable[[Callable[[], tuple]], Pipeline]) -> Pipeline:

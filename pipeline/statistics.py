@@ -32,6 +32,8 @@ from pipeline.tables import FileTable, ShardTable
 
 STATISTICS = "statistics.json"
 
+_MOST_BYTES = 1 << 20  # of statistics.json
+
 _AGAIN = "python -m pipeline.statistics computes them anew"
 
 
@@ -159,7 +161,7 @@ def _read(data: Manifest | Prepared) -> bytes | None:
     if isinstance(data, Prepared):  # in a bucket, copied there with the shards
         content = io.BytesIO()
         with contextlib.suppress(UserError):
-            data.train.storage.copy(STATISTICS, content)
+            data.train.storage.copy(STATISTICS, content, _MOST_BYTES)
             return content.getvalue()
     return None
 

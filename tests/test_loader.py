@@ -1,4 +1,8 @@
+import errno
+import itertools
 import os
+import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import DataSourceError
+from pipeline import recovery, storage
+from pipeline.decoding import decode_whole
 from pipeline.digits import digits_folder
 from pipeline.loader import DaliLoader, SyntheticLoader
 from pipeline.manifest import open_manifest
@@ -171,3 +178,92 @@ def test_synthetic_batches_look_like_real_ones():
     assert labels.dtype == torch.int64
     assert labels.max() < 7
     assert next(loader)[0].data_ptr() == images.data_ptr(), "one resident batch"
+
+
+# ---- storage that fails ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A data folder, and a plan over it."""
+    folder = photo_folder(tmp_path / "photos", train=12, val=2)
+    table = open_manifest(folder).train
+    return folder, TrainPlan(table=table, batch_size=6, crop=32, scale=(36, 36), seed=0)
+
+
+def test_a_data_folder_that_is_gone_for_a_moment_costs_no_image(photos, tmp_path, monkeypatch, capsys):
+    folder, plan = photos
+    monkeypatch.setattr(storage, "_FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(storage, "_warned_at", -100.0)
+    expected = [images for images, _ in itertools.islice(make_loader(plan), 8)]
+    loader = make_loader(plan)
+    found = [next(loader)[0]]
+    folder.rename(tmp_path / "away")
+    threading.Timer(1.0, lambda: (tmp_path / "away").rename(folder)).start()
+    found += [images for images, _ in itertools.islice(loader, 7)]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert "cannot be read (No such file or directory); trying again for up to 60 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("empty_mount_point", [False, True])
+def test_a_data_folder_that_stays_away_ends_the_run_and_loses_no_image(photos, monkeypatch, empty_mount_point):
+    folder, plan = photos
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.3)
+    loader = make_loader(plan)
+    shutil.rmtree(folder)
+    if empty_mount_point:
+        folder.mkdir()
+    with pytest.raises(
+        DataSourceError, match=rf"{folder}/.*JPEG: cannot be read \(No such file or directory\); once it can"
+    ):
+        list(itertools.islice(loader, 8))
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
+def test_a_file_that_the_disk_does_not_give_is_not_lost(photos, monkeypatch, error):
+    """DALI says only that it failed; read again, the file says why: first by this errno, then it is there."""
+    folder, plan = photos
+    path = folder / "train/class0/004.JPEG"
+    expected = [images for images, _ in itertools.islice(make_loader(plan), 4)]
+    path.rename(folder / "elsewhere")
+    asked = []
+
+    def failing_open(name, *arguments, **keywords):
+        if name == str(path):
+            asked.append(name)
+            if len(asked) == 1:
+                raise OSError(error, os.strerror(error))
+            (folder / "elsewhere").rename(path)
+        return open(name, *arguments, **keywords)
+
+    monkeypatch.setattr(recovery, "open", failing_open, raising=False)
+    found = [images for images, _ in itertools.islice(make_loader(plan), 4)]
+    assert len(asked) == 2
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_verifying_takes_no_image_out_for_a_disk_that_fails(photos, monkeypatch):
+    folder, plan = photos
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.3)
+    shutil.rmtree(folder / "train")
+    with pytest.raises(DataSourceError, match="cannot be read"):
+        list(decode_whole(plan.table, np.arange(12), threads=1))
+
+
+def test_reading_that_fails_in_batches_alone_is_tried_again_and_then_named(photos, monkeypatch):
+    _, plan = photos
+    loader = make_loader(plan)
+
+    def fail(*_):
+        raise RuntimeError("Error in CPU operator `nvidia.dali.fn.io.file.read`,\nencountered:\n\nToo many open files")
+
+    real_start = loader._start
+
+    def start():
+        real_start()
+        loader._pipeline.run = fail
+
+    monkeypatch.setattr(loader, "_start", start)
+    loader._pipeline.run = fail
+    with pytest.raises(DataSourceError, match=r"cannot be read in batches \(Too many open files\)"):
+        next(loader)

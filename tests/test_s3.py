@@ -1,5 +1,6 @@
 """Prepared data in a bucket, from moto's server, which speaks S3: the same run as from a folder."""
 
+import io
 import itertools
 import json
 import os
@@ -139,3 +140,64 @@ def test_the_index_is_kept_in_the_cache(bucket):
     assert {path: path.stat().st_mtime_ns for path in again.folder.iterdir()} == before
     assert np.array_equal(again.train.read(np.arange(24)).source, data.train.read(np.arange(24)).source)
     assert json.dumps(again.classes) == json.dumps(data.classes)
+
+
+@pytest.fixture
+def hostile(bucket, folder, tmp_path, monkeypatch):
+    """Replaces index.json and the table of train in the bucket, and gives a cache folder that has not seen it yet."""
+    import obstore
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "deep/cache"))
+    (table,) = folder.glob("train-*.npy")
+
+    def put(description: dict | None = None, rows: np.ndarray | None = None) -> None:
+        if description is not None:
+            obstore.put(bucket, "index.json", json.dumps(description).encode())
+        if rows is not None:
+            content = io.BytesIO()
+            np.save(content, rows)
+            obstore.put(bucket, table.name, content.getvalue())
+
+    put.description = json.loads((folder / "index.json").read_text())  # type: ignore[attr-defined]
+    put.rows = np.load(table)  # type: ignore[attr-defined]
+    yield put
+    put(put.description, put.rows)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["/{place}/planted.py", "../../../planted.py", "planted.npy"])
+def test_a_bucket_cannot_have_a_file_written_elsewhere(bucket, hostile, tmp_path, name):
+    import obstore
+
+    name = name.format(place=tmp_path)
+    obstore.put(bucket, "planted.npy", b"anything")
+    hostile({**hostile.description, "tables": {"train": name, "val": name}})
+    with pytest.raises(UserError, match=r"its index is damaged \(index.json: tables of other names\)"):
+        open_prepared(URL)
+    assert not list(tmp_path.rglob("planted*"))
+
+
+def changed(rows: np.ndarray, field: str, value: int) -> np.ndarray:
+    rows = rows.copy()
+    rows[3][field] = value
+    return rows
+
+
+TAMPERED = {
+    "another label": (lambda rows: changed(rows, "label", 1 - rows[3]["label"]), "not those of its fingerprint"),
+    "a label too large": (lambda rows: changed(rows, "label", 99), "a label beyond the 2 classes"),
+    "beyond the shard": (lambda rows: changed(rows, "offset", 10**9), "does not lie within its shard"),
+    "another shard": (lambda rows: changed(rows, "shard", 1), "another shard than its place"),
+    "too few rows": (lambda rows: rows[:-1], "rows of another kind"),
+    "too many rows": (lambda rows: np.concatenate([rows] * 900), "too much"),
+    "another dtype": (lambda rows: np.zeros(24), "rows of another kind"),
+}
+
+
+@pytest.mark.parametrize(("tamper", "message"), TAMPERED.values(), ids=TAMPERED)
+def test_a_tables_content_is_checked_while_it_is_copied(hostile, tmp_path, tamper, message):
+    hostile(rows=tamper(hostile.rows))
+    with pytest.raises(UserError, match=message):
+        open_prepared(URL)
+    assert not list(tmp_path.rglob("*.npy")), "nothing is kept of what was refused"
+    hostile(rows=hostile.rows)
+    assert len(open_prepared(URL).train) == 24

@@ -1,9 +1,11 @@
 """Training from prepared data: the reader, the integer crop, both orders, and what happens to damaged shards."""
 
+import errno
 import io
 import itertools
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,11 +18,11 @@ import torch
 from PIL import Image
 
 import train
-from common.errors import TrainingError
+from common.errors import DataSourceError, UserError
 from pipeline import prepare, storage
 from pipeline.loader import DaliLoader
 from pipeline.plan import Samples, TrainPlan, ValidationPlan
-from pipeline.prepared import open_prepared
+from pipeline.prepared import is_prepared, open_prepared
 from pipeline.reader import ShardReader
 from pipeline.storage import FolderStorage
 from pipeline.tables import SHARD_ROW, ShardTable
@@ -184,7 +186,7 @@ def test_neighbours_are_read_together_and_distant_places_apart(tmp_path, monkeyp
 
 
 def test_many_more_shards_than_open_files_from_many_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(storage, "_MOST_OPEN_FILES", 3)
     for number in range(40):
         (tmp_path / str(number)).write_bytes(bytes([number]) * 100)
     folder, wrong = FolderStorage(str(tmp_path)), []
@@ -203,6 +205,86 @@ def test_many_more_shards_than_open_files_from_many_threads(tmp_path, monkeypatc
         thread.join()
     assert not wrong
     assert len(folder._files) <= 3
+
+
+def failing_preadv(monkeypatch, error: int, times: int) -> list[int]:
+    """Have reading fail with this errno for the first calls; the list grows with each."""
+    preadv = os.preadv
+    failed: list[int] = []
+
+    def patched(descriptor, buffers, offset):
+        if len(failed) < times:
+            failed.append(descriptor)
+            raise OSError(error, os.strerror(error))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(storage.os, "preadv", patched)
+    return failed
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT])
+def test_a_storage_that_fails_for_a_moment_is_read_again(tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr(storage, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(storage, "_warned_at", -100.0)
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    folder = FolderStorage(str(tmp_path))
+    before = folder._open("file")
+    failed = failing_preadv(monkeypatch, error, times=3)
+    targets = [bytearray(10), bytearray(10)]
+    folder.read("file", [0, 50], [memoryview(target) for target in targets])
+    assert targets == [bytes(range(10)), bytes(range(50, 60))]
+    assert len(failed) == 3
+    assert folder._open("file") is not before, "a stale handle stays stale"
+    said = capsys.readouterr().err
+    assert said == f"warning: {tmp_path}/file: cannot be read ({os.strerror(error)}); trying again for up to 60 s\n"
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+def test_a_storage_that_goes_on_failing_ends_the_run_and_costs_no_image(own_copy, tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.5)
+    before = {path.name: path.read_bytes() for path in own_copy.iterdir()}
+    failing_preadv(monkeypatch, error, times=10**9)
+    assert train.main([*TRAIN, "--data", str(own_copy), "--steps", "1", "--out", str(tmp_path / "out")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {own_copy}/train-00000")
+    assert f"cannot be read ({os.strerror(error)}); once it can" in last
+    assert {path.name: path.read_bytes() for path in own_copy.iterdir()} == before, "nothing in quarantine.tsv"
+
+
+def test_bytes_that_should_be_there_and_do_not_come_are_no_zeros(tmp_path, monkeypatch):
+    """A mount that answers with less than the file has; only what a file really does not have is filled with zeros."""
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.2)
+    (tmp_path / "file").write_bytes(b"x" * 100)
+    monkeypatch.setattr(storage.os, "preadv", lambda *_: 0)
+    with pytest.raises(DataSourceError, match="/file: cannot be read"):
+        FolderStorage(str(tmp_path)).read("file", [0], [memoryview(bytearray(10))])
+
+
+def test_a_folder_that_is_unmounted_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_FIRST_PAUSE_SECONDS", 0.05)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/file").write_bytes(b"x" * 100)
+    folder = FolderStorage(str(tmp_path / "data"))
+    (tmp_path / "data").rename(tmp_path / "away")
+    threading.Timer(0.3, lambda: (tmp_path / "away").rename(tmp_path / "data")).start()
+    target = bytearray(10)
+    folder.read("file", [0], [memoryview(target)])
+    assert target == b"x" * 10
+
+
+def test_fewer_files_may_be_open_than_there_are_shards(tmp_path):
+    for number in range(40):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 100)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    mine = max(map(int, os.listdir("/proc/self/fd"))) + 6
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (mine, hard))
+        folder, target = FolderStorage(str(tmp_path)), bytearray(10)
+        for number in range(40):
+            folder.read(str(number), [50], [memoryview(target)])
+            assert target == bytes([number]) * 10
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------
@@ -289,7 +371,7 @@ def test_a_shard_that_vanishes_ends_the_run_with_a_sentence(own_copy):
     table = table_of(own_copy)
     plan = make_plan(table)
     (own_copy / "train-000002.tar").unlink()
-    with pytest.raises(TrainingError, match=r"train-000002.tar: cannot be read \(No such file"):
+    with pytest.raises(DataSourceError, match=r"train-000002.tar: cannot be read \(No such file"):
         list(itertools.islice(make_loader(plan), 8))
 
 
@@ -306,7 +388,7 @@ def lose_a_shard(folder: Path) -> str:
 def spoil_the_table(folder: Path) -> str:
     for table in folder.glob("train-*.npy"):
         np.save(table, np.zeros(3))
-    return "its index is damaged (rows of another kind)"
+    return "rows of another kind); prepare or copy the data set anew"
 
 
 def lose_the_table(folder: Path) -> str:
@@ -318,6 +400,115 @@ def lose_the_table(folder: Path) -> str:
 def spoil_the_index(folder: Path) -> str:
     (folder / "index.json").write_text("{}")
     return "not the index of a data set that pipeline.prepare"
+
+
+def change_index(**changes):
+    """A damage: other values in index.json."""
+
+    def damage(folder: Path) -> None:
+        description = json.loads((folder / "index.json").read_text())
+        (folder / "index.json").write_text(json.dumps(description | changes))
+
+    return damage
+
+
+def raw_index(content: bytes):
+    return lambda folder: (folder / "index.json").write_bytes(content)
+
+
+HOSTILE_INDICES = {
+    "absolute name": (change_index(tables={"train": "/etc/passwd", "val": "val.npy"}), "tables of other names"),
+    "name above": (change_index(tables={"train": "../../x.npy", "val": "../x.npy"}), "tables of other names"),
+    "fingerprint": (change_index(fingerprint="../../evil"), "no fingerprint"),
+    "fingerprint of another type": (change_index(fingerprint=7), "no fingerprint"),
+    "class above": (change_index(classes=["..", "class1"]), "a class whose name no folder can have"),
+    "classes twice": (change_index(classes=["class0", "class0"]), "two classes of one name"),
+    "classes of other types": (change_index(classes=[0, None]), "classes are not a list of names"),
+    "no classes": (change_index(classes=[]), "classes are not a list of names"),
+    "images": (change_index(images={"train": 10**30, "val": 9}), "train has no images"),
+    "shards that do not add up": (change_index(shard_images={"train": [23], "val": [9]}), "do not add up"),
+    "shards of other types": (change_index(shard_images={"train": [True] * 24, "val": [9]}), "do not add up"),
+    "negative sizes": (change_index(shard_bytes={"train": [-1] * 8, "val": [1] * 3}), "sizes that are none"),
+    "no sizes": (change_index(shard_bytes={"train": [], "val": []}), "train has sizes of 0 shards"),
+    "counts": (change_index(quarantined="many"), "quarantined is no number"),
+    "keys missing": (raw_index(b'{"format": "vgg-dali prepared 2"}'), "KeyError"),
+    "not a number": (raw_index(b'{"format": "vgg-dali prepared 2", "quarantined": NaN}'), "not the index"),
+    "no JSON": (raw_index(b"\xff\xfe{"), "not the index"),
+    "a list": (raw_index(b"[]"), "not the index"),
+    "nested": (raw_index(b"[" * 100_000), "not the index"),
+    "large": (raw_index(b" " * (65 << 20)), "more than 67,108,864 bytes, which is too much"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), HOSTILE_INDICES.values(), ids=HOSTILE_INDICES)
+def test_an_index_that_cannot_be_is_refused_in_a_sentence(own_copy, damage, message):
+    damage(own_copy)
+    with pytest.raises(UserError, match=message):
+        open_prepared(str(own_copy))
+
+
+@pytest.mark.parametrize("format_key", [b"", b'{"0": "cat"}', b'{"format": "COCO"}', b"[" * 100_000])
+def test_class_folders_may_have_an_index_of_their_own(own_copy, tmp_path, format_key):
+    for split in ("train", "val"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        (own_copy / split).mkdir()
+    (tmp_path / "images/index.json").write_bytes(format_key)
+    assert not is_prepared(str(tmp_path / "images"))
+    assert is_prepared(str(own_copy)), "by what the index says"
+    for split in ("train", "val"):
+        (own_copy / split).rmdir()
+    (own_copy / "index.json").write_bytes(format_key)
+    assert is_prepared(str(own_copy)), "and damaged; it says so when it is opened"
+
+
+def pickled_table(path: Path) -> None:
+    np.save(path, np.array([{"an": "object"}], dtype=object), allow_pickle=True)
+
+
+def archived_table(path: Path) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, rows=np.zeros(3))
+
+
+def long_table(path: Path) -> None:
+    with open(path, "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(SHARD_ROW), "fortran_order": False, "shape": (10**15,)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+
+def nested_header(path: Path) -> None:
+    header = b"(" * 9000
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+
+
+@pytest.mark.parametrize("spoil", [pickled_table, archived_table, long_table, nested_header])
+def test_a_table_that_cannot_be_is_refused_in_a_sentence(own_copy, spoil):
+    (table,) = own_copy.glob("train-*.npy")
+    spoil(table)
+    with pytest.raises(UserError, match=rf"its index is damaged \({table.name}: .*prepare or copy the data set anew"):
+        open_prepared(str(own_copy))
+
+
+WRONG_ROWS = {
+    "shard": (8, "an image in a shard that is not there"),
+    "offset": (2**62, "an image that does not lie within its shard"),
+    "bytes": (-5, "an image that does not lie within its shard"),
+    "label": (2, "a label beyond the 2 classes"),
+    "height": (0, "an image whose sides are not 1–65535 pixels"),
+    "width": (2**30, "an image whose sides are not 1–65535 pixels"),
+}
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [(key, *value) for key, value in WRONG_ROWS.items()])
+def test_a_row_that_cannot_be_is_refused_when_it_is_taken(own_copy, field, value, message):
+    (path,) = own_copy.glob("train-*.npy")
+    rows = np.load(path)
+    rows[7][field] = value
+    np.save(path, rows)
+    table = table_of(own_copy)
+    assert len(table.read(np.arange(7)).labels) == 7
+    with pytest.raises(UserError, match=rf"its index is damaged \(train: {message}\)"):
+        table.read(np.arange(5, 9))
 
 
 @pytest.mark.parametrize("damage", [cut_a_shard, lose_a_shard, spoil_the_table, lose_the_table, spoil_the_index])
@@ -344,12 +535,12 @@ from nvidia.dali import fn
 import train
 from pipeline.loader import DaliLoader
 from pipeline.plan import TrainPlan
-from pipeline.prepared import open_prepared
+from pipeline.prepared import is_prepared, open_prepared
 from pipeline.reader import ShardReader
 def resident_mb():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
 before, started = resident_mb(), time.perf_counter()
-table = open_prepared(sys.argv[1]).train
+table = open_prepared(sys.argv[1], check_shards=False).train
 plan = TrainPlan(table=table, batch_size=64, crop=32, scale=(64, 64), seed=0,
                  window_shards=None if sys.argv[2] == "global" else 16)
 reader = ShardReader(table, threads=None, batches_ahead=8)
@@ -360,7 +551,7 @@ next(loader)
 result = {"rows": len(table), "seconds": time.perf_counter() - started, "mb": resident_mb() - before}
 started = time.perf_counter()
 for first in range(10**6, 10**6 + 2 * 10**5, 4096):
-    table.read(plan.epochs_and_rows(np.arange(first, first + 4096))[1])
+    table._rows.take(plan.epochs_and_rows(np.arange(first, first + 4096))[1])  # there is nothing there
 result |= {"plan_ms": (time.perf_counter() - started) / 49 / 64 * 1e3, "mb_later": resident_mb() - before}
 print(json.dumps(result))
 """
@@ -376,18 +567,27 @@ def enlarge(folder: Path, count: int, order: str) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         file.truncate(file.tell() + count * SHARD_ROW.itemsize)
     description["shard_images"]["train"] = [2048] * (count // 2048) + [count % 2048]
-    description["shard_bytes"]["train"] = []
+    description["shard_bytes"]["train"] = [description["shard_bytes"]["train"][0]] * len(
+        description["shard_images"]["train"]
+    )
+    description["images"]["train"] = count
     (folder / "index.json").write_text(json.dumps(description))
-    table = open_prepared(str(folder)).train
+    table = open_prepared(str(folder), check_shards=False).train
     plan = TrainPlan(
         table=table, batch_size=64, crop=32, scale=(64, 64), seed=0, window_shards=None if order == "global" else 16
     )
-    _, wanted = plan.epochs_and_rows(np.arange(4096))
+    _, wanted = plan.epochs_and_rows(np.arange(4096 if order == "global" else 3 * 16 * 2048))  # windows are read whole
     usable = rows[rows["shard"] == 0]
+    ahead = usable[0].copy()
+    ahead["bytes"] = 1
     with open(path, "r+b") as file:
         beginning = path.stat().st_size - count * SHARD_ROW.itemsize
         for n, row in enumerate(wanted.tolist()):
-            os.pwrite(file.fileno(), usable[n % len(usable)].tobytes(), beginning + row * SHARD_ROW.itemsize)
+            os.pwrite(
+                file.fileno(),
+                (usable[n % len(usable)] if n < 4096 else ahead).tobytes(),
+                beginning + row * SHARD_ROW.itemsize,
+            )
 
 
 @pytest.mark.parametrize("order", ["global", "window"])
