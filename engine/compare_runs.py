@@ -5,6 +5,7 @@ RUN is an --out of train.py, finished or not. The table has the flags in which t
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from common.errors import UserError, tell
 from common.flags import FlagParser
+from common.progress import printable
 from engine.curves import draw_runs
 from engine.records import Run, read_run
 
@@ -34,23 +36,25 @@ _PERCENT = {"top1", "top5", "best_top1", "data_wait"}
 
 
 def figures_of(run: Run) -> dict[str, float | None]:
-    """A run's last figures and, by median, its speed; None for what it has not got yet. Shares are 0–1."""
+    """A run's last figures and, by median, its speed; None for what it has not got yet, or is not finite. Shares are 0–1."""
     last = run.training[-1] if run.training else {}
     tested = run.validation[-1] if run.validation else {}
 
     def median(name: str) -> float | None:
-        return statistics.median(record[name] for record in run.training) if run.training else None
+        values = [record[name] for record in run.training if math.isfinite(record[name])]
+        return statistics.median(values) if values else None
 
-    return {
+    figures = {
         "epoch": max((record["epoch"] for record in (last, tested) if record), default=None),
         "train_loss": last.get("loss"),
         "validation_loss": tested.get("loss"),
         "top1": tested.get("top1"),
         "top5": tested.get("top5"),
-        "best_top1": max((record["top1"] for record in run.validation), default=None),
+        "best_top1": max((record["top1"] for record in run.validation if math.isfinite(record["top1"])), default=None),
         "images_per_second": median("images_per_second"),
         "data_wait": median("data_wait"),
     }
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
 
 
 def differing_flags(runs: Sequence[Run]) -> list[str]:
@@ -91,13 +95,13 @@ def table(names: Sequence[str], runs: Sequence[Run]) -> str:
 
 
 def _said(value: object) -> str:
-    return "–" if value is None else str(value)
+    return "–" if value is None else printable(str(value))
 
 
 def compare(folders: Sequence[Path], out: Path) -> dict:
     """Print the table, draw the picture, return both's contents. Raises UserError."""
     runs = [read_run(folder) for folder in folders]
-    names = short_names(folders)
+    names = [printable(name) for name in short_names(folders)]
     flags = differing_flags(runs)
     print(table(names, runs))
     legend = [

@@ -16,6 +16,8 @@ import yaml
 from common.errors import UserError
 from common.files import replacing
 from common.flags import expand_switch, parse_dataclass
+from common.flat_yaml import read_flat_yaml
+from common.progress import printable
 
 DIGITS = "digits"
 SYNTHETIC = "synthetic"
@@ -237,32 +239,42 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 def read_recipe(path: Path) -> list[str]:
-    """A YAML recipe as flags. Raises UserError: no such file, not a table of flags, an unknown key."""
+    """A YAML recipe as flags, each value as it would stand on the command line. Raises UserError: no such file, not a table of
+    flags, an unknown key.
+    """
     try:
-        entries = yaml.safe_load(path.read_text())
+        entries = read_flat_yaml(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--recipe {path}: cannot be read ({getattr(error, 'strerror', None) or 'not text'})"
         ) from error
     except yaml.YAMLError as error:
         raise UserError(f"--recipe {path}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(entries, dict):
-        raise UserError(f"--recipe {path}: must be lines of the form `flag: value`")
+    except ValueError as error:
+        raise UserError(
+            f"--recipe {path}: must be lines of the form `flag: value` ({printable(str(error))})"
+        ) from error
     known = {field.name: field for field in dataclasses.fields(Config) if field.name != "recipe"}
-    flags = []
-    for key, value in entries.items():
-        name = str(key).replace("-", "_")
+    flags: list[str] = []
+    seen: set[str] = set()
+    for key, (text, value) in entries.items():
+        name = key.replace("-", "_")
         if name not in known:
-            raise UserError(f"--recipe {path}: unknown key {key}; train.py --help lists the flags")
+            raise UserError(f"--recipe {path}: unknown key {printable(key)}; train.py --help lists the flags")
         flag = name.replace("_", "-")
+        if name in seen:
+            raise UserError(f"--recipe {path}: must be lines of the form `flag: value` ({flag} is given twice)")
+        seen.add(name)
         if value is None:
             continue
-        if name == "compile" and isinstance(value, bool):  # YAML reads a bare on or off as a boolean
-            flags += ["--compile", "on" if value else "off"]
-        elif isinstance(value, bool):
+        if known[name].type is bool:
+            if not isinstance(value, bool):
+                raise UserError(f"--recipe {path}: {flag} must be true or false")
             flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif name == "compile" and isinstance(value, bool):  # true is short for on
+            flags.append(f"--compile={'on' if value else 'off'}")
         else:
-            flags += [f"--{flag}", str(value)]
+            flags.append(f"--{flag}={text}")  # one word: a value that begins with a dash is none of the flags
     return flags
 
 

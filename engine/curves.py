@@ -1,12 +1,14 @@
 """python -m engine.curves RUN: draw RUN/curves.png from RUN/metrics.jsonl, also while the run goes on."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import UserError, tell
 from common.files import replacing
+from common.progress import printable
 from engine.records import Run, read_run
 
 _LINES_OF_LEGEND = 12
@@ -15,7 +17,7 @@ _LINES_OF_LEGEND = 12
 def draw_curves(out: Path) -> Path:
     """Plot one run into its folder. Returns the PNG's path. Raises UserError where there are no figures to draw."""
     path = out / "curves.png"
-    draw_runs([read_run(out)], [str(out)], path)
+    draw_runs([read_run(out)], [printable(str(out))], path)
     return path
 
 
@@ -46,7 +48,8 @@ def draw_runs(runs: Sequence[Run], names: Sequence[str], path: Path) -> None:
     loss.set(ylabel="cross-entropy (nats)", yscale="log")
     accuracy.set(ylabel="validation accuracy (%)")
     rate.set(ylabel="learning rate", xlabel="epoch", yscale="log")
-    rate.set_ylim(bottom=max((record["lr"] for run in runs for record in run.training), default=1.0) / 1e4)
+    rates = [record["lr"] for run in runs for record in run.training if 0 < record["lr"] < math.inf]
+    rate.set_ylim(bottom=max(rates, default=1.0) / 1e4)
     speed.set(ylabel="images per second", xlabel="epoch", ylim=(0, None))
     training = Line2D([], [], color="black", alpha=0.5, linewidth=1, label="training")
     validation, top1 = (

@@ -6,13 +6,11 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import replacing
 from common.progress import say
 from engine.config import Config
 from engine.confusion import draw_confusion
@@ -20,7 +18,7 @@ from engine.dashboards import TensorBoard, WandB
 from engine.evaluation import Accuracy
 from engine.gpu_curves import GpuCurves
 from engine.pictures import as_pictures, grid
-from engine.records import METRICS, read_records
+from engine.records import METRICS, drop_records_after
 
 IMAGES_SHOWN = 32
 """Training images that a run puts on its dashboards when it starts."""
@@ -49,7 +47,7 @@ class RunLog:
         """
         out = config.out
         self._total_steps, self._top1, self._classes, self._mean_rgb = total_steps, top1, classes, mean_rgb
-        _drop_records_after(out / METRICS, steps_done)
+        drop_records_after(out / METRICS, steps_done)
         self._first_advance: float | None = None
         self._first_step = steps_done + 1
         self._dashboards: list[TensorBoard | WandB] = [TensorBoard(config, steps_done)]
@@ -169,11 +167,3 @@ class RunLog:
         self._metrics.write(json.dumps({"kind": kind, "step": step, **figures, "time": time.time()}) + "\n")
         for dashboard in self._dashboards:
             dashboard.scalars(step, {f"{kind}/{name}": value for name, value in figures.items()})
-
-
-def _drop_records_after(path: Path, steps_done: int) -> None:
-    if not path.exists():
-        return
-    kept = [record for record in read_records(path) if record["step"] <= steps_done]
-    with replacing(path) as file:
-        file.write("".join(f"{json.dumps(record)}\n" for record in kept).encode())

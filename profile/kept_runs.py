@@ -14,7 +14,7 @@ from machine import ROOT
 from common.errors import TrainingError, UserError
 from common.files import replacing
 from common.progress import say
-from engine.runlog import METRICS
+from engine.records import METRICS, read_records
 
 RESULT = "result.json"
 
@@ -54,7 +54,7 @@ def run_trainer(out: Path, flags: list[str]) -> dict:
     if process.returncode and not diverged:
         kind = UserError if process.returncode == UserError.exit_code else TrainingError
         raise kind(f"train.py ended with exit code {process.returncode}: {last.strip().removeprefix('error: ')}")
-    records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    records = read_records(out / METRICS)
     return {
         "history": [
             {key: record[key] for key in ("epoch", "loss", "top1")}

@@ -1,6 +1,7 @@
 """Runs against each other: table, picture, line of JSON, of finished and unfinished runs."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from PIL import Image
 
 from engine import compare_runs, curves
+from engine.records import drop_records_after
 
 
 def write_run(folder: Path, *, losses: list[float], top1: list[float], cut: bool = False, **config) -> Path:
@@ -47,6 +49,109 @@ def test_a_line_that_is_just_being_written_does_not_count(tmp_path, capsys):
     assert curves.main([str(run)]) == 0
     assert json.loads(capsys.readouterr().out) == {"curves": str(run / "curves.png")}
     assert compare_runs.figures_of(compare_runs.read_run(run))["train_loss"] == 2.0
+
+
+GOOD = {"kind": "train", "step": 3, "epoch": 0.5, "loss": 1.0, "lr": 0.01, "images_per_second": 9.0, "data_wait": 0.1}
+TESTED = {"kind": "validation", "step": 3, "epoch": 1, "loss": 1.0, "top1": 0.5, "top5": 0.9}
+DAMAGED = {
+    "no JSON": b"step 3",
+    "not UTF-8": b'{"kind": "train\xff"}',
+    "zeros": bytes(300),
+    "no table": b"[1, 2]",
+    "deep": b"[" * 50_000,
+    "very long": b'{"kind": "' + bytes(200_000) + b'"}',
+    "many digits": b'{"kind": "train", "step": ' + b"1" * 5000 + b"}",
+    "kind is a list": b'{"kind": []}',
+    **{f"no {name}": json.dumps({**GOOD, name: None}).encode() for name in GOOD},
+    **{f"text for {name}": json.dumps({**GOOD, name: "3"}).encode() for name in GOOD if name != "kind"},
+    **{
+        f"no {name} in a result": json.dumps({key: TESTED[key] for key in TESTED if key != name}).encode()
+        for name in TESTED
+    },
+    "step is not a number": json.dumps({**GOOD, "step": math.nan}).encode(),
+    "epoch is infinite": json.dumps({**GOOD, "epoch": math.inf}).encode(),
+    "step is true": json.dumps({**GOOD, "step": True}).encode(),
+    "lr does not fit": json.dumps({**GOOD, "lr": 10**400}).encode(),
+}
+
+
+@pytest.mark.parametrize("place", ["first", "middle"])
+def test_damaged_lines_are_left_out_with_one_warning(tmp_path, capsys, place):
+    run = write_run(tmp_path / "run", losses=[2.0, 1.0], top1=[0.5])
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    bad = [line + b"\n" for line in DAMAGED.values()]
+    (run / "metrics.jsonl").write_bytes(b"".join([*bad, *lines] if place == "first" else [lines[0], *bad, *lines[1:]]))
+    assert compare_runs.main([str(run), "--out", str(tmp_path / "picture.png")]) == 0
+    assert curves.main([str(run)]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"warning: {run}/metrics.jsonl: damaged lines are left out: {len(DAMAGED)}\n"
+    assert compare_runs.figures_of(compare_runs.read_run(run))["train_loss"] == 1.0
+
+
+def test_dropping_the_records_of_later_steps_loses_nothing_else(tmp_path):
+    """Steps 1 and 2 stay, byte by byte, with what is damaged among them; a line that a crash has cut goes."""
+    run = write_run(tmp_path / "run", losses=[2.0, 1.5, 1.0], top1=[0.5])
+    path = run / "metrics.jsonl"
+    first, second, third, result = path.read_bytes().splitlines(keepends=True)
+    odd = [*(line + b"\n" for line in DAMAGED.values()), b'{"kind": "of a later version", "step": 9}\n', b"\n"]
+    path.write_bytes(b"".join([first, *odd, third, second, result, third[:-20]]))
+    drop_records_after(path, 2)
+    kept = b"".join([first, *odd, second, result])
+    assert path.read_bytes() == kept
+    before = path.stat().st_ino
+    drop_records_after(path, 2)
+    assert path.stat().st_ino == before, "nothing to drop: the file is left alone"
+    for tail in (b'{"kind"', bytes(100), bytes(70_000)):  # zeros are what a power cut leaves of a file that grew
+        path.write_bytes(kept + tail)
+        drop_records_after(path, 2)
+        assert path.read_bytes().startswith(kept)
+        assert path.read_bytes().endswith(b"\n"), "the next record gets a line of its own"
+    path.write_bytes(first + second[:-1])
+    drop_records_after(path, 2)
+    assert path.read_bytes() == first + second
+    drop_records_after(tmp_path / "none.jsonl", 2)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_figures_that_are_not_finite_are_drawn_around(tmp_path, capsys):
+    run = write_run(tmp_path / "run", losses=[2.0, math.nan, math.inf], top1=[math.nan])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[0] |= {"lr": 0, "images_per_second": math.inf}
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert compare_runs.main([str(run), "--out", str(tmp_path / "picture.png")]) == 0
+    (figures,) = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)["runs"]
+    assert (figures["train_loss"], figures["best_top1"], figures["images_per_second"]) == (None, None, 101.5)
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (1210, 770)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])
+@pytest.mark.parametrize("what", ["a folder", "a link to itself", "nothing", "aliases", "not UTF-8"])
+def test_files_of_a_run_that_cannot_be_read(tmp_path, capsys, name, what):
+    run = write_run(tmp_path / "run", losses=[1.0], top1=[])
+    (run / name).unlink()
+    if what == "a folder":
+        (run / name).mkdir()
+    elif what == "a link to itself":
+        (run / name).symlink_to(name)
+    elif what == "aliases":
+        (run / name).write_text("a: &a [x]\nb: [*a, *a]\n")
+    elif what == "not UTF-8":
+        (run / name).write_bytes(b"\xff\n")
+    assert curves.main([str(run)]) == 2
+    *_, error = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: {run}: no f")
+    assert not (run / "curves.png").exists()
+
+
+def test_names_that_a_terminal_cannot_show(tmp_path, capsys):
+    run = write_run(tmp_path / "a\udcff\x1b[31m", losses=[1.0], top1=[], data="d\x1b[2J\udcff")
+    other = write_run(tmp_path / "b", losses=[1.0], top1=[])
+    assert compare_runs.main([str(run), str(other), "--out", str(tmp_path / "picture.png")]) == 0
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    assert r"a\udcff\x1b[31m" in output
+    assert curves.main([str(run)]) == 0
 
 
 @pytest.mark.parametrize(

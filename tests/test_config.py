@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ import pytest
 import yaml
 
 from common.errors import UserError
-from engine.config import Config, parse_args, save_config
+from engine.config import Config, parse_args, read_recipe, save_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,14 +133,101 @@ def test_recipe_gives_defaults_that_flags_override(elsewhere):
         ("arch: F", "invalid choice 'F'"),
         ("crop: wide", "--crop"),
         ("- arch", "must be lines of the form"),
-        ("arch: [", "not YAML"),
+        ("arch: [", "must be lines of the form"),
+        ('arch: "A', "not YAML"),
         ("", "must be lines of the form"),
+        ("epochs: 1:30", "--epochs"),
+        ("steps: " + "1" * 5000, "--steps"),
+        ("lr: -1", "--lr -1.0: must be above 0"),
     ],
 )
 def test_wrong_recipes_are_refused(elsewhere, text, message):
     (elsewhere / "recipe.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         parse_args(["--recipe", "recipe.yaml"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# only this", "it is empty"),
+        ("lr: 0.1\nseed: 1\nlr: 0.2", "line 3 gives lr again"),
+        ("micro-batch: 8\nmicro_batch: 4", "micro-batch is given twice"),
+        ("lr: 0.1\n---\nlr: 0.2", "a second document begins at line 2"),
+        ("lr: &a 0.1", "line 1 has an alias or an anchor"),
+        ("lr: *a", "line 1 has an alias or an anchor"),
+        ("lr: !!float 1", "line 1 has a tag"),
+        ("seed: 1\ndata: !!python/object/apply:os.getcwd []", "line 2 has a tag"),
+        ("seed: 1\nlr: [0.1]", "line 2 is not of that form"),
+        ("lr: {of: 0.1}", "line 1 is not of that form"),
+        ("? [a]\n: 1", "line 1 is not of that form"),
+        ("<<: 3", "unknown key <<"),
+        ('"a\\eb": 1', r"unknown key a\\x1bb;"),
+        ("data: a\0b", "not YAML"),
+        ('data: "a\\0b"', "line 1 has characters that no flag can have"),
+        ('data: "a\\uD800"', "line 1 has characters that no flag can have"),
+        ("wandb: 3", "wandb must be true or false"),
+        ("#" * 100_000, "it has more than 64 kB"),
+    ],
+)
+def test_recipes_that_are_no_flat_table(elsewhere, text, message):
+    (elsewhere / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        read_recipe(Path("recipe.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+_NINE_TIMES = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghijklmnop"))
+HUGE_YAML = {
+    "aliases of aliases": f"a: &a [{','.join('x' * 9)}]\n{_NINE_TIMES}",
+    "lists in lists": "[" * 60_000,
+    "lists in a value": "lr: " + "[" * 60_000,
+    "tables in tables": "{a: " * 15_000,
+    "dashes": "- " * 30_000,
+    "question marks": "? " * 30_000,
+}
+
+
+@pytest.mark.parametrize("text", HUGE_YAML.values(), ids=HUGE_YAML)
+def test_little_yaml_that_means_much_is_refused_at_once(elsewhere, text):
+    """It would take minutes and all memory, or more depth than Python's stack has."""
+    (elsewhere / "recipe.yaml").write_text(text)
+    started = time.process_time()
+    with pytest.raises(UserError, match="must be lines of the form"):
+        read_recipe(Path("recipe.yaml"))
+    assert time.process_time() - started < 2  # 0.1 s
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("seed: 010", ["--seed=010"]),
+        ("lr: 1e-3", ["--lr=1e-3"]),
+        ("out: 1.10", ["--out=1.10"]),
+        ("out: 2001-12-14t21:59:43.10-05:00", ["--out=2001-12-14t21:59:43.10-05:00"]),
+        ("data: no", ["--data=no"]),
+        ("data: --no-compile", ["--data=--no-compile"]),
+        ("steps: null\nthreads:\nmicro_batch: ~", []),
+        ("compile: on", ["--compile=on"]),
+        ("compile: true", ["--compile=on"]),
+        ("wandb: off", ["--no-wandb"]),
+        ("{lr: 0.1, seed: 3}", ["--lr=0.1", "--seed=3"]),
+        ("\ufefflr: 0.1\r\n", ["--lr=0.1"]),
+        ('data: "a\\udcffb"', ["--data=a\udcffb"]),
+    ],
+)
+def test_values_of_a_recipe_stand_as_on_the_command_line(elsewhere, text, flags):
+    """YAML 1.1 takes 010 for 8, 1.10 for 1.1, `no` for false, and some texts for times."""
+    (elsewhere / "recipe.yaml").write_bytes(text.encode())
+    assert read_recipe(Path("recipe.yaml")) == flags
+
+
+@pytest.mark.parametrize("path", ["/", "/dev/zero", "none.yaml", "latin"])
+def test_what_is_no_file_of_text_is_no_recipe(elsewhere, path):
+    (elsewhere / "latin").write_bytes(b"data: \xe4")
+    with pytest.raises(UserError, match=r"cannot be read|it has more than 64 kB"):
+        read_recipe(Path(path))
 
 
 def test_saved_configuration_is_a_recipe_that_gives_the_same(elsewhere):
