@@ -4,13 +4,17 @@
 Several checkpoints are fused. --table 3 … 6 prints a table of the paper from the checkpoints that belong to it.
 """
 
-import json
-import os
-import sys
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
 
-from common.errors import TrainingError, UserError, tell
+    begin()
+
+import json
+
 from common.heap import share_one_heap
 from common.orphans import end_with_torchrun
+from common.process import end, is_first_rank, run_program
+from common.progress import show
 from engine.evaluator_flags import EvaluateFlags, parse_evaluate
 
 
@@ -44,18 +48,16 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, test, print the results. Returns the exit code: 0, 1 (the test failed), 2 (something given is wrong), 130."""
     end_with_torchrun()
     share_one_heap()
-    try:
+
+    def work() -> int:
         results = evaluate(parse_evaluate(argv))
-    except (UserError, TrainingError) as error:
-        return tell(error)
-    except KeyboardInterrupt:
-        print("interrupted; posteriors that were complete are kept", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
-    if os.environ.get("RANK", "0") == "0":
-        print(results.pop("text"))
-        print(json.dumps(results), flush=True)
-    return 0
+        if is_first_rank():
+            show(results.pop("text"))
+            print(json.dumps(results), flush=True)
+        return 0
+
+    return run_program(work, interrupted="interrupted; posteriors that were complete are kept")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -9,14 +9,20 @@ crop], RGB pixels in 0–255 less the mean, any batch, and give "logits", float3
 in the file, as JSON: the extra file network.json of torch-export, the metadata "network" of ONNX.
 """
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Literal
 
-from common.errors import TrainingError, UserError, tell
+from common.errors import UserError
 from common.flags import parse_dataclass
+from common.process import end, run_program
 from common.progress import say
 
 
@@ -60,15 +66,18 @@ def run(flags: Flags) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, export, print the results. Returns the exit code: 0, 1 (other logits), 2 (something given is wrong)."""
-    try:
-        flags = parse_dataclass(Flags, sys.argv[1:] if argv is None else argv, None, "export.py")
-        results = run(flags)
-    except (UserError, TrainingError) as error:
-        return tell(error)
-    print(json.dumps(results))
-    return 0
+    """Parse, export, print the results.
+
+    Returns the exit code: 0, 1 (other logits), 2 (something given is wrong), 130 (Ctrl-C).
+    """
+
+    def work() -> int:
+        results = run(parse_dataclass(Flags, sys.argv[1:] if argv is None else argv, None, "export.py"))
+        print(json.dumps(results))
+        return 0
+
+    return run_program(work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Features of a data set (appendix B): python features.py --checkpoint D.pt --data DIR --scales 256,384,512 --output F --svm"""
 
-import json
-import os
-import sys
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
 
-from common.errors import TrainingError, UserError, tell
+    begin()
+
+import json
+
+from common.errors import UserError
 from common.heap import share_one_heap
 from common.orphans import end_with_torchrun
+from common.process import end, is_first_rank, run_program
 from engine.evaluator_flags import FeatureFlags, parse_features
 
 
@@ -73,19 +77,17 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, write, print the results. Returns the exit code: 0, 1 (the run failed), 2 (something given is wrong), 130."""
     end_with_torchrun()
     share_one_heap()
-    try:
+
+    def work() -> int:
         results = write(parse_features(argv))
-    except (UserError, TrainingError) as error:
-        return tell(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
-    if os.environ.get("RANK", "0") == "0":
-        if "accuracy" in results:
-            print(f"accuracy {results['accuracy']:.2%}, mean class accuracy {results['mean_class_accuracy']:.2%}")
-        print(json.dumps(results), flush=True)
-    return 0
+        if is_first_rank():
+            if "accuracy" in results:
+                print(f"accuracy {results['accuracy']:.2%}, mean class accuracy {results['mean_class_accuracy']:.2%}")
+            print(json.dumps(results), flush=True)
+        return 0
+
+    return run_program(work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """What a trained network sees in image files: python predict.py --checkpoint runs/D-imagenet/best.pt IMAGE_OR_FOLDER …"""
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import dataclasses
 import json
 import re
@@ -11,9 +16,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from common.errors import TrainingError, UserError, tell
-from common.flags import discard_output, parse_dataclass
-from common.progress import printable
+from common.errors import UserError
+from common.flags import parse_dataclass
+from common.process import end, run_program
+from common.progress import printable, show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,25 +116,26 @@ def class_names(classes: Sequence[str]) -> list[str]:
 
 def print_table(results: list[dict]) -> None:
     for result in results:
-        print(printable(result["image"]))
+        show(printable(result["image"]))
         for best in result["predictions"]:
-            print(f"  {best['probability']:7.2%}  {best['class']}")
+            show(f"  {best['probability']:7.2%}  {printable(best['class'])}")
         if result["error"]:
-            print(f"  cannot be decoded: {result['error']}")
+            show(f"  cannot be decoded: {result['error']}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, predict, print. Returns the exit code: 0, 1 (some images cannot be decoded), 2 (something given is wrong)."""
-    try:
+    """Parse, predict, print.
+
+    Returns the exit code: 0, 1 (some images cannot be decoded), 2 (something given is wrong), 130 (Ctrl-C).
+    """
+
+    def work() -> int:
         results = run(parse_dataclass(Flags, sys.argv[1:] if argv is None else argv, None, "predict.py"))
         print(json.dumps(results), flush=True)
-    except (UserError, TrainingError) as error:
-        return tell(error)
-    except BrokenPipeError:
-        discard_output()
-        return 0
-    return 1 if any(result["error"] for result in results["images"]) else 0
+        return 1 if any(result["error"] for result in results["images"]) else 0
+
+    return run_program(work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Train a VGG: python train.py --arch A --data digits, or torchrun --nproc_per_node=8 train.py --arch D --data DIR."""
 
-import json
-import os
-import sys
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
 
-from common.errors import EXIT_STOPPED, TrainingError, UserError, tell
+    begin()
+
+import json
+
+from common.errors import EXIT_STOPPED
 from common.heap import share_one_heap
 from common.orphans import end_with_torchrun
+from common.process import end, is_first_rank, run_program
 from engine.config import Config, parse_args
 
 
@@ -54,17 +58,26 @@ def main(argv: list[str] | None = None) -> int:
     """
     end_with_torchrun()
     share_one_heap()
-    try:
-        results = train(parse_args(argv))
-    except (UserError, TrainingError) as error:
-        return tell(error)
-    except KeyboardInterrupt:
-        print("interrupted; start the same command again to go on from the last checkpoint", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
-    if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(results), flush=True)
-    return EXIT_STOPPED if results["stopped"] else 0
+    config: Config | None = None
+
+    def work() -> int:
+        nonlocal config
+        config = parse_args(argv)
+        results = train(config)
+        if is_first_rank():
+            print(json.dumps(results), flush=True)
+        return EXIT_STOPPED if results["stopped"] else 0
+
+    def interrupted() -> str:
+        if config is None or config.inspect or not any(config.out.glob("*.pt")):
+            return "interrupted; nothing was saved yet"
+        again = (
+            "start the same command again" if config.resume == "auto" else "start the same command with --resume auto"
+        )
+        return f"interrupted; {again} to go on from the last checkpoint"
+
+    return run_program(work, interrupted=interrupted)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

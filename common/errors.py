@@ -1,13 +1,9 @@
 """The ways in which a program of this project ends early on purpose, with their exit codes."""
 
-import os
-import sys
-import time
-
-_SECONDS_FOR_RANK_0 = 5.0
-"""From its error to its end, and for torchrun to notice; a busy machine has needed more than one."""
 EXIT_STOPPED = 75
 """Of a run that was asked to stop and saved its state: sysexits.h's "temporary failure, try again"."""
+EXIT_INTERRUPTED = 130
+"""After Ctrl-C: 128 + SIGINT, as shells have it."""
 
 
 class UserError(Exception):
@@ -29,9 +25,5 @@ class DataSourceError(TrainingError):
     """
 
 
-def tell(error: UserError | TrainingError) -> int:
-    """Print the error, one line on stderr. Returns the exit code."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(_SECONDS_FOR_RANK_0)  # most errors are those of all ranks: rank 0 tells, torchrun ends the others
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return error.exit_code
+class LostRankError(TrainingError):
+    """Another rank has left, or does not answer. Why, it has told itself."""

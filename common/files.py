@@ -4,11 +4,14 @@ import contextlib
 import errno
 import os
 import re
+import stat
 import tempfile
 import tokenize
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from common.errors import UserError
 
 # What the system says of a disk, a network or this process; reading again may help, and no file's content is at fault.
 _STORAGE_TROUBLE = {
@@ -107,8 +110,39 @@ def is_storage_trouble(error: OSError) -> bool:
 
 
 def cache_folder() -> Path:
-    """The folder for what this project keeps outside the data folders: $XDG_CACHE_HOME/vgg-dali or ~/.cache/vgg-dali."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgg-dali"
+    """The folder for what this project keeps outside the data folders: $XDG_CACHE_HOME/vgg-dali, else ~/.cache/vgg-dali.
+
+    Without a home that can be written (a container's user, a batch system): one of this user's own in the temporary folder.
+    Raises UserError: there is none either.
+    """
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen) / "vgg-dali"
+    with contextlib.suppress(RuntimeError):  # no home
+        folder = Path.home() / ".cache/vgg-dali"
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if os.access(there, os.W_OK | os.X_OK):
+            return folder
+    return private_folder()
+
+
+def private_folder() -> Path:
+    """A folder in the temporary folder that only this user can write to. Raises UserError.
+
+    Others may write to the temporary folder too, and know this one's name: one that they have made is not used.
+    """
+    try:
+        folder = Path(tempfile.gettempdir()) / f"vgg-dali-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        status = os.lstat(folder)
+    except OSError as error:
+        raise UserError(
+            f"there is no home folder that can be written, nor a temporary one ({error.strerror}); "
+            "set XDG_CACHE_HOME to a folder of yours"
+        ) from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UserError(f"{folder}: somebody else can write to it; set XDG_CACHE_HOME to a folder of yours")
+    return folder
 
 
 def _umask() -> int:

@@ -4,8 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import os
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
@@ -30,6 +28,9 @@ def parse_dataclass(cls: type[T], flags: Sequence[str], default: T | None, prog:
     """
     import tyro  # here: the programs that use argparse do without it
 
+    for flag, value in zip(["the first flag", *flags], flags, strict=False):
+        if "\0" in value:  # out of a recipe: a command line cannot hold it
+            raise UserError(f"{flag} {value}: holds a NUL character, which no name of a file can")
     groups = [group for group in (cls, *cls.__bases__) if vars(group).get("__annotations__")]
     names = [group.__name__.removesuffix("Flags").lower() for group in groups]
     forms: list[Any] = [_form(group, default) for group in groups]
@@ -44,16 +45,8 @@ def parse_dataclass(cls: type[T], flags: Sequence[str], default: T | None, prog:
         if not exit.code:
             raise  # --help
         raise UserError(f"{_first_paragraph(messages.getvalue())}; {prog} --help lists the flags") from None
-    except BrokenPipeError:  # --help | head
-        discard_output()
-        raise SystemExit(0) from None
     parts = [given] if len(forms) == 1 else vars(given).values()
     return cls(**{name: value for part in parts for name, value in vars(part).items()})
-
-
-def discard_output() -> None:
-    """Where nobody reads stdout any more, as in `| head`: what is left in its buffer goes nowhere, without a traceback."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _form(cls: type, default: object) -> type:

@@ -7,21 +7,34 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from common.process import visible
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 T = TypeVar("T")
 
 
 def say(message: str) -> None:
-    """Print one line for people, on stderr (stdout carries results), above a progress bar if there is one."""
-    tqdm.write(message, file=sys.stderr)
+    """Print lines for people, on stderr (stdout carries results), above a progress bar if there is one.
+
+    What is not printable in them is escaped: names of files and of classes can hold what a terminal obeys.
+    """
+    tqdm.write(_lines(message), file=sys.stderr)
     sys.stderr.flush()
 
 
+def show(text: str = "") -> None:
+    """Print lines for people, on stdout, before the line of JSON; what is not printable in them is escaped."""
+    print(_lines(text))
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(visible, text.split("\n")))
+
+
 def printable(text: str) -> str:
-    """The same text on one line, in characters that any terminal and file takes: names of files can hold anything."""
-    escaped = text.replace("\\", "\\\\")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in escaped)
+    """The same text on one line, in characters that any terminal and file takes, so that no other text becomes the same."""
+    return visible(text.replace("\\", "\\\\"))
 
 
 def track(

@@ -12,14 +12,19 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.constants import default_pg_timeout
 
-from common.errors import TrainingError, UserError
+from common.errors import LostRankError, TrainingError, UserError
+from common.process import ignored_of_launch, read_launch, usable_cores
+from common.progress import say
 
 T = TypeVar("T")
 
+COLLECTIVE_MINUTES = 15
+"""How long a rank waits for the others inside a collective operation, over gloo or NCCL, before it gives the run up. Rank 0 may
+write a checkpoint meanwhile, or compile."""
 # How long ranks wait for the one that scans a data set for the first time: hours, for a large one on a slow disk.
 _PATIENCE = timedelta(days=2)
+_PATIENCE_IN_COLLECTIVES = timedelta(minutes=COLLECTIVE_MINUTES)
 # And for all ranks to be there, once torchrun has started them on every machine.
 _PATIENCE_TO_START = timedelta(minutes=10)
 # For torchrun's own store, which it has before it starts any rank: without an answer, torchrun is gone.
@@ -46,29 +51,33 @@ class Ranks:
     @property
     def cpu_share(self) -> int:
         """Cores for this rank: those that this machine gives us, divided by the ranks on it."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        return max(1, usable_cores() // self.local_world_size)
 
 
 @contextmanager
 def ranks_of_this_run(device: str) -> Iterator[Ranks]:
     """Join the process group that torchrun describes in the environment; without torchrun, one rank and no group.
 
-    device: "auto", "cuda" or "cpu". Raises UserError: cuda without a GPU, fewer GPUs than processes on this machine.
+    device: "auto", "cuda" or "cpu". Raises UserError: cuda without a GPU, fewer GPUs than processes on this machine, half of
+    what a launcher says. LostRankError: another rank has left while this one waited for it.
+
+    After an error the group stays as it is: to take it apart, others would have to come out of the collective operation that
+    they are in. The process is to tell its error and to leave (common/process.py).
     """
-    rank, world_size, local_rank, local_world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    launch = read_launch()
+    if ignored := ignored_of_launch():
+        say(f"warning: ignoring {', '.join(ignored)} in the environment: no launcher has set MASTER_ADDR and the rest")
+    rank, world_size, local_rank, local_world_size = launch or (0, 1, 0, 1)
     own_device = _own_device(device, local_rank, local_world_size)
-    launched = "RANK" in os.environ
     patient_group: dist.ProcessGroup | None = None
-    if launched:
+    if launch:
         on_gpu = own_device.type == "cuda"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=_store_of_this_start(rank, world_size),
             rank=rank,
             world_size=world_size,
+            timeout=_PATIENCE_IN_COLLECTIVES,
             device_id=own_device if on_gpu else None,
         )
         patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]  # not for members
@@ -81,9 +90,20 @@ def ranks_of_this_run(device: str) -> Iterator[Ranks]:
             device=own_device,
             patient_group=patient_group,
         )
-    finally:
-        if launched:
-            dist.destroy_process_group()
+    except RuntimeError as error:
+        if launch and _is_of_a_lost_rank(error):
+            reason = " ".join(str(error).split())[:300]
+            raise LostRankError(
+                f"the ranks have lost each other ({reason}); the first one to leave has said why"
+            ) from error
+        raise
+    if launch:
+        dist.destroy_process_group()
+
+
+def _is_of_a_lost_rank(error: RuntimeError) -> bool:
+    """Whether gloo, NCCL or the store has failed. gloo has no error of its own, but names its source."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
 def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
@@ -102,10 +122,15 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
         )
     except dist.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if torchruns:
+            raise TrainingError(
+                f"nobody answers at {address}, where the ranks meet: torchrun is gone, start it again"
+            ) from error
+        reason = " ".join(str(error).split())[:200]
         raise TrainingError(
-            f"nobody answers at {address}, where the ranks meet: torchrun is gone, start it again"
+            f"the ranks cannot meet at {address} ({reason}); check MASTER_ADDR and MASTER_PORT"
         ) from error
-    store.set_timeout(default_pg_timeout)  # of what is asked later
+    store.set_timeout(_PATIENCE_IN_COLLECTIVES)  # of what is asked later
     name = uuid.uuid4().hex
     if rank > 0:
         store.set(f"asks/{rank}", name)
@@ -142,7 +167,7 @@ def _own_device(device: str, local_rank: int, local_world_size: int) -> torch.de
 def first_then_others(ranks: Ranks, first: Callable[[], T], others: Callable[[T], T]) -> T:
     """Rank 0 calls first() while the others wait, then each of them calls others(result of first).
 
-    A UserError or TrainingError of rank 0 is raised on every rank.
+    A UserError or TrainingError of rank 0 is raised on every rank. Any other error of rank 0 ends the others, too.
     """
     if ranks.patient_group is None:
         return first()
@@ -152,6 +177,10 @@ def first_then_others(ranks: Ranks, first: Callable[[], T], others: Callable[[T]
             message[0] = first()
         except (UserError, TrainingError) as error:
             message[1] = error
+        except Exception as error:
+            message[1] = LostRankError(f"rank 0 has failed ({type(error).__name__}: {error})")
+            dist.broadcast_object_list(message, src=0, group=ranks.patient_group)
+            raise
     dist.broadcast_object_list(message, src=0, group=ranks.patient_group)
     result, failure = message
     if failure is not None:

@@ -3,17 +3,22 @@
 RUN is an --out of train.py, finished or not. The table has the flags in which the runs differ, and their figures.
 """
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import argparse
 import json
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import UserError, tell
+from common.errors import UserError
 from common.flags import FlagParser
-from common.progress import printable
+from common.process import end, run_program
+from common.progress import printable, show
 from engine.curves import draw_runs
 from engine.records import Run, read_run
 
@@ -103,7 +108,7 @@ def compare(folders: Sequence[Path], out: Path) -> dict:
     runs = [read_run(folder) for folder in folders]
     names = [printable(name) for name in short_names(folders)]
     flags = differing_flags(runs)
-    print(table(names, runs))
+    show(table(names, runs))
     legend = [
         "  ".join([name, *(f"{flag} {_said(run.config.get(flag))}" for flag in flags[:_FLAGS_IN_LEGEND])])
         for name, run in zip(names, runs, strict=True)
@@ -128,14 +133,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
+    def work() -> int:
         options = parse_args(argv)
-        results = compare(options.runs, options.out)
-    except UserError as error:
-        return tell(error)
-    print(json.dumps(results))
-    return 0
+        print(json.dumps(compare(options.runs, options.out)))
+        return 0
+
+    return run_program(work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -1,13 +1,19 @@
 """python -m engine.curves RUN: draw RUN/curves.png from RUN/metrics.jsonl, also while the run goes on."""
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import UserError, tell
+from common.errors import UserError
 from common.files import replacing
+from common.process import end, run_program
 from common.progress import printable
 from engine.records import Run, read_run
 
@@ -74,16 +80,15 @@ def draw_runs(runs: Sequence[Run], names: Sequence[str], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) != 1:
-        print("error: give one folder of a run: python -m engine.curves runs/D-imagenet", file=sys.stderr)
-        return UserError.exit_code
-    try:
-        path = draw_curves(Path(arguments[0]))
-    except UserError as error:
-        return tell(error)
-    print(json.dumps({"curves": str(path)}))
-    return 0
+
+    def work() -> int:
+        if len(arguments) != 1:
+            raise UserError("give one folder of a run: python -m engine.curves runs/D-imagenet")
+        print(json.dumps({"curves": str(draw_curves(Path(arguments[0])))}))
+        return 0
+
+    return run_program(work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -10,11 +10,15 @@ A class folder takes its name when it is complete and on the disk: interrupted, 
 The tar files stay, and no copies of them are made: DATA needs 150 GB.
 """
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import io
 import json
 import os
 import shutil
-import sys
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,8 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from common.errors import UserError, tell
+from common.errors import UserError
 from common.flags import FlagParser
+from common.process import end, run_program
 from common.progress import say, track
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -158,20 +163,17 @@ def _unpack_folder(folder: Path, images: Callable[[], Iterator[tuple[str, Binary
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = FlagParser(prog="python -m pipeline.imagenet", description="Unpack ImageNet's tar files.")
-    parser.add_argument("tars", type=Path, help=f"folder with {TRAIN_TAR}, {VAL_TAR}, {DEVKIT_TAR}")
-    parser.add_argument("data", type=Path, help="folder to unpack into, for train.py --data")
-    try:
+    def work() -> int:
+        parser = FlagParser(prog="python -m pipeline.imagenet", description="Unpack ImageNet's tar files.")
+        parser.add_argument("tars", type=Path, help=f"folder with {TRAIN_TAR}, {VAL_TAR}, {DEVKIT_TAR}")
+        parser.add_argument("data", type=Path, help="folder to unpack into, for train.py --data")
         arguments = parser.parse_args(argv)
         images = unpack(arguments.tars, arguments.data)
-    except UserError as error:
-        return tell(error)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with what is missing", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
-    print(json.dumps({"data": str(arguments.data), **images}))
-    return 0
+        print(json.dumps({"data": str(arguments.data), **images}))
+        return 0
+
+    return run_program(work, interrupted="interrupted; the same command goes on with what is missing")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -13,15 +13,20 @@ folder's time: then ask for --rescan.
 The scan reads headers. --verify decode also decodes every image, once, and leaves out those that fail (pipeline/verify.py).
 """
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
-from common.errors import UserError, tell
+from common.errors import UserError
 from common.files import cache_folder
 from common.flags import FlagParser
+from common.process import end, run_program
 from common.progress import say
 from pipeline.manifest_files import QUARANTINE, Manifest, find_manifest, load_manifest, write_manifest
 from pipeline.scan import Scan, check_layout, scan
@@ -75,33 +80,30 @@ def _write_somewhere(root: Path, found: Scan) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = FlagParser(
-        prog="python -m pipeline.manifest", description="Scan a data folder, check its images, print a summary."
-    )
-    parser.add_argument("data", type=Path, help="folder with train/<class>/* and val/<class>/*")
-    parser.add_argument("--rescan", action="store_true", help="scan even if no folder changed since the last scan")
-    parser.add_argument(
-        "--verify",
-        choices=["decode"],
-        help="decode every image once and leave out what fails; interrupted, the same command goes on where it was",
-    )
-    try:
+    def work() -> int:
+        parser = FlagParser(
+            prog="python -m pipeline.manifest", description="Scan a data folder, check its images, print a summary."
+        )
+        parser.add_argument("data", type=Path, help="folder with train/<class>/* and val/<class>/*")
+        parser.add_argument("--rescan", action="store_true", help="scan even if no folder changed since the last scan")
+        parser.add_argument(
+            "--verify",
+            choices=["decode"],
+            help="decode every image once and leave out what fails; interrupted, the same command goes on where it was",
+        )
         arguments = parser.parse_args(argv)
         manifest = open_manifest(arguments.data, rescan=arguments.rescan)
         if arguments.verify:
             from pipeline.verify import verify  # here, because DALI takes long to import
 
             manifest = verify(manifest)
-    except UserError as error:
-        return tell(error)
-    except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
-    summary = results(manifest)
-    print_table(summary)
-    print(json.dumps(summary))
-    return 0
+        summary = results(manifest)
+        print_table(summary)
+        print(json.dumps(summary))
+        return 0
+
+    return run_program(work)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -11,13 +11,17 @@ Under torchrun the shards are shared out among all ranks and machines. Interrupt
 that it was at. What is written depends on SRC and the flags alone.
 """
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import argparse
 import functools
 import io
 import json
 import os
 import shutil
-import sys
 import tarfile
 import time
 from collections.abc import Iterator
@@ -28,9 +32,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from common.errors import TrainingError, UserError, tell
+from common.errors import TrainingError, UserError
 from common.files import replacing
 from common.flags import FlagParser
+from common.process import end, run_program
 from common.progress import printable, say, track
 from common.ranks import Ranks, first_then_others, ranks_of_this_run, wait_for_all
 from pipeline import draws
@@ -314,6 +319,10 @@ def _check(arguments: argparse.Namespace) -> Settings:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv), interrupted="interrupted; start the same command again to go on")
+
+
+def _run(argv: list[str] | None) -> int:
     parser = FlagParser(
         prog="python -m pipeline.prepare", description="Resize a data set once and pack it into shards."
     )
@@ -327,25 +336,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1–95 (90)")
     parser.add_argument("--shard-images", type=int, default=2048, help="images in a shard (2048)")
     parser.add_argument("--threads", type=int, help="of each rank (its share of the cores)")
+    arguments = parser.parse_args(argv)
+    started = time.monotonic()
+    settings = _check(arguments)
     try:
-        arguments = parser.parse_args(argv)
-        started = time.monotonic()
-        settings = _check(arguments)
         with ranks_of_this_run("cpu") as ranks:
             threads = arguments.threads or ranks.cpu_share
             summary = prepare(arguments.source, arguments.destination, settings, threads=threads, ranks=ranks)
             if ranks.is_main:
                 print(json.dumps({**summary, "seconds": round(time.monotonic() - started, 1)}))
-    except (UserError, TrainingError) as error:
-        return tell(error)
     except OSError as error:
         place = error.filename or arguments.destination
-        return tell(TrainingError(f"{place}: {error.strerror or error}; when that is mended, the same command goes on"))
-    except KeyboardInterrupt:
-        print("interrupted; start the same command again to go on", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
+        reason = error.strerror or error
+        raise TrainingError(f"{place}: {reason}; when that is mended, the same command goes on") from error
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import UserError
+from common.orphans import end_with_parent
+from common.process import out_of_ctrl_c, usable_cores
 from common.progress import printable, say, track
 from pipeline.headers import FORMATS, Header, read_header
 
@@ -155,11 +156,9 @@ def _read_headers(root: Path, paths: list[str], label: str) -> Iterator[Header]:
         return
     # "spawn": a fork of a process in which torch's and DALI's threads run can hang.
     context = multiprocessing.get_context("spawn")
-    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of them, and is for this process to handle
-    with ProcessPoolExecutor(
-        len(os.sched_getaffinity(0)), mp_context=context, initializer=signal.signal, initargs=ignore_interrupts
-    ) as pool:
-        results = pool.map(_read_chunk, chunks)
+    with ProcessPoolExecutor(usable_cores(), mp_context=context, initializer=end_with_parent) as pool:
+        with out_of_ctrl_c():  # which goes to all of them, and is for this process to handle
+            results = pool.map(_read_chunk, chunks)
         yield from _flatten(track(results, total=len(paths), label=label, unit="files", weight=_FILES_A_CHUNK))
 
 

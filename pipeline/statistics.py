@@ -7,11 +7,14 @@ cache folder). A run that starts anew then subtracts this mean, and shifts colou
 the paper, after AlexNet); without the file, it takes ImageNet's published figures.
 """
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import contextlib
 import io
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import TrainingError, UserError, tell
+from common.errors import UserError
 from common.files import replacing
 from common.flags import FlagParser
+from common.process import end, run_program, usable_cores
 from common.progress import say, track
 from pipeline.manifest import open_manifest
 from pipeline.manifest_files import Manifest
@@ -170,23 +174,21 @@ def _read(data: Manifest | Prepared) -> bytes | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = FlagParser(prog="python -m pipeline.statistics", description="Mean and covariance of the RGB values.")
-    parser.add_argument("data", help="folder with train/<class>/* and val/<class>/*, or prepared data")
     started = time.monotonic()
-    try:
+
+    def work() -> int:
+        parser = FlagParser(prog="python -m pipeline.statistics", description="Mean and covariance of the RGB values.")
+        parser.add_argument("data", help="folder with train/<class>/* and val/<class>/*, or prepared data")
         name = parser.parse_args(argv).data
         data = open_prepared(name) if is_prepared(name) else open_manifest(Path(name))
-        statistics = compute_statistics(data, threads=len(os.sched_getaffinity(0)))
+        statistics = compute_statistics(data, threads=usable_cores())
         path = save_statistics(statistics, data.folder)
-    except (UserError, TrainingError) as error:
-        return tell(error)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
-    _print_table(statistics)
-    seconds = time.monotonic() - started
-    print(json.dumps({**asdict(statistics), "statistics": str(path), "seconds": round(seconds, 1)}))
-    return 0
+        _print_table(statistics)
+        seconds = time.monotonic() - started
+        print(json.dumps({**asdict(statistics), "statistics": str(path), "seconds": round(seconds, 1)}))
+        return 0
+
+    return run_program(work, interrupted="interrupted; nothing was written")
 
 
 def _print_table(statistics: Statistics) -> None:
@@ -199,4 +201,4 @@ def _print_table(statistics: Statistics) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -15,6 +15,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import replacing
+from common.process import usable_cores
 from common.progress import printable, say, track
 from pipeline.decoding import decode_whole
 from pipeline.headers import read_header
@@ -91,7 +92,7 @@ def _decode_split(split: str, table: FileTable, progress: _Progress, folder: Pat
     bad = progress.bad[split]
     # Those that failed before are tried again: they may have been repaired since.
     rows = np.array([*sorted(bad), *range(progress.done[split], len(table))], dtype=np.int64)
-    results = decode_whole(table, rows, threads=len(os.sched_getaffinity(0)))
+    results = decode_whole(table, rows, threads=usable_cores())
     saved = time.monotonic()
     for row, (image, reason) in zip(
         rows.tolist(), track(results, total=len(rows), label=f"verifying {split}", unit="images"), strict=True

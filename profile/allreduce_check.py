@@ -16,13 +16,19 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import torch
 import torch.distributed as dist
 from all_reduce import Links, all_reduce_seconds
 from limited_links import INTERFACE, PAYLOAD_SHARE, Machine, limited_machines
 
-from common.errors import TrainingError, UserError, tell
+from common.errors import TrainingError, UserError
 from common.flags import FlagParser
+from common.process import end, run_program
 
 _FLOAT_BYTES = 4
 _PORT = 29400  # any: no one else is in the namespace
@@ -31,19 +37,20 @@ _PATIENCE_SECONDS = 240
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     parser = FlagParser(
         prog="python profile/allreduce_check.py", description="Predicted and measured all-reduce over limited links."
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3], help="numbers of ranks to try")
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 4, 16], help="sizes to try")
     parser.add_argument("--mbits-per-second", type=float, default=100, help="of each link, in each direction")
-    try:
-        arguments = parser.parse_args(argv)
-        if min(arguments.ranks) < 2 or min(arguments.megabytes) <= 0 or arguments.mbits_per_second <= 0:
-            raise UserError("give --ranks of 2 or more, and --megabytes and --mbits-per-second above 0")
-        rows = [row for ranks in arguments.ranks for row in check(ranks, arguments)]
-    except (UserError, TrainingError) as error:
-        return tell(error)
+    arguments = parser.parse_args(argv)
+    if min(arguments.ranks) < 2 or min(arguments.megabytes) <= 0 or arguments.mbits_per_second <= 0:
+        raise UserError("give --ranks of 2 or more, and --megabytes and --mbits-per-second above 0")
+    rows = [row for ranks in arguments.ranks for row in check(ranks, arguments)]
     print_rows(rows, arguments.mbits_per_second)
     largest = max(abs(row["measured_over_predicted"] - 1) for row in rows)
     print(json.dumps({"mbits_per_second": arguments.mbits_per_second, "rows": rows, "largest_error": largest}))
@@ -143,4 +150,4 @@ def print_rows(rows: list[dict], mbits_per_second: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -9,7 +9,6 @@ a round.
 import argparse
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,15 +17,21 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import numpy as np
 import torch
 from compare_loaders import median_and_range
 from photographs import photograph_folder
 
-from common.errors import UserError, tell
+from common.errors import UserError
 from common.files import cache_folder
 from common.flags import FlagParser
 from common.heap import share_one_heap
+from common.process import end, run_program, usable_cores
 from common.progress import say
 from common.ranks import ranks_of_this_run
 from engine.config import Config
@@ -41,6 +46,10 @@ from pipeline.plan import Samples, rescaled_sizes, source_windows
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     parser = FlagParser(
         prog="python profile/compare_evaluation.py", description="Compare ways of evaluating: images/s."
     )
@@ -52,23 +61,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     share_one_heap()  # as evaluate.py does
-    try:
-        arguments = parser.parse_args(argv)
-        folder = arguments.data or photograph_folder(cache_folder() / "photographs-val-96", train=2, val=96)
-        with ranks_of_this_run(arguments.device) as ranks:
-            config = Config(data=str(folder), device=arguments.device)
-            data = open_data(config, ranks, choose_precision("auto", ranks.device))
-            results = {
-                "dense": compare(dense_passes(data, arguments), arguments.rounds, data.val_images),
-                "multicrop": compare(crop_passes(data, arguments), arguments.rounds, data.val_images),
-            }
-    except UserError as error:
-        return tell(error)
+    arguments = parser.parse_args(argv)
+    folder = arguments.data or photograph_folder(cache_folder() / "photographs-val-96", train=2, val=96)
+    with ranks_of_this_run(arguments.device) as ranks:
+        config = Config(data=str(folder), device=arguments.device)
+        data = open_data(config, ranks, choose_precision("auto", ranks.device))
+        results = {
+            "dense": compare(dense_passes(data, arguments), arguments.rounds, data.val_images),
+            "multicrop": compare(crop_passes(data, arguments), arguments.rounds, data.val_images),
+        }
     for name, result in results.items():
         for way in ("ours", "usual"):
             print(f"{name:10} {way:6}" + "{:10,.1f} ({:,.1f}–{:,.1f}) images/s".format(*result[way]))
         print(f"{name:10} {'times':6}" + "{:10.2f} ({:.2f}–{:.2f})".format(*result["times"]))
-    settings = {"images": data.val_images, "cores": len(os.sched_getaffinity(0)), "device": arguments.device}
+    settings = {"images": data.val_images, "cores": usable_cores(), "device": arguments.device}
     print(json.dumps({**settings, "arch": arguments.arch, "rounds": arguments.rounds, **results}))
     return 0
 
@@ -169,4 +175,4 @@ def at_scale(data: Data, crop: int) -> Data:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

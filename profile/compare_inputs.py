@@ -19,14 +19,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import torch
 from compare_loaders import measure, median_and_range
 from compare_steps import forever
 from stages import resident
 
-from common.errors import TrainingError, UserError, tell
+from common.errors import UserError
 from common.flags import FlagParser
 from common.heap import share_one_heap
+from common.process import end, run_program
 from common.ranks import Ranks, ranks_of_this_run
 from engine.assembly import assemble, network_of, too_little_memory
 from engine.config import DIGITS, SYNTHETIC, Config, parse_args
@@ -42,6 +48,10 @@ _PAUSE_SECONDS = 0.5
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     parser = FlagParser(
         prog="python profile/compare_inputs.py",
         description="Compare what feeds a training step: images per second. It takes all flags of train.py.",
@@ -59,10 +69,8 @@ def main(argv: list[str] | None = None) -> int:
             if ranks.world_size > 1:
                 raise UserError("compare_inputs.py measures one rank; start it without torchrun")
             result = compare(config, ranks, options, Path(work))
-    except torch.OutOfMemoryError:
-        return tell(too_little_memory(config.micro_batch or config.batch_size))
-    except (UserError, TrainingError) as error:
-        return tell(error)
+    except torch.OutOfMemoryError as error:
+        raise too_little_memory(config.micro_batch or config.batch_size) from error
     print(json.dumps(result))
     return 0
 
@@ -149,4 +157,4 @@ def print_table(title: str, summary: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -17,7 +17,6 @@ meanwhile is used up. Figures are medians over rounds; ratios are taken within a
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,11 @@ from pathlib import Path
 from time import perf_counter, sleep
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
 
 import numpy as np
 import torch
@@ -36,9 +40,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image, read_file
 from usual_transforms import COLOUR_SHIFT_SIGMA, training_transform
 
-from common.errors import UserError, tell
+from common.errors import UserError
 from common.flags import FlagParser
 from common.heap import present_objects_frozen, share_one_heap
+from common.process import end, run_program, usable_cores
 from common.progress import say
 from common.ranks import ranks_of_this_run
 from pipeline.loader import DaliLoader
@@ -61,6 +66,10 @@ _PAUSE_SECONDS = 4.0
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     parser = FlagParser(
         prog="python profile/compare_loaders.py", description="Compare image loaders: images per second."
     )
@@ -71,24 +80,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--threads",
         type=int,
-        default=len(os.sched_getaffinity(0)) + 1,
+        default=usable_cores() + 1,
         help="threads or worker processes of each loader: one more than there are cores, since each waits now and then",
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each loader")
     parser.add_argument("--batches", type=int, default=20, help="batches counted in a turn")
-    try:
-        arguments = parser.parse_args(argv)
-        share_one_heap()  # as train.py does
-        if arguments.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch finds no GPU here; check the driver with nvidia-smi")
-        table = open_manifest(arguments.data).train
-        with tempfile.TemporaryDirectory() as work:
-            scales = {
-                name: compare(make_loaders(table, scale, arguments, Path(work)), arguments, name)
-                for name, scale in (("S=256", (256, 256)), ("S in [256;512]", (256, 512)))
-            }
-    except UserError as error:
-        return tell(error)
+    arguments = parser.parse_args(argv)
+    share_one_heap()  # as train.py does
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here; check the driver with nvidia-smi")
+    table = open_manifest(arguments.data).train
+    with tempfile.TemporaryDirectory() as work:
+        scales = {
+            name: compare(make_loaders(table, scale, arguments, Path(work)), arguments, name)
+            for name, scale in (("S=256", (256, 256)), ("S in [256;512]", (256, 512)))
+        }
     result = {
         "data": str(arguments.data),
         "images": len(table),
@@ -128,7 +134,7 @@ def make_loaders(
     loaders[PREPARED] = our_prepared_loader(arguments, scale, device, work)
     if scale == (256, 256):
         try:
-            peer = ffcv_loader(paths, labels, work, crop, size, min(threads, len(os.sched_getaffinity(0))))  # its limit
+            peer = ffcv_loader(paths, labels, work, crop, size, min(threads, usable_cores()))  # its limit
             next(peer)  # numba compiles
             loaders[FFCV] = peer
         except ImportError as error:
@@ -313,4 +319,4 @@ def torchvision_loader(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -15,14 +15,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import torch
 import torch.nn.functional as F
 import torchvision
 from compare_loaders import OURS, measure, print_table, summarise
 from torch import nn
 
-from common.errors import TrainingError, UserError, tell
+from common.errors import TrainingError, UserError
 from common.flags import FlagParser
+from common.process import end, run_program
 from common.progress import say
 from common.ranks import Ranks, ranks_of_this_run
 from engine.assembly import assemble, network_of
@@ -36,6 +42,10 @@ _NAMES = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     parser = FlagParser(
         prog="python profile/compare_steps.py",
         description="Compare training steps: images per second. It takes all flags of train.py.",
@@ -50,10 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--arch {config.arch}: nobody else has it; take one of {', '.join(_NAMES)}")
         with ranks_of_this_run(config.device) as ranks:
             result = compare(config, ranks, options)
-    except torch.OutOfMemoryError:
-        return tell(TrainingError("the GPU's memory is too small for all networks; take a smaller --batch-size"))
-    except (UserError, TrainingError) as error:
-        return tell(error)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError("the GPU's memory is too small for all networks; take a smaller --batch-size") from error
     print(json.dumps(result))
     return 0
 
@@ -138,4 +146,4 @@ def forever(step: Callable[[], object]) -> Iterator:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -2,13 +2,14 @@
 
 import hashlib
 import multiprocessing
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from common.process import usable_cores
 
 _LONGER_SIDE = 500
 _JPEG_QUALITY = 90
@@ -113,7 +114,7 @@ def _write(paths: list[str], labels: list[int], file: Path) -> None:
     from ffcv.writer import DatasetWriter
 
     image = RGBImageField(write_mode="jpg", max_resolution=_LONGER_SIDE, jpeg_quality=_JPEG_QUALITY)
-    writer = DatasetWriter(str(file), {"image": image, "label": IntField()}, num_workers=len(os.sched_getaffinity(0)))
+    writer = DatasetWriter(str(file), {"image": image, "label": IntField()}, num_workers=usable_cores())
     writer.from_indexed_dataset(_Images(paths, labels), indices=np.tile(np.arange(len(paths)), _copies(paths)))
     sys.stdout.flush()
 

@@ -1,6 +1,5 @@
 """What was measured of a run, and the report made of it."""
 
-import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -17,6 +16,7 @@ from roofline import Measured, links_of, roofline
 from stages import Bench
 from verdict import judge
 
+from common.process import usable_cores
 from common.progress import say
 from common.ranks import Ranks
 from engine.config import to_dict
@@ -89,7 +89,7 @@ def make_report(bench: Bench, found: Findings, peaks: Peaks, sampler: NvmlSample
             training_parts,
             batch_size=bench.config.batch_size,
             ranks=ranks.world_size,
-            cores_per_rank=len(os.sched_getaffinity(0)) / ranks.local_world_size,
+            cores_per_rank=usable_cores() / ranks.local_world_size,
         ),
         "telemetry": {
             **sampler.report(),

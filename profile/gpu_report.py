@@ -20,15 +20,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import torch
 from gpu_results import of_inputs, of_loaders, of_steps, of_tests, of_throughput
 from gpu_table import rewrite_table
 from machine import ROOT, git_revision, hardware
 from photographs import photograph_folder
 
-from common.errors import UserError, tell
+from common.errors import UserError
 from common.files import replacing
 from common.flags import FlagParser
+from common.process import end, run_program
 from common.progress import say
 from common.ranks import ranks_of_this_run
 
@@ -56,6 +62,10 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     parser = FlagParser(
         prog="python profile/gpu_report.py", description="Measure on a GPU what this project promises of one."
     )
@@ -63,26 +73,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/gpu-report"), help="folder for what the runs leave")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder with performance.md and gpu/")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
-    try:
-        arguments = parser.parse_args(argv)
-        folder = arguments.work.resolve()  # the runs start in the repository
-        work = folder / f"{datetime.now():%Y%m%d-%H%M%S}"
-        data = arguments.data.resolve() if arguments.data else folder / "photographs"
-        runs, left_out = plan(data, work)
-        if arguments.dry_run:
-            for run in runs:
-                say(" ".join(["python", *_command(run, _SIZES[0])]))
-            print(json.dumps({"runs": [run.name for run in runs], "left_out": left_out}))
-            return 0
-        if not torch.cuda.is_available():
-            raise UserError("no GPU: torch finds none here; check the driver with nvidia-smi, or see --dry-run")
-        if arguments.data is None:
-            photograph_folder(data)
-        report = measure(runs, left_out, work)
-        report["data"] = data.name if arguments.data else _GENERATED
-        path = write(report, arguments.docs)
-    except UserError as error:
-        return tell(error)
+    arguments = parser.parse_args(argv)
+    folder = arguments.work.resolve()  # the runs start in the repository
+    work = folder / f"{datetime.now():%Y%m%d-%H%M%S}"
+    data = arguments.data.resolve() if arguments.data else folder / "photographs"
+    runs, left_out = plan(data, work)
+    if arguments.dry_run:
+        for run in runs:
+            say(" ".join(["python", *_command(run, _SIZES[0])]))
+        print(json.dumps({"runs": [run.name for run in runs], "left_out": left_out}))
+        return 0
+    if not torch.cuda.is_available():
+        raise UserError("no GPU: torch finds none here; check the driver with nvidia-smi, or see --dry-run")
+    if arguments.data is None:
+        photograph_folder(data)
+    report = measure(runs, left_out, work)
+    report["data"] = data.name if arguments.data else _GENERATED
+    path = write(report, arguments.docs)
     print(
         json.dumps({"program": "gpu_report", "card": report["card"], "failed": report["failed"], "report": str(path)})
     )
@@ -202,4 +209,4 @@ def _command(run: Run, size: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -10,11 +10,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import torch
 
-from common.errors import UserError, tell
 from common.flags import FlagParser
 from common.heap import share_one_heap
+from common.process import end, run_program
 from common.progress import say
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
@@ -23,19 +28,20 @@ from engine.precision import choose_precision
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     parser = FlagParser(prog="python profile/loader_memory.py", description="The loader's resident memory over epochs.")
     parser.add_argument("--data", required=True, help="prepared data, or a folder with train/ and val/")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--plot", type=Path, help="PNG to write")
-    try:
-        arguments, flags = parser.parse_known_args(argv)
-        share_one_heap()  # as train.py does
-        config = parse_args(["--data", arguments.data, "--device", "cpu", *flags])
-        with ranks_of_this_run("cpu") as ranks:
-            data = open_data(config, ranks, choose_precision("fp32", torch.device("cpu")))
-            resident_mib = measure(data.train_batches(0), data.train_images, config.batch_size, arguments.epochs)
-    except UserError as error:
-        return tell(error)
+    arguments, flags = parser.parse_known_args(argv)
+    share_one_heap()  # as train.py does
+    config = parse_args(["--data", arguments.data, "--device", "cpu", *flags])
+    with ranks_of_this_run("cpu") as ranks:
+        data = open_data(config, ranks, choose_precision("fp32", torch.device("cpu")))
+        resident_mib = measure(data.train_batches(0), data.train_images, config.batch_size, arguments.epochs)
     if arguments.plot:
         plot(resident_mib, arguments.plot)
     growth = (resident_mib[-1] - resident_mib[1]) / (len(resident_mib) - 2) if len(resident_mib) > 2 else 0.0
@@ -74,4 +80,4 @@ def plot(resident_mib: list[float], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.process import usable_cores
+
 if (
     TYPE_CHECKING
 ):  # torch takes seconds to import, and a sweep asks for the card and the revision before each of its runs
@@ -27,7 +29,7 @@ def hardware(ranks: Ranks) -> dict:
         "name": torch.cuda.get_device_name(ranks.device) if on_gpu else _cpu_name(),
         "ranks": ranks.world_size,
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "torch": str(torch.__version__),
         "dali": dali.__version__,

@@ -20,12 +20,18 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 from nvml_command import held_signals, run_command
 from nvml_table import table
 
-from common.errors import UserError, tell
+from common.errors import UserError
 from common.files import replacing
 from common.flags import FlagParser
+from common.process import end, run_program
 from common.progress import say
 
 if TYPE_CHECKING:
@@ -157,17 +163,19 @@ def _open(uuids: Sequence[str] | None, interval_seconds: float) -> tuple[list["G
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        options, command = parse_args(sys.argv[1:] if argv is None else argv)
-        with held_signals() as mask:
-            with NvmlSampler(interval_seconds=options.interval_ms / 1e3) as sampler:
-                exit_code = run_command(command, mask)
-            telemetry = sampler.report()
-            say("\n".join(table(telemetry)))
-            report = {"program": "nvml_sampler", "command": command, "exit_code": exit_code, **telemetry}
-            _write(json.dumps(report), options.out)
-    except UserError as error:
-        return tell(error)
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    options, command = parse_args(sys.argv[1:] if argv is None else argv)
+    with held_signals() as mask:
+        with NvmlSampler(interval_seconds=options.interval_ms / 1e3) as sampler:
+            exit_code = run_command(command, mask)
+        telemetry = sampler.report()
+        for line in table(telemetry):
+            say(line)
+        report = {"program": "nvml_sampler", "command": command, "exit_code": exit_code, **telemetry}
+        _write(json.dumps(report), options.out)
     return exit_code
 
 
@@ -203,4 +211,4 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

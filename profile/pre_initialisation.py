@@ -17,13 +17,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import torch
 from kept_runs import kept, run_trainer
 from plot_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, png
 
-from common.errors import TrainingError, UserError, tell
 from common.files import replacing
 from common.flags import FlagParser
+from common.process import end, run_program
 from engine import checkpoint
 from engine.config import Config, parse_args
 from model.vgg import build
@@ -38,20 +43,21 @@ _COLOURS = (BLUE, SKY, GREEN, VERMILION, ORANGE, PURPLE)
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        arguments, flags = _parser().parse_known_args(argv)
-        flags = [*_DEFAULT_FLAGS, *flags, "--data", str(arguments.data), *_FIXED_FLAGS]
-        config = parse_args(flags)  # what is wrong is said before hours have passed
-        classes = checkpoint.load(arguments.init_from).classes
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        weights = arguments.out / "normal-0.01.pth"
-        write_small_normal(config, len(classes), weights)
-        runs = {}
-        for number, (name, start) in enumerate(starts(arguments.init_from, weights).items()):
-            out, own_flags = arguments.out / str(number), [*flags, *start]
-            runs[name] = kept(out, own_flags, functools.partial(run_trainer, out, own_flags))
-    except (UserError, TrainingError) as error:
-        return tell(error)
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    arguments, flags = _parser().parse_known_args(argv)
+    flags = [*_DEFAULT_FLAGS, *flags, "--data", str(arguments.data), *_FIXED_FLAGS]
+    config = parse_args(flags)  # what is wrong is said before hours have passed
+    classes = checkpoint.load(arguments.init_from).classes
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    weights = arguments.out / "normal-0.01.pth"
+    write_small_normal(config, len(classes), weights)
+    runs = {}
+    for number, (name, start) in enumerate(starts(arguments.init_from, weights).items()):
+        out, own_flags = arguments.out / str(number), [*flags, *start]
+        runs[name] = kept(out, own_flags, functools.partial(run_trainer, out, own_flags))
     chance = 1 / len(classes)
     summary = {name: summarise(run, chance) for name, run in runs.items()}
     picture = arguments.plot or arguments.out / "pre-initialisation.png"
@@ -142,4 +148,4 @@ def _parser() -> FlagParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -12,6 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 from compare_reports import compare, comparison, comparison_tables, differences
 from matplotlib.figure import Figure
 from plot_roofline import roofline
@@ -39,9 +44,10 @@ from rich.text import Text
 from sweep_report import by_program, sweep_table, varying
 from sweep_table import ERROR, read_rows
 
-from common.errors import UserError, tell
+from common.errors import UserError
 from common.files import replacing
 from common.flags import FlagParser
+from common.process import end, run_program
 from common.progress import printable
 
 PAGE = "report.html"
@@ -50,6 +56,10 @@ COMPARISON = "comparison.png"
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     parser = FlagParser(
         prog="python profile/report.py",
         description="Show one report of profile/throughput.py, compare two, or show a sweep.",
@@ -62,24 +72,21 @@ def main(argv: list[str] | None = None) -> int:
         help="one to show, two to compare; or the CSV of a sweep",
     )
     parser.add_argument("--out", type=Path, help="folder to write to; default: that of the last report given")
-    try:
-        arguments = parser.parse_args(argv)
-        out = arguments.out or arguments.reports[-1].parent
-        if any(path.suffix == ".csv" for path in arguments.reports):
-            if len(arguments.reports) > 1:
-                raise UserError(f"{len(arguments.reports)} files, a sweep among them; give a sweep's CSV file alone")
-            result = write_sweep(arguments.reports[0], out)
-            print(json.dumps(result))
-            return 0
-        if len(arguments.reports) > 2:
-            raise UserError(f"{len(arguments.reports)} reports; give one to show or two to compare")
-        reports = [read_report(path) for path in arguments.reports]
-        if len(reports) == 1:
-            result = write_report(reports[0], out)
-        else:
-            result = write_comparison(reports[0], reports[1], [str(path) for path in arguments.reports], out)
-    except UserError as error:
-        return tell(error)
+    arguments = parser.parse_args(argv)
+    out = arguments.out or arguments.reports[-1].parent
+    if any(path.suffix == ".csv" for path in arguments.reports):
+        if len(arguments.reports) > 1:
+            raise UserError(f"{len(arguments.reports)} files, a sweep among them; give a sweep's CSV file alone")
+        result = write_sweep(arguments.reports[0], out)
+        print(json.dumps(result))
+        return 0
+    if len(arguments.reports) > 2:
+        raise UserError(f"{len(arguments.reports)} reports; give one to show or two to compare")
+    reports = [read_report(path) for path in arguments.reports]
+    if len(reports) == 1:
+        result = write_report(reports[0], out)
+    else:
+        result = write_comparison(reports[0], reports[1], [str(path) for path in arguments.reports], out)
     print(json.dumps(result))
     return 0
 
@@ -187,4 +194,4 @@ def _write(files: dict[str, bytes | None], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -16,6 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import torch
 from all_reduce import Links
 from cards import CARDS, find_card
@@ -26,7 +31,8 @@ from roofline_flags import LATENCY_MICROSECONDS, NETWORK_GBITS_PER_SECOND, parse
 from roofline_tables import print_floor, print_layers, print_scaling
 from scaling import ComputeTimes, all_reduce_beside, predict
 
-from common.errors import UserError, tell
+from common.errors import UserError
+from common.process import end, run_program
 from engine.precision import choose_precision, set_numerics
 
 
@@ -126,6 +132,10 @@ def links_of(
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     try:
         arguments = parse_args(argv)
         peaks, precision = choose_peaks(arguments)
@@ -149,10 +159,8 @@ def main(argv: list[str] | None = None) -> int:
         measured = Measured(step_seconds=arguments.step_seconds, step_joules=arguments.step_joules)
         result = roofline(job, peaks=peaks, links=links, algorithm=arguments.all_reduce, measured=measured)
         result["decode"] = decode_work(arguments)
-    except UserError as error:
-        return tell(error)
     except ValueError as error:  # of VGG: a crop that is not a multiple of 32
-        return tell(UserError(f"--crop: {error}"))
+        raise UserError(f"--crop: {error}") from error
     if arguments.layers:
         print_layers(result)
     print_floor(job, result)
@@ -189,4 +197,4 @@ def decode_work(arguments: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -23,12 +23,18 @@ from time import clock_gettime, perf_counter, process_time, pthread_getcpuclocki
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import torch
 import torch.nn.functional as F
 from nvml_sampler import NvmlSampler, uuids_of
 
-from common.errors import UserError, tell
+from common.errors import UserError
 from common.flags import FlagParser
+from common.process import end, run_program
 from common.progress import track
 from engine.precision import choose_precision, set_numerics
 from model.vgg import build
@@ -67,20 +73,21 @@ class Step:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     parser = FlagParser(
         prog="python profile/sampler_overhead.py", description="Measure the sampler's cost, in pairs of turns."
     )
     parser.add_argument("--interval-ms", type=float, default=100.0, help="milliseconds between two samples of a GPU")
     parser.add_argument("--pairs", type=int, default=40, help="pairs of turns that are counted, at least 6")
-    try:
-        arguments = parser.parse_args(argv)
-        if not arguments.interval_ms >= 1:
-            raise UserError(f"--interval-ms is {arguments.interval_ms:g}: give it at least 1")
-        if arguments.pairs < 6:
-            raise UserError(f"--pairs is {arguments.pairs}: a confidence interval of a median needs 6")
-        result = measure(arguments.interval_ms / 1e3, arguments.pairs)
-    except UserError as error:
-        return tell(error)
+    arguments = parser.parse_args(argv)
+    if not arguments.interval_ms >= 1:
+        raise UserError(f"--interval-ms is {arguments.interval_ms:g}: give it at least 1")
+    if arguments.pairs < 6:
+        raise UserError(f"--pairs is {arguments.pairs}: a confidence interval of a median needs 6")
+    result = measure(arguments.interval_ms / 1e3, arguments.pairs)
     for name in ("seconds", "core_seconds"):
         line = "with the sampler / without, {}: {median:.4f}, 95 % interval {low:.4f}–{high:.4f}"
         print(line.format(name.replace("_", " "), **result[f"{name}_with_to_without"]))
@@ -145,4 +152,4 @@ def _spread(ratios: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -26,7 +26,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
 
+    begin()
+
+
+from common.process import end, run_program
 from common.progress import say
 from engine.checkpoint import load
 from pipeline.digits import write_digits
@@ -138,6 +144,10 @@ def rows_of(paths: set[Path], data: Path) -> set[int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run it; prints one line for each fault on stderr, and the figures as one line of JSON on stdout."""
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--kinds", nargs="+", default=FAULTS, choices=FAULTS, help="taken in turns, in random order")
@@ -194,4 +204,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

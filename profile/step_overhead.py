@@ -16,11 +16,16 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.errors import TrainingError, UserError, tell
+from common.process import end, run_program
 from common.ranks import Ranks, ranks_of_this_run
 from engine.config import SYNTHETIC, parse_args, save_config
 from engine.data import Data
@@ -88,16 +93,17 @@ class DataInTurns(Data):
 
 
 def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     flags = sys.argv[1:] if argv is None else argv
     with tempfile.TemporaryDirectory() as out:
         # One step more than whole turns: the last turn ends when the next batch is asked for.
         fixed = ["--data", SYNTHETIC, "--out", out, "--steps", str(_STEPS_A_TURN * (_TURNS + 1) + 1)]
-        try:
-            config = parse_args([*_DEFAULT_FLAGS, *flags, *fixed])
-            with ranks_of_this_run(config.device) as ranks:
-                result = measure(config, ranks)
-        except (UserError, TrainingError) as error:
-            return tell(error)
+        config = parse_args([*_DEFAULT_FLAGS, *flags, *fixed])
+        with ranks_of_this_run(config.device) as ranks:
+            result = measure(config, ranks)
     low, high = result["trainer_to_bare_quartiles"]
     print(
         f"{result['arch']}, batch {result['batch_size']}, crop {result['crop']}, {result['device']}, {result['precision']}"
@@ -151,4 +157,4 @@ def measure(config, ranks: Ranks) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -15,6 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
+from common.process import end, run_program
 from tests.runs import start, wait_for
 
 _DEFAULT_FLAGS = ["--arch", "D", "--data", "synthetic", "--batch-size", "2", "--log-every", "1"]
@@ -48,6 +54,10 @@ def stop_once(flags: list[str], out: Path) -> dict[str, float]:
 
 def main(argv: list[str]) -> int:
     """Print each stop on stderr, and the figures as one line of JSON on stdout."""
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
     stops = []
     with tempfile.TemporaryDirectory(prefix="stop.") as folder:
         for _ in range(_STOPS):
@@ -59,4 +69,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(lambda: main(sys.argv[1:]))

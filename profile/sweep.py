@@ -17,12 +17,18 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 from sweep_point import PROGRAMS, THROUGHPUT, Point, cause_in, describe, results_in, row_of, shown_command
 from sweep_table import ERROR, Row, add_row, find_row, locked, read_rows
 
-from common.errors import EXIT_STOPPED, UserError, tell
+from common.errors import EXIT_STOPPED, UserError
 from common.flags import FlagParser
 from common.orphans import end_with_parent
+from common.process import end, run_program
 from common.progress import printable, say
 
 EXIT_FAILED = 1
@@ -47,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
 
     2, 75 and 130 mean what they mean of train.py.
     """
+    return run_program(lambda: _do(argv), interrupted="interrupted; start the same command again")
+
+
+def _do(argv: list[str] | None) -> int:
     end_with_parent()
     parser = FlagParser(prog="python profile/sweep.py", description="One run of a sweep.", allow_abbrev=False)
     parser.add_argument("--csv", type=Path, required=True, help="file for the row")
@@ -85,10 +95,9 @@ def main(argv: list[str] | None = None) -> int:
                 say(f"{name}: has a row")
                 return 0
             return _run_and_record(point, options.csv, options.python, name, keep=options.keep_checkpoints)
-    except UserError as error:
-        return tell(error)
     except OSError as error:
-        return tell(UserError(f"{error.filename or options.csv}: {error.strerror or error}; name another CSV file"))
+        place = error.filename or options.csv
+        raise UserError(f"{place}: {error.strerror or error}; name another CSV file") from error
 
 
 def _has_row(path: Path, point: Point, retry_failed: bool) -> bool:
@@ -155,4 +164,4 @@ def _run(point: Point, python: str, output: Path, log: Path) -> Ended:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

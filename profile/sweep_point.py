@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import socket
 import sys
@@ -16,6 +15,7 @@ from sweep_table import ERROR, Row
 
 from common.errors import UserError
 from common.flags import FlagParser
+from common.process import usable_cores
 from engine.config import parse_args, to_dict
 
 TRAIN, THROUGHPUT = "train.py", "profile/throughput.py"
@@ -112,7 +112,7 @@ def row_of(point: Point, *, began: str, seconds: float, results: Row, error: str
         "began": began,
         "seconds_of_run": f"{seconds:.1f}",
         "host": socket.gethostname(),
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(usable_cores()),
         **point.identity,
         "out": str(point.out),
     }

@@ -21,6 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 import torch
 from adaptive import Limits
 from communication import all_reduce_alone
@@ -46,10 +51,11 @@ from torch.profiler import ProfilerActivity
 from tuning import tune
 from tuning_output import print_tuned, result, write_recipe
 
-from common.errors import TrainingError, UserError, tell
+from common.errors import UserError
 from common.files import replacing
 from common.flags import FlagParser
 from common.orphans import end_with_torchrun
+from common.process import end, run_program
 from common.progress import say
 from common.ranks import Ranks, first_then_others, ranks_of_this_run
 from engine.assembly import too_little_memory
@@ -64,26 +70,24 @@ _TRACED_STEPS = 3
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code, as train.py's."""
+    return run_program(lambda: _run(argv), interrupted="interrupted; there are no results")
+
+
+def _run(argv: list[str] | None) -> int:
     end_with_torchrun()
-    try:
-        config, options = parse(argv)
-        # To tune, processes of their own measure: this one leaves the GPU to them.
-        with ranks_of_this_run("cpu" if options.tune else config.device) as ranks:
-            first_then_others(ranks, lambda: claim(config.out, RECIPE if options.tune else REPORT), lambda _: None)
-            if options.tune:
-                limits = Limits(seconds=options.seconds, steps=config.steps, least_laps=1)
-                line = tuned_line(config, ranks, limits, options.tune_seconds, argv)
-            else:
-                limits = Limits(seconds=options.seconds, steps=config.steps)
-                report = profile(config, ranks, limits, trace=options.trace)
-                line = report and write(report, config.out)
-            if line:
-                print(json.dumps(line), flush=True)
-    except (UserError, TrainingError) as error:
-        return tell(error)
-    except KeyboardInterrupt:
-        print("interrupted; there are no results", file=sys.stderr)
-        return 130  # 128 + SIGINT, as shells have it
+    config, options = parse(argv)
+    # To tune, processes of their own measure: this one leaves the GPU to them.
+    with ranks_of_this_run("cpu" if options.tune else config.device) as ranks:
+        first_then_others(ranks, lambda: claim(config.out, RECIPE if options.tune else REPORT), lambda _: None)
+        if options.tune:
+            limits = Limits(seconds=options.seconds, steps=config.steps, least_laps=1)
+            line = tuned_line(config, ranks, limits, options.tune_seconds, argv)
+        else:
+            limits = Limits(seconds=options.seconds, steps=config.steps)
+            report = profile(config, ranks, limits, trace=options.trace)
+            line = report and write(report, config.out)
+        if line:
+            print(json.dumps(line), flush=True)
     return 0
 
 
@@ -252,4 +256,4 @@ def _uuids(ranks: Ranks) -> list[str] | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

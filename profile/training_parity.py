@@ -17,14 +17,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
 from kept_runs import kept, run_trainer
 from plain_loop import train_plainly
 from plot_style import BLUE, VERMILION, new_figure, png
 from scipy import stats
 
-from common.errors import TrainingError, UserError, tell
+from common.errors import TrainingError, UserError
 from common.files import replacing
 from common.flags import FlagParser
+from common.process import end, run_program
 from engine import checkpoint
 from engine.config import parse_args
 
@@ -38,20 +44,21 @@ _FIXED_FLAGS = ["--schedule", "cosine", "--precision", "fp32", "--no-compile"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        arguments, flags = _parser().parse_known_args(argv)
-        if arguments.seeds < 2:
-            raise UserError(f"--seeds {arguments.seeds}: must be at least 2, or there is no spread")
-        flags = [*_DEFAULT_FLAGS, *flags, "--data", str(arguments.data), *_FIXED_FLAGS]
-        parse_args(flags)  # what is wrong is said before hours have passed
-        histories: dict[str, list[list[dict]]] = {OURS: [], PLAIN: []}
-        for seed in range(arguments.seeds):
-            for name, run in train_both(arguments.out, [*flags, "--seed", str(seed)], seed).items():
-                if run["diverged_at"]:
-                    raise TrainingError(f"seed {seed} diverged; choose a lower --lr and another --out")
-                histories[name].append(run["history"])
-    except (UserError, TrainingError) as error:
-        return tell(error)
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    arguments, flags = _parser().parse_known_args(argv)
+    if arguments.seeds < 2:
+        raise UserError(f"--seeds {arguments.seeds}: must be at least 2, or there is no spread")
+    flags = [*_DEFAULT_FLAGS, *flags, "--data", str(arguments.data), *_FIXED_FLAGS]
+    parse_args(flags)  # what is wrong is said before hours have passed
+    histories: dict[str, list[list[dict]]] = {OURS: [], PLAIN: []}
+    for seed in range(arguments.seeds):
+        for name, run in train_both(arguments.out, [*flags, "--seed", str(seed)], seed).items():
+            if run["diverged_at"]:
+                raise TrainingError(f"seed {seed} diverged; choose a lower --lr and another --out")
+            histories[name].append(run["history"])
     result = {"data": str(arguments.data), "flags": flags, "seeds": arguments.seeds, **compare(histories)}
     picture = arguments.plot or arguments.out / "parity.png"
     with replacing(picture) as file:
@@ -155,4 +162,4 @@ def _parser() -> FlagParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)
