@@ -2,13 +2,18 @@
 
 Each change reads the whole file and replaces it under a lock, so that no reader ever sees half a row, columns that a later
 revision brings find their place, and a process that is killed leaves the file as it was.
+
+A spreadsheet runs a cell that begins with = + - or @. So a text that does, and is no number, stands in the file behind an
+apostrophe, which reading takes away again.
 """
 
 import csv
 import fcntl
 import io
+import itertools
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,26 +26,33 @@ Row = dict[str, str]
 ERROR = "error"
 """The column with what a failed run said last; empty where it did not fail."""
 
+_FORMULA = r"[=+\-@\t\r\n]"
+_NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+_BYTES_OF_A_PATH = "surrogateescape"
+"""A path need not be UTF-8, and comes back as it was."""
+
 
 def read_rows(path: Path) -> list[Row]:
     """The rows in a file; none where there is no file. Raises UserError: it cannot be read, or is not such a table."""
     try:
-        text = path.read_text()
+        text = path.read_bytes().decode("utf-8-sig", _BYTES_OF_A_PATH)
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not text"
-        raise UserError(f"{path}: cannot be read ({reason}); give the CSV file of a sweep") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the CSV file of a sweep") from error
     try:
-        rows = list(reader)
+        columns, *rows = [
+            [_text(cell) for cell in row] for row in csv.reader(io.StringIO(text, newline="")) if row
+        ] or [[]]
     except csv.Error as error:
         raise UserError(f"{path}: not a CSV file ({error}); give the CSV file of a sweep") from error
-    if text and ERROR not in (reader.fieldnames or []):
+    if text and ERROR not in columns:
         raise UserError(f"{path}: has no column {ERROR}, so no sweep wrote it; name another CSV file")
-    if any(None in row for row in rows):
+    if len(set(columns)) < len(columns):
+        raise UserError(f"{path}: a column is there twice; mend it, or name another CSV file")
+    if any(len(row) > len(columns) for row in rows):
         raise UserError(f"{path}: a row is longer than the line of column names; mend it, or name another CSV file")
-    return rows
+    return [dict(itertools.zip_longest(columns, row, fillvalue="")) for row in rows]
 
 
 def find_row(rows: list[Row], identity: Row) -> Row | None:
@@ -65,11 +77,8 @@ def add_row(path: Path, row: Row, identity: Row) -> bool:
                 return False
             columns = _merged([list(each) for each in rows])
             with replacing(path) as file:
-                text = io.StringIO(newline="")
-                writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-                file.write(text.getvalue().encode())
+                for cells in (columns, *([row.get(column, "") for column in columns] for row in rows)):
+                    file.write(_line(cells).encode(errors=_BYTES_OF_A_PATH))
             return True
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); name another CSV file") from error
@@ -95,6 +104,23 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
         yield taken
     finally:
         os.close(descriptor)
+
+
+def _line(cells: Iterable[str]) -> str:
+    """A row as it stands in the file."""
+    texts = [f"'{cell}" if re.match(f"'*{_FORMULA}", cell) and not _is_number(cell) else cell for cell in cells]
+    return (
+        ",".join('"' + text.replace('"', '""') + '"' if re.search(r'[,"\r\n]', text) else text for text in texts) + "\n"
+    )
+
+
+def _text(cell: str) -> str:
+    """What a cell says."""
+    return cell[1:] if re.match(f"'+{_FORMULA}", cell) else cell
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(_NUMBER, text, re.ASCII | re.IGNORECASE) is not None
 
 
 def _merged(headers: list[list[str]]) -> list[str]:

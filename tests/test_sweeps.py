@@ -1,5 +1,7 @@
 """sweeps/*.sh: rows that are there are skipped, failures are recorded, nothing is lost or done twice, whoever is killed."""
 
+import csv
+import io
 import json
 import os
 import signal
@@ -338,7 +340,60 @@ def test_rows_of_many_processes(tmp_path):
     assert all(row[f"only {row['task']}"] == 'a "b",\nc' for row in rows)
 
 
-@pytest.mark.parametrize("content", ["a,b\n1,2\n", "error\nx,y\n"])
+FORMULAS = [
+    "=1+2",
+    "+cmd",
+    "-x",
+    "@sum(a)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "=",
+    "-",
+    "-1+2",
+    "+1 2",
+    "-inf",
+    '=HYPERLINK("x",1)',
+]
+AS_THEY_ARE = [
+    "-0.5",
+    "+1",
+    "-1e-3",
+    "+.5E7",
+    "-7.",
+    "1e-05",
+    "'",
+    "'text",
+    " =1",
+    'a "b",\nc',
+    "a\rb",
+    "a\r\nb",
+    "a\udcff",
+]
+
+
+@pytest.mark.parametrize("text", [*FORMULAS, *AS_THEY_ARE, "'=1", "''=1", "'-0.5", "'\t"])
+def test_cells_that_a_spreadsheet_would_run_come_back_exactly(tmp_path, text):
+    path = tmp_path / "table.csv"
+    row = {"error": "", text: text, "last": text}
+    assert add_row(path, row, {"last": text})
+    assert read_rows(path) == [row]
+    assert not add_row(path, row, {"last": text}), "the row is found"
+    cells = list(csv.reader(io.StringIO(path.read_bytes().decode(errors="surrogateescape"), newline="")))
+    shown = text if text in AS_THEY_ARE else f"'{text}"
+    assert cells == [["error", shown, "last"], ["", shown, shown]]
+
+
+def test_a_table_that_a_spreadsheet_has_saved(tmp_path):
+    """With a byte order mark and its own line ends."""
+    path = tmp_path / "table.csv"
+    assert add_row(path, {"error": "", "lr": "0.1"}, {"lr": "0.1"})
+    path.write_bytes("\ufeff".encode() + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    assert not add_row(path, {"error": "", "lr": "0.1"}, {"lr": "0.1"})
+    assert read_rows(path) == [{"error": "", "lr": "0.1"}]
+
+
+@pytest.mark.parametrize("content", ["a,b\n1,2\n", "error\nx,y\n", "error,a,a\n,1,3\n", "caf\u00e9,b\n", '"'])
 def test_file_that_no_sweep_wrote_is_left_alone(content, tmp_path):
     path = tmp_path / "table.csv"
     path.write_text(content)
