@@ -49,6 +49,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def half_written(names: str) -> str:
+    """A regular expression for what replacing() leaves of files whose names match this one, where it is killed."""
+    return rf"\.(?:{names})\.\w+\.tmp"
+
+
 def link_over(source: Path, target: Path) -> None:
     """Make `target` a second name of the file `source`, replacing what was there, without a moment of neither.
 
@@ -71,19 +76,34 @@ def link_over(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def remove_own(folder: Path, name: re.Pattern[str], *, but: Collection[str] = ()) -> None:
-    """Remove the files whose whole names match from a folder, but for some.
+def open_own(path: Path, flags: int) -> int:
+    """A descriptor of a file that is changed in place, made where it is not there; inherited by no other program.
 
-    Only regular files, and only where the folder itself is none that a link leads to: what lies behind one is not ours.
-    Somebody else may remove them meanwhile.
+    Raises OSError, also where the path is a link, or no file: what is behind it is not ours to change.
     """
-    if folder.is_symlink():
-        return
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a link, and nothing is written through one", str(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return descriptor
+
+
+def remove_own(folder: Path, names: str, *, but: Collection[str] = ()) -> None:
+    """Remove the files whose whole names match a regular expression, but for some.
+
+    Only regular files: what lies behind a link is not ours. Somebody else may remove them meanwhile. Raises OSError.
+    """
+    pattern = re.compile(names)
     with os.scandir(folder) as entries:
         found = [
             entry.path
             for entry in entries
-            if name.fullmatch(entry.name) and entry.name not in but and entry.is_file(follow_symlinks=False)
+            if pattern.fullmatch(entry.name) and entry.name not in but and entry.is_file(follow_symlinks=False)
         ]
     for path in found:
         with contextlib.suppress(FileNotFoundError):

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import TracebackType
 
 from common.errors import UserError
+from common.files import open_own
 from common.progress import say
 
 _PATIENCE_SECONDS = 20.0  # for a run that was stopped, whose last step and checkpoint are still to come
+_HOLDER = b"pid "  # how the file begins
 
 
 class FolderLock:
@@ -36,11 +38,12 @@ class FolderLock:
     def take(self) -> None:
         """Lock the folder, which must exist; once is enough. Where the file system has no locks, go on without.
 
-        Raises UserError: another process has it, and still has it after some patience. OSError: the folder is read-only.
+        Raises UserError: another process has it, and still has it after some patience. OSError: the folder is read-only, or
+        the lock's file is a link.
         """
         if self._descriptor is not None:
             return
-        descriptor = os.open(self._folder / self.NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = open_own(self._folder / self.NAME, os.O_RDWR)
         deadline = None
         while not _lock(descriptor):
             holder = f"another run ({os.pread(descriptor, 1000, 0).decode(errors='replace') or 'unknown'})"
@@ -49,12 +52,13 @@ class FolderLock:
                 say(f"waiting up to {_PATIENCE_SECONDS:.0f} s for {holder} to leave {self._folder}")
             if time.monotonic() > deadline:
                 os.close(descriptor)
-                raise UserError(f"{holder} is writing to {self._folder}; end it first, or choose another --out")
+                raise UserError(f"{holder} is writing to {self._folder}; end it first, or choose another folder")
             time.sleep(0.1)
         self._descriptor = descriptor
         with contextlib.suppress(OSError):  # on a full disk the lock holds, but does not say whose it is
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"pid {os.getpid()}, host {socket.gethostname()}".encode(), 0)
+            if os.pread(descriptor, len(_HOLDER), 0) in (b"", _HOLDER):  # else it is somebody's file of that name
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, _HOLDER + f"{os.getpid()}, host {socket.gethostname()}".encode(), 0)
 
 
 def _lock(descriptor: int) -> bool:

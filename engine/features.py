@@ -40,7 +40,7 @@ def write_features(
     first_then_others(ranks, lambda: write_rows(path, shape, np.float32, mean, None), lambda _: None)
     if ranks.is_main:
         for part in parts:
-            part.unlink()
+            part.unlink(missing_ok=True)  # the same command may run twice
 
 
 def _blocks(

@@ -27,7 +27,7 @@ from common.errors import UserError
 from common.files import DAMAGED_FILE, cache_folder, remove_own, replacing
 from pipeline.scan import SPLITS
 from pipeline.storage import S3_SCHEME, Storage, open_storage
-from pipeline.tables import SHARD_ROW, ShardTable, shard_name, what_is_wrong
+from pipeline.tables import SHARD_ROW, TABLE_NAMES, ShardTable, shard_name, what_is_wrong
 
 INDEX = "index.json"
 _FORMAT_NAME = "vgg-dali prepared "
@@ -36,7 +36,6 @@ FORMAT = f"{_FORMAT_NAME}2"
 _MOST_INDEX_BYTES = 64 << 20  # a billion images, in shards of 2048, take a sixth of it
 _MOST_IMAGES = 1 << 40
 _ROWS_A_BLOCK = 1 << 20
-_TABLE_NAME = re.compile(r"(train|val)-[0-9a-f]{32}\.npy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,11 +218,12 @@ def _local_index(storage: Storage, description: dict) -> Path:
                 )
                 if fingerprint_of(description["classes"], blocks) != description["fingerprint"]:
                     raise _damaged(storage, "its tables are not those of its fingerprint")
+        if not folder.is_symlink():
+            remove_own(folder, TABLE_NAMES, but=names)  # of what was in the bucket before
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written ({error.strerror}); set XDG_CACHE_HOME to another folder"
         ) from error
-    remove_own(folder, _TABLE_NAME, but=names)  # of what was in the bucket before
     return folder
 
 

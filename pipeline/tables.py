@@ -15,6 +15,9 @@ SHARD_ROW = np.dtype(
 )
 """A row of a prepared data set's index: where the image file lies in its shard, its label, its size in pixels."""
 
+TABLE_NAMES = r"(?:train|val)-[0-9a-f]{32}\.npy"
+"""A regular expression for the names of tables' files: each has the fingerprint of its data set."""
+
 _RESIDENT_BYTES = 256 << 20  # of a mapped table that may stay in the process's memory, and be read ahead
 
 

@@ -4,6 +4,7 @@ The scripts in sweeps/ call this once for each point of their grid. A run whose 
 a row that says why. FLAGS are the program's own, --out apart: each run has a folder of its own beside the CSV file.
 """
 
+import os
 import shlex
 import shutil
 import signal
@@ -26,6 +27,7 @@ from sweep_point import PROGRAMS, THROUGHPUT, Point, cause_in, describe, results
 from sweep_table import ERROR, Row, add_row, find_row, locked, read_rows
 
 from common.errors import EXIT_STOPPED, UserError
+from common.files import open_own
 from common.flags import FlagParser
 from common.orphans import end_with_parent
 from common.process import end, run_program
@@ -144,7 +146,10 @@ def _run(point: Point, python: str, output: Path, log: Path) -> Ended:
         signals.append(number)
         child.send_signal(signal.SIGTERM)  # which torchrun hands on to its ranks; train.py saves and leaves
 
-    with open(output, "wb") as stdout, open(log, "ab") as stderr:
+    with (
+        os.fdopen(open_own(output, os.O_WRONLY | os.O_TRUNC), "wb") as stdout,
+        os.fdopen(open_own(log, os.O_WRONLY | os.O_APPEND), "ab") as stderr,
+    ):
         place = stderr.tell()
         # In a session of its own, where Ctrl-C does not reach it: what is asked of this process, it is asked in its turn.
         child = subprocess.Popen(

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import replacing
+from common.files import open_own, replacing
 
 Row = dict[str, str]
 """Column → text. A column that is missing is the same as an empty one."""
@@ -92,7 +92,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = open_own(path, os.O_RDWR)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

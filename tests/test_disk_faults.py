@@ -13,9 +13,11 @@ import pytest
 import train
 from common import lock
 from common.errors import UserError
+from common.files import half_written, remove_own
 from common.lock import FolderLock
 from engine.checkpoint import load
 from engine.runlog import RunLog
+from pipeline.tables import TABLE_NAMES
 from tests.mounts import remount, small_disk
 from tests.runs import ROOT, SMALL, assert_same_weights
 
@@ -174,3 +176,45 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     with FolderLock(tmp_path) as first, FolderLock(tmp_path) as second:
         first.take()
         second.take()
+
+
+# ---- links -------------------------------------------------------------------------------------------------------
+
+
+def test_no_lock_is_taken_through_a_link(tmp_path, capsys):
+    (tmp_path / "precious").write_text("somebody's")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.lock").symlink_to(tmp_path / "precious")
+    error = error_of(capsys, *FLAGS, "--out", str(tmp_path / "out"), code=2)
+    assert "cannot be written (it is a link, and nothing is written through one); choose another folder" in error
+    assert (tmp_path / "precious").read_text() == "somebody's"
+
+
+def test_a_lock_file_that_is_somebody_elses_stays_as_it_is(tmp_path):
+    (tmp_path / ".lock").write_text("a tool's own lock")
+    with FolderLock(tmp_path) as ours:
+        ours.take()
+    assert (tmp_path / ".lock").read_text() == "a tool's own lock"
+    (tmp_path / ".lock").unlink()
+    os.mkfifo(tmp_path / ".lock")
+    with FolderLock(tmp_path) as ours, pytest.raises(OSError, match="it is no regular file"):
+        ours.take()
+
+
+def test_a_folder_may_be_reached_through_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with FolderLock(tmp_path / "link") as ours:
+        ours.take()
+    assert (tmp_path / "real/.lock").read_text().startswith(f"pid {os.getpid()}, host ")
+
+
+def test_only_files_of_ours_are_removed(tmp_path):
+    ours = f"train-{'0' * 32}.npy"
+    for name in (ours, "mine.npy", "train-x.npy", f".{ours}.abc_1234.tmp", ".other.tmp", "target"):
+        (tmp_path / name).write_text("content")
+    (tmp_path / f"val-{'0' * 32}.npy").symlink_to(tmp_path / "target")
+    (tmp_path / f"val-{'1' * 32}.npy").mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+    remove_own(tmp_path, f"{TABLE_NAMES}|{half_written(TABLE_NAMES)}", but=["mine.npy"])
+    assert before - {path.name for path in tmp_path.iterdir()} == {ours, f".{ours}.abc_1234.tmp"}
