@@ -28,9 +28,6 @@ def parse_dataclass(cls: type[T], flags: Sequence[str], default: T | None, prog:
     """
     import tyro  # here: the programs that use argparse do without it
 
-    for flag, value in zip(["the first flag", *flags], flags, strict=False):
-        if "\0" in value:  # out of a recipe: a command line cannot hold it
-            raise UserError(f"{flag} {value}: holds a NUL character, which no name of a file can")
     groups = [group for group in (cls, *cls.__bases__) if vars(group).get("__annotations__")]
     names = [group.__name__.removesuffix("Flags").lower() for group in groups]
     forms: list[Any] = [_form(group, default) for group in groups]

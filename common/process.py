@@ -167,7 +167,7 @@ def _flushed(code: int) -> int:
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     if isinstance(raw, _Descriptor) and raw.failure:
-        reason = raw.failure.strerror
+        reason = "it was closed" if raw.failure.errno == errno.EBADF else raw.failure.strerror
         lost = TrainingError(
             f"stdout cannot be written ({reason}): what was to be printed there is lost, files are not"
         )
