@@ -24,7 +24,7 @@ def evaluate(flags: EvaluateFlags) -> dict:
     from common.ranks import ranks_of_this_run
     from engine.data import open_data
     from engine.evaluator import Evaluator
-    from engine.networks import load_network
+    from engine.networks import for_data, load_network
     from engine.precision import choose_precision, set_numerics
     from engine.reports import fused, table
 
@@ -33,6 +33,7 @@ def evaluate(flags: EvaluateFlags) -> dict:
         precision = choose_precision(flags.precision, ranks.device)
         networks = [load_network(spec) for spec in flags.checkpoint]
         data = open_data(flags.config(ranks.world_size), ranks, precision)
+        networks = [for_data(network, data.classes, tell=ranks.is_main) for network in networks]
         evaluator = Evaluator(data, batch_size=flags.batch_size, folder=flags.posteriors)
         results = table(flags.table, networks, evaluator) if flags.table else fused(flags, networks, evaluator)
         return {

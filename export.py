@@ -2,11 +2,12 @@
 """Write a trained network for other programs: python export.py --checkpoint BEST.pt --format onnx --output vgg16.onnx.
 
 torchvision: a state dict for torchvision.models.vgg11 to vgg19 or vgg11_bn to vgg19_bn, whose images torchvision's Normalize
-makes. It holds weights only, so the mean for Normalize is said when it is written.
+makes. torchvision finds weights only in it, so the mean for Normalize is said when it is written; this project's programs, given
+torchvision:PATH, find the mean and the class names too.
 
 torch-export: a program for torch.export.load. onnx: an ONNX model in one file. Both take "images", float32 [batch, 3, crop,
-crop], RGB pixels in 0–255 less the mean, any batch, and give "logits", float32 [batch, classes]. Crop, mean and class names are
-in the file, as JSON: the extra file network.json of torch-export, the metadata "network" of ONNX.
+crop], RGB pixels in 0–255 less the mean, any batch, and give "logits", float32 [batch, classes]. Crop, mean and class names
+(null where there are none) are in the file, as JSON: the extra file network.json of torch-export, the metadata "network" of ONNX.
 """
 
 if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
@@ -59,7 +60,7 @@ def run(flags: Flags) -> dict:
         "arch": network.arch,
         "batch_norm": network.batch_norm,
         "crop": network.crop,
-        "classes": len(network.classes),
+        "classes": network.outputs,
         "mean_rgb": network.mean_rgb,
         **written,
     }

@@ -7,8 +7,8 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
     begin()
 
 import dataclasses
+import hashlib
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,10 @@ import tyro
 from common.errors import UserError
 from common.flags import parse_dataclass
 from common.process import end, run_program
-from common.progress import printable, show
+from common.progress import printable, say, show
+
+# SHA-256 of ImageNet's 1000 WordNet ids (ILSVRC 2012), sorted, with a line feed between them.
+IMAGENET_IDS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,11 +73,16 @@ def run(flags: Flags) -> dict:
             precision=choose_precision("auto", ranks.device),
             threads=ranks.cpu_share + 1,
         )
-    names = class_names(network.classes)
+    names = class_names(network.classes) if network.classes else names_of_outputs(network.outputs)
+    if not network.classes:
+        taken = (
+            "taken for ImageNet's, as torchvision's own files have them" if len(names) == 1000 else "shown by number"
+        )
+        say(f"{network.origin}: it has no class names; its {len(names)} outputs are {taken}")
     results = []
     for prediction in predictions:
         best = [
-            {"class": names[label], "probability": round(probability, 4)}
+            {"class": names[label], "label": label, "probability": round(probability, 4)}
             for label, probability in zip(prediction.labels, prediction.probabilities, strict=True)
         ]
         results.append({"image": str(prediction.path), "predictions": best, "error": prediction.reason or None})
@@ -106,12 +114,24 @@ def find_images(given: Sequence[Path]) -> list[Path]:
 
 
 def class_names(classes: Sequence[str]) -> list[str]:
-    """Class names for people: of ImageNet's 1000 WordNet ids, or of 1000 numbers, the words that they stand for."""
-    if len(classes) == 1000 and all(re.fullmatch(r"n\d{8}|\d+", name) for name in classes):
-        from torchvision.models import VGG16_Weights
+    """Class names for people: the words that ImageNet's WordNet ids stand for, where the classes are these 1000 and no others."""
+    by_id = sorted(classes)
+    digest = hashlib.sha256("\n".join(by_id).encode(errors="surrogatepass")).hexdigest()
+    if digest != IMAGENET_IDS:
+        return list(classes)
+    words = dict(zip(by_id, _imagenet_words(), strict=True))
+    return [words[name] for name in classes]
 
-        return list(VGG16_Weights.IMAGENET1K_V1.meta["categories"])  # in the order of the WordNet ids
-    return list(classes)
+
+def names_of_outputs(count: int) -> list[str]:
+    """What to call the outputs of a network without class names: 1000 are taken for ImageNet's, others keep their numbers."""
+    return _imagenet_words() if count == 1000 else [f"output {number}" for number in range(count)]
+
+
+def _imagenet_words() -> list[str]:
+    from torchvision.models import VGG16_Weights
+
+    return list(VGG16_Weights.IMAGENET1K_V1.meta["categories"])  # in the order of the WordNet ids
 
 
 def print_table(results: list[dict]) -> None:
@@ -131,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         results = run(parse_dataclass(Flags, sys.argv[1:] if argv is None else argv, None, "predict.py"))
-        print(json.dumps(results), flush=True)
+        print(json.dumps(results, allow_nan=False), flush=True)
         return 1 if any(result["error"] for result in results["images"]) else 0
 
     return run_program(work)

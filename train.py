@@ -42,7 +42,7 @@ def train(config: Config) -> dict:
             check_same_data(checkpoint, data, allow_changed=config.allow_changed_data)
         model = network_of(config, classes=len(data.classes), device=ranks.device)
         if initial:
-            done = start_from(initial, model, config)
+            done = start_from(initial, model, config, data.classes)
             if ranks.is_main:
                 say(done)
         first_then_others(ranks, lambda: claim_out(config, checkpoint, lock), lambda _: None)

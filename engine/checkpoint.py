@@ -6,20 +6,31 @@ There are no states of random generators in a checkpoint: order, augmentation an
 or steps done, rank), so the two counters say it all, for any number of ranks.
 """
 
-import pickle
-from dataclasses import dataclass, field, fields
+import argparse
+import lzma
+import re
+import stat
+import tarfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.errors import TrainingError, UserError
-from common.files import link_over, replacing
-from common.progress import say
+from common.files import is_storage_trouble, link_over, replacing
+from common.progress import printable, say
+from model.vgg import CONFIGURATIONS, STRIDE
+from model.weights import is_finite
 from pipeline.plan import IMAGENET_COLOUR_SHIFT
 
 LAST, BEST = "last.pt", "best.pt"
 _FORMAT = "vgg-dali checkpoint 1"
-_DAMAGED = "damaged, or not a checkpoint of this trainer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +75,7 @@ def save(checkpoint: Checkpoint, out: Path, *, is_best: bool, keep: int) -> Path
     Raises TrainingError, with the last good checkpoint in place, where weights are not finite or the disk refuses.
     """
     last = out / LAST
-    # A sum is finite only where all that is added up is; it takes a thirtieth of the time of isfinite().all().
-    if not all(bool(weight.sum().isfinite()) for weight in checkpoint.model.values()):
+    if not all(map(is_finite, checkpoint.model.values())):
         raise TrainingError(f"the weights are not finite any more; the last good checkpoint is {last_good(out)}")
     try:
         with replacing(last) as file:
@@ -106,42 +116,231 @@ def all_in(out: Path) -> list[Path]:
 def newest_good(out: Path) -> Path | None:
     """The newest checkpoint in a folder that can be read, with a warning if a newer one cannot; None if there is none.
 
-    Raises UserError where there are checkpoints and none of them is good.
+    Raises UserError where there are checkpoints and none of them is good, or where the newest cannot be read at all: to go on
+    from an older one would lose what a disk or a permission only hides.
     """
     found = all_in(out)
-    good = next((path for path in found if _is_good(path)), None)
-    if found and not good:
-        load(found[0])  # says what is wrong with it
-    if good and good != found[0]:
-        say(f"warning: checkpoint {found[0]}: {_DAMAGED}; going on from the newest good one")
-    return good
+    reasons: list[str] = []
+    for path in found:
+        try:
+            _read(path)
+        except Unreachable as error:
+            raise UserError(f"checkpoint {path}: {error}") from error
+        except ValueError as error:
+            reasons.append(str(error))
+        else:
+            if reasons:
+                say(f"warning: checkpoint {found[0]}: {reasons[0]}; going on from the newest good one")
+            return path
+    if found:
+        raise UserError(f"checkpoint {found[0]}: {reasons[0]}")
+    return None
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint, its tensors memory-mapped on the CPU.
+    """Read a checkpoint, its tensors memory-mapped on the CPU. Every entry has the form that Checkpoint says, and all weights
+    are finite.
 
-    Raises UserError, naming the file and, if there is one, a good one beside it: no such file, truncated, foreign.
+    Raises UserError, naming the file, what is wrong with it and, if there is one, a good one beside it.
     """
     try:
         return _read(path)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, TypeError, pickle.UnpicklingError) as error:
-        cause = "no such file" if isinstance(error, FileNotFoundError) else _DAMAGED
+    except Unreachable as error:
+        raise UserError(f"checkpoint {path}: {error}") from error
+    except ValueError as error:
         other = next((other for other in all_in(path.parent) if other != path and _is_good(other)), None)
         hint = f"; {other} is a good one" if other else ""
-        raise UserError(f"checkpoint {path}: {cause}{hint}") from error
+        raise UserError(f"checkpoint {path}: {error}{hint}") from error
+
+
+class Unreachable(ValueError):
+    """A file whose content nobody knows: it is not there, or cannot be read."""
+
+
+def read_file(path: Path, *, else_is: str) -> object:
+    """What torch.save, or safetensors, has written to a file, on the CPU and mapped where it can be. Nothing in it is run.
+
+    Raises Unreachable or another ValueError, a sentence without the path. else_is: what a file is not that torch cannot read.
+    """
+    start = _first_bytes(path)
+    if not start:
+        raise ValueError("damaged: it is empty")
+    if start[8:] == b"{":  # behind the length of a JSON text
+        return _read_safetensors(path)
+    try:
+        # torch's warnings are for its callers. Namespace: what torchvision's own training saves beside the weights.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
+            # Files of torch before 1.6, as torchvision's of its VGGs are, are no zip files and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK"))
+    except Exception as error:  # torch.load raises whatever it stumbles over
+        if isinstance(error, OSError) and is_storage_trouble(error):
+            raise Unreachable(f"cannot be read ({error.strerror})") from error
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"it holds Python objects ({printable(found[1])}), and loading those could run code; save the state_dict() "
+                "alone"
+            ) from error
+        raise ValueError(_other_kind(path) or f"damaged, or not {else_is}") from error
+
+
+def is_own(content: object) -> bool:
+    """Whether what read_file gave is a checkpoint of this trainer, of whichever version."""
+    version = content.get("format") if isinstance(content, dict) else None
+    return isinstance(version, str) and version.startswith(_FORMAT[:-1])
+
+
+def _first_bytes(path: Path) -> bytes:
+    """Up to nine. Raises Unreachable."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            name = next((name for name in (BEST, LAST) if (path / name).exists()), None)
+            raise Unreachable(f"is a folder; give {path / name if name else 'a file'}")
+        if not stat.S_ISREG(mode):
+            raise Unreachable("is not a file")
+        with path.open("rb") as file:
+            return file.read(9)
+    except FileNotFoundError as error:
+        raise Unreachable("no such file") from error
+    except OSError as error:
+        raise Unreachable(f"cannot be read ({error.strerror})") from error
+    except ValueError as error:  # the folder's and the pipe's pass; a NUL in the path
+        raise error if isinstance(error, Unreachable) else Unreachable("no such file") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError  # not in requirements.txt
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError(
+            f"it is a safetensors file; pip install safetensors, and give it as torchvision:{path}"
+        ) from error
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise Unreachable(f"cannot be read ({error.strerror or error})") from error
+    except SafetensorError as error:
+        raise ValueError("damaged, or not a safetensors file") from error
+
+
+def _other_kind(path: Path) -> str:
+    """What a file is that torch cannot read, as a sentence; "" where it does not show."""
+    try:
+        if tarfile.is_tarfile(path):
+            return "it is a tar archive of something else"
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except (OSError, ValueError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile):
+        return ""  # cut short, or neither
+    if "constants.pkl" in names:
+        return "it is a TorchScript program; save its state_dict() instead"
+    return "" if "data.pkl" in names else "it is a zip archive of something else"
 
 
 def _read(path: Path) -> Checkpoint:
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """Raises Unreachable or another ValueError, a sentence without the path."""
+    kind = "a checkpoint of this trainer"
+    content = read_file(path, else_is=kind)
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not {kind}")
+    if not is_own(content):
+        raise ValueError(f"it is not {kind}; weights of other trainers are given as torchvision:{path}")
     if content.pop("format") != _FORMAT:
-        raise ValueError("another format")
-    return Checkpoint(**content)
+        raise ValueError("it was written by another version of this trainer")
+    entries = {entry.name: entry for entry in fields(Checkpoint)}
+    required = {
+        name for name, entry in entries.items() if entry.default is MISSING and entry.default_factory is MISSING
+    }
+    if missing := sorted(required - content.keys()):
+        raise ValueError(f"its entry {missing[0]} is missing")
+    if unknown := [str(name) for name in content if name not in entries]:
+        raise ValueError(f"it was written by another version of this trainer, which keeps {printable(unknown[0])} too")
+    for name, (holds, wanted) in _FORMS.items():
+        if name in content and not holds(content[name]):
+            raise ValueError(f"its entry {name} is not {wanted}")
+    checkpoint = Checkpoint(**content)
+    for what, state in (("model", checkpoint.model), ("ema", checkpoint.ema or {})):
+        for name, value in state.items():
+            if value.layout != torch.strided or not is_finite(value):
+                raise ValueError(f"its tensor {what}.{name} holds values that are not finite (NaN or infinity)")
+    return checkpoint
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30  # NaN is not
+
+
+def _are_three(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(holds, value))
+
+
+def _is_state(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in value.items()
+    )
+
+
+def _is_result(value: object) -> bool:
+    """Whether a value is an entry of the history."""
+    return (
+        isinstance(value, dict)
+        and _is_count(value.get("epoch"))
+        and isinstance(value.get("loss"), float | int)  # NaN, where nothing could be decoded
+        and all(_is_number(value.get(name)) and 0 <= value[name] <= 1 for name in ("top1", "top5"))
+    )
+
+
+# Of each entry, what it must be, and that in words.
+_FORMS: dict[str, tuple[Callable, str]] = {
+    "arch": (lambda value: isinstance(value, str) and value in CONFIGURATIONS, "one of the paper's configurations"),
+    "crop": (lambda value: _is_count(value) and value > 0 and value % STRIDE == 0, "a multiple of 32"),
+    "classes": (
+        lambda value: (
+            isinstance(value, list)
+            and len(value) > 0
+            and all(isinstance(name, str) for name in value)
+            and len(set(value)) == len(value)
+        ),
+        "a list of different class names",
+    ),
+    "mean_rgb": (
+        lambda value: _are_three(value, lambda mean: _is_number(mean) and 0 <= mean <= 255),
+        "a list of three numbers in 0–255",
+    ),
+    "model": (lambda value: _is_state(value) and value, "a state dict"),
+    "optimizer": (lambda value: isinstance(value, dict), "a state dict"),
+    "scaler": (lambda value: isinstance(value, dict), "a state dict"),
+    "steps": (_is_count, "a number from 0 on"),
+    "samples_seen": (_is_count, "a number from 0 on"),
+    "history": (
+        lambda value: isinstance(value, list) and all(map(_is_result, value)),
+        "a list of validation results with epoch, loss, top1 and top5",
+    ),
+    "fingerprint": (lambda value: isinstance(value, str), "a text"),
+    "config": (
+        lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value),
+        "a table of flags",
+    ),
+    "world_size": (lambda value: _is_count(value) and value > 0, "a number from 1 on"),
+    "batch_norm": (lambda value: isinstance(value, bool), "true or false"),
+    "colour_shift": (
+        lambda value: _are_three(value, lambda row: _are_three(row, _is_number)),
+        "a list of three lists of three numbers",
+    ),
+    "ema": (lambda value: value is None or _is_state(value), "a state dict"),
+}
 
 
 def _is_good(path: Path) -> bool:
     try:
         _read(path)
-    except Exception:  # whatever is wrong with it, it is not good
+    except ValueError:
         return False
     return True
 

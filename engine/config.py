@@ -68,7 +68,7 @@ class NetworkFlags:
     (section 3.1 of the paper), or from torchvision:PATH; the other layers are new."""
     weights: str | None = None
     """Start with all layers of this checkpoint, at step 0 of a new training; or with those of a state dict of torchvision's,
-    torchvision:PATH. For another number of classes, the last layer is new. A run that is resumed goes on with its own."""
+    torchvision:PATH. For other classes, the last layer is new. A run that is resumed goes on with its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ from common.ranks import first_then_others
 from engine.data import Data
 from engine.networks import Network
 from engine.passes import answers, center_crops, seen_by
-from engine.posteriors import Hits, Weighted, count, digest, pack
+from engine.posteriors import LOST, Hits, Weighted, count, digest, open_posteriors, pack
 from engine.precision import Precision
 from engine.protocols import PROTOCOLS, mean_over_views, parts_of
-from engine.rows import Block, open_rows, write_rows
+from engine.rows import Block, write_rows
 from model.dense import Dense
 from model.vgg import VGG
 
@@ -28,6 +28,7 @@ class Trial:
     """A network tested in one way."""
 
     network: Network
+    """With its outputs in the order of the data set's classes (engine.networks.for_data)."""
     protocol: str
     """As evaluate.py's --protocol."""
     scales: tuple[int, ...]
@@ -58,14 +59,8 @@ class Evaluator:
         return round(self._images_computed / self._seconds_computing, 2) if self._images_computed else None
 
     def check(self, trial: Trial) -> None:
-        """Raise UserError unless the network knows the data set's classes and takes images of the trial's scales."""
-        network, classes = trial.network, self._data.classes
-        numbers = tuple(map(str, range(len(classes))))  # of a file without names
-        if network.classes not in (classes, numbers):
-            raise UserError(
-                f"{network.name}: knows {len(network.classes)} classes, the data set has {len(classes)} or others; give "
-                "the data set that it was trained on"
-            )
+        """Raise UserError unless the network takes images of the trial's scales."""
+        network = trial.network
         if too_small := [scale for scale in trial.scales if scale < network.crop]:
             raise UserError(
                 f"{network.name}: takes images of {network.crop} pixels at least and cannot be tested at a scale of "
@@ -87,7 +82,7 @@ class Evaluator:
     def _count(self, weights_and_paths: Sequence[tuple[float, Path]], shape: tuple[int, int]) -> Hits:
         parts = []
         for weight, path in weights_and_paths:
-            posteriors = open_rows(path, shape, np.float16)
+            posteriors = open_posteriors(path, shape)
             if posteriors is None:
                 raise TrainingError(f"{path}: was there a moment ago and is not any more; start the same command again")
             parts.append(Weighted(weight=weight, posteriors=posteriors))
@@ -107,7 +102,8 @@ class Evaluator:
         model = self._model(network)
         began = perf_counter()
         try:
-            write_rows(path, shape, np.float16, self._blocks(network, model, protocol, scale, flipped), ranks)
+            blocks = self._blocks(network, model, protocol, scale, flipped)
+            write_rows(path, shape, np.float16, blocks, ranks, missing=LOST)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"the GPU's memory is too small for {self._batch_size} images at a time; halve it with "
@@ -123,10 +119,10 @@ class Evaluator:
         mirrored, precision = "-flip" if flipped else "", self._data.precision.name
         name = f"{network.arch}-{self._digests[network.name]}-{self._manifest.fingerprint}-{protocol}-Q{scale}"
         path = self._folder / f"{name}{mirrored}-{precision}.npy"
-        return path, open_rows(path, self._shape(network), np.float16) is not None
+        return path, open_posteriors(path, self._shape(network)) is not None
 
     def _shape(self, network: Network) -> tuple[int, int]:
-        return len(self._labels), len(network.classes)
+        return len(self._labels), network.outputs
 
     def _model(self, network: Network) -> VGG:
         """The network on the device; the last one stays there, which is often the next one too."""
@@ -146,15 +142,16 @@ class Evaluator:
         def compute(images: Tensor) -> Tensor:
             return pack(mean_over_views(softmax, protocol.views(images, network.crop), flip=flipped, pixels=pixels))
 
-        yield from answers(data, "val", batches, images, compute, f"{network.name}: {name}, Q = {scale}")
+        yield from answers(network, data, "val", batches, images, compute, f"{network.name}: {name}, Q = {scale}")
 
 
 def posteriors_of(network: Callable[[Tensor], Tensor], precision: Precision) -> Callable[[Tensor], Tensor]:
-    """A network that gives logits → one that gives posteriors, float32."""
+    """A network that gives logits → one that gives posteriors, float32; NaN for an image with a logit that is not finite."""
 
     def compute(images: Tensor) -> Tensor:
         with precision.autocast():
             logits = network(images)
-        return logits.float().softmax(dim=1)
+        # In float16 a logit can be -inf, too small for it, and its posterior would pass for 0.
+        return torch.where(logits.isfinite().all(dim=1, keepdim=True), logits.float().softmax(dim=1), torch.nan)
 
     return compute

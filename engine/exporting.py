@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ from torchvision.transforms.v2.functional import normalize
 
 from common.errors import TrainingError, UserError
 from common.files import replacing
-from engine.networks import Network
+from engine.networks import DESCRIPTION, Network
 from model.vgg import STRIDE, VGG
 from model.weights import TORCHVISION_STD, to_torchvision
 
@@ -106,14 +107,18 @@ def _description(network: Network) -> str:
 def _torchvision_contents(network: Network) -> bytes:
     _torchvision_name(network)  # refuses what torchvision does not have
     state, _ = to_torchvision(network.state, network.mean_rgb)
+    contents = OrderedDict((name, value.contiguous()) for name, value in state.items())
+    # Where torch keeps versions of modules, and load_state_dict() does not mind more: for this project's own programs.
+    described = {"classes": network.classes, "mean_rgb": network.mean_rgb}
+    contents._metadata = {DESCRIPTION: described}  # type: ignore[attr-defined]  # as Module.state_dict() does
     file = io.BytesIO()
-    torch.save({name: value.contiguous() for name, value in state.items()}, file)
+    torch.save(contents, file)
     return file.getvalue()
 
 
 def _read_torchvision(network: Network, contents: bytes) -> Logits:
     with torch.device("meta"):
-        model = getattr(torchvision.models, _torchvision_name(network))(num_classes=len(network.classes))
+        model = getattr(torchvision.models, _torchvision_name(network))(num_classes=network.outputs)
         if network.crop != _TORCHVISION_CROP:
             model.avgpool = nn.Identity()
             model.classifier[0] = nn.Linear(_fc6_inputs(network), 4096)
@@ -128,7 +133,7 @@ def _torchvision_usage(network: Network) -> str:
     if network.crop != _TORCHVISION_CROP:
         fc6 = f", avgpool = Identity(), classifier[0] = Linear({_fc6_inputs(network)}, 4096)"
     return (
-        f"torchvision.models.{_torchvision_name(network)}(num_classes={len(network.classes)}){fc6}; images of {network.crop} "
+        f"torchvision.models.{_torchvision_name(network)}(num_classes={network.outputs}){fc6}; images of {network.crop} "
         f"pixels, Normalize(mean=({', '.join(f'{value:.7g}' for value in mean)}), std={TORCHVISION_STD})"
     )
 

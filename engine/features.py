@@ -25,7 +25,8 @@ def write_features(
     network: Network, data: Data, split: str, scales: tuple[int, ...], path: Path, *, flip: bool, batch_size: int
 ) -> None:
     """Write a split's features to a .npy file: float32 [images, 4096], the network's dense features averaged over scales and
-    mirror images, and then of Euclidean length 1; NaN for an image that cannot be decoded. Every rank must call this.
+    mirror images, and then of Euclidean length 1; NaN for an image that cannot be decoded, and only for that. Every rank must
+    call this.
 
     batch_size: images of the crop's size that are computed together. Raises UserError, TrainingError.
     """
@@ -35,9 +36,9 @@ def write_features(
     parts = [path.with_name(f".{path.name}.Q{scale}") for scale in scales]
     for scale, part in zip(scales, parts, strict=True):
         blocks = _blocks(network, dense, data, split, scale, flip=flip, pixels=batch_size * network.crop**2)
-        write_rows(part, shape, np.float32, blocks, ranks)
+        write_rows(part, shape, np.float32, blocks, ranks, missing=np.nan)
     mean = _mean(parts, shape) if ranks.is_main else iter(())
-    first_then_others(ranks, lambda: write_rows(path, shape, np.float32, mean, None), lambda _: None)
+    first_then_others(ranks, lambda: write_rows(path, shape, np.float32, mean, None, missing=np.nan), lambda _: None)
     if ranks.is_main:
         for part in parts:
             part.unlink(missing_ok=True)  # the same command may run twice
@@ -55,7 +56,7 @@ def _blocks(
 
     torch.backends.cudnn.benchmark = False  # sizes change from batch to batch
     batches, images = seen_by(network, data, scale).whole_batches(split, pixels)
-    yield from answers(data, split, batches, images, compute, f"features of {split}, Q = {scale}")
+    yield from answers(network, data, split, batches, images, compute, f"features of {split}, Q = {scale}")
 
 
 def _mean(parts: list[Path], shape: tuple[int, int]) -> Iterator[Block]:
@@ -63,7 +64,8 @@ def _mean(parts: list[Path], shape: tuple[int, int]) -> Iterator[Block]:
     arrays = [open_rows(part, shape, np.float32) for part in parts]
     for first in range(0, shape[0], _ROWS_A_BLOCK):
         rows = np.arange(first, min(first + _ROWS_A_BLOCK, shape[0]))
-        mean = np.mean([array[rows] for array in arrays if array is not None], axis=0)
+        # In float64: squares of large activations would be beyond float32.
+        mean = np.mean([array[rows] for array in arrays if array is not None], axis=0, dtype=np.float64)
         length = np.linalg.norm(mean, axis=1, keepdims=True)
         yield Block(rows, mean / np.maximum(length, np.finfo(np.float32).tiny))
 

@@ -3,13 +3,16 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from common.progress import track
+from common.errors import TrainingError
+from common.progress import printable, track
 from common.ranks import union_over_ranks
 from engine.data import Data, check_lost
 from engine.networks import Network
+from engine.precision import Precision
 from engine.rows import Block
 from pipeline.loader import Batch
 from pipeline.plan import LOST_LABEL, PADDING_LABEL
@@ -41,13 +44,29 @@ def center_crops(data: Data) -> tuple[Iterator[Batch], int]:
 
 
 def answers(
-    data: Data, split: str, batches: Iterator[Batch], images: int, compute: Callable[[Tensor], Tensor], label: str
+    network: Network,
+    data: Data,
+    split: str,
+    batches: Iterator[Batch],
+    images: int,
+    compute: Callable[[Tensor], Tensor],
+    label: str,
 ) -> Iterator[Block]:
     """What `compute` ([n, 3, height, width] → [n, width]) says of each image; every rank must go through to the end.
 
-    batches: images and their rows' numbers, `images` of them. Raises TrainingError where more images of the split cannot be
-    decoded, on all ranks together, than may be.
+    batches: images and their rows' numbers, `images` of them. Raises TrainingError where an answer is not finite, and where
+    more images of the split cannot be decoded, on all ranks together, than may be.
     """
+    assert data.manifest
+    table = data.manifest.train if split == "train" else data.manifest.val
+
+    def finite(block: Block) -> Block:
+        good = np.isfinite(block.values).all(axis=1)
+        if not good.all():
+            row = block.rows[~good][:1]
+            raise not_finite(network, table.name(table.read(row).source[0]), data.precision)
+        return block
+
     if data.ranks.is_main:
         every = data.ranks.world_size  # rank 0 shows its own progress as that of all
         batches = track(
@@ -57,12 +76,10 @@ def answers(
     for batch, rows in batches:
         now = rows, compute(batch)
         if before:  # one behind: the device is busy with this batch while the host waits for the last one
-            yield _block(*before)
+            yield finite(_block(*before))
         before = now
     if before:
-        yield _block(*before)
-    assert data.manifest
-    table = data.manifest.train if split == "train" else data.manifest.val
+        yield finite(_block(*before))
     bad_rows = data.bad_rows if split == "train" else data.bad_val_rows
     check_lost(len(union_over_ranks(bad_rows, data.ranks)), data.max_lost(len(table)), data.manifest.folder)
 
@@ -70,3 +87,15 @@ def answers(
 def _block(rows: Tensor, values: Tensor) -> Block:
     kept = rows != _NO_ROW
     return Block(rows[kept].cpu().numpy(), values[kept].cpu().numpy())
+
+
+def not_finite(network: Network, image: str, precision: Precision) -> TrainingError:
+    """What ends a program whose network has no finite answer for an image that can be decoded."""
+    if precision.name == "fp16":  # whose largest number is 65504
+        return TrainingError(
+            f"{network.name}: its answer for {printable(image)} is not finite in float16; compute in float32, with "
+            "--precision fp32 where there is that flag, else with --device cpu"
+        )
+    return TrainingError(
+        f"{network.name}: its answer for {printable(image)} is not finite; its weights, though finite, are too large to be used"
+    )

@@ -1,6 +1,6 @@
 """Posteriors: how they are kept in files, averaged, and counted.
 
-A file holds one row of class posteriors for each validation image, in float16 times POSTERIOR_SCALE. A row of NaN is an image
+A file holds one row of class posteriors for each validation image, in float16 times POSTERIOR_SCALE. A row of LOST is an image
 that cannot be decoded. All counting is from what the files hold, so that a figure does not depend on whether they were
 computed just now.
 """
@@ -8,15 +8,19 @@ computed just now.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.networks import Network
+from engine.rows import open_rows
 
 POSTERIOR_SCALE = 2.0**15
 """Float16 ends at 6·10⁻⁸, above the fifth class of a network that is sure; times 2¹⁵, posteriors down to 2·10⁻¹² differ."""
+LOST = -1.0
+"""No posterior is negative, and none that a network gives is NaN: that would be its own fault, not the image's."""
 
 _IMAGES_A_BLOCK = 8192  # averaged in one go
 
@@ -34,6 +38,20 @@ def digest(network: Network) -> str:
         summary.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
         summary.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return summary.hexdigest()
+
+
+def open_posteriors(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The posteriors in a file, float16, memory-mapped; None where there are none of this shape.
+
+    Nor where a number is neither a posterior nor LOST: earlier versions wrote NaN both for an image that cannot be decoded and
+    for a network whose answer was NaN.
+    """
+    array = open_rows(path, shape, np.float16)
+    if array is None:
+        return None
+    blocks = (array[first : first + _IMAGES_A_BLOCK] for first in range(0, len(array), _IMAGES_A_BLOCK))
+    holds = all(((block == LOST) | ((block >= 0) & (block <= POSTERIOR_SCALE))).all() for block in blocks)
+    return array if holds else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +95,7 @@ def count(parts: Sequence[Weighted], labels: np.ndarray, *, lost_before: int = 0
         wanted = labels[block, None]
         own = np.take_along_axis(mean, wanted, axis=1)
         before = (mean > own) | ((mean == own) & (np.arange(mean.shape[1]) < wanted))
-        decoded = ~np.isnan(own[:, 0])
+        decoded = np.all([part.posteriors[block, 0] != LOST for part in parts], axis=0)
         rank = before.sum(axis=1)[decoded]
         lost += int((~decoded).sum())
         top1 += int((rank < 1).sum())

@@ -9,6 +9,7 @@ import torch
 
 from common.errors import UserError
 from engine.networks import Network
+from engine.passes import not_finite
 from engine.precision import Precision
 from pipeline.headers import read_header
 from pipeline.loader import DaliLoader
@@ -46,7 +47,7 @@ def predict(
     """The `top` likeliest classes of each image, in the order of the paths.
 
     scale: the shorter side after the rescale, in pixels, at least the network's crop. threads: DALI's CPU threads.
-    Raises UserError where no image can be decoded.
+    Raises UserError where no image can be decoded, TrainingError where the network has no finite answer for one that can.
     """
     headers = [read_header(path) for path in paths]
     reasons = {index: header.reason for index, header in enumerate(headers) if header.reason}
@@ -81,12 +82,15 @@ def predict(
         images, marks = next(batches)
         with precision.autocast():
             logits = model(images)
-        best = logits.float().softmax(dim=1).topk(min(top, len(network.classes)), dim=1)
+        best = logits.float().softmax(dim=1).topk(min(top, network.outputs), dim=1)
+        finite = logits.isfinite().all(dim=1)
         shown = good[step * batch_size : (step + 1) * batch_size]  # the rows behind them fill up the batch
-        for index, mark, labels, probabilities in zip(
-            shown, marks.tolist(), best.indices.tolist(), best.values.tolist(), strict=False
+        for index, mark, is_finite, labels, probabilities in zip(
+            shown, marks.tolist(), finite.tolist(), best.indices.tolist(), best.values.tolist(), strict=False
         ):
             if mark != LOST_LABEL:
+                if not is_finite:
+                    raise not_finite(network, str(paths[index]), precision)
                 likeliest[index] = (labels, probabilities)
     return [
         Prediction(path=path, labels=labels, probabilities=probabilities, reason=reasons.get(index, ""))

@@ -4,6 +4,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from torch import Tensor
+
 from common.errors import UserError
 from common.lock import FolderLock
 from common.progress import say
@@ -12,6 +14,8 @@ from engine import checkpoint as checkpoints
 from engine.checkpoint import Checkpoint
 from engine.config import Config, save_config, to_dict
 from engine.data import Data
+from engine.networks import check_weights, differing_classes
+from model.weights import is_finite
 
 # Settings that say how a run is carried out, not what it computes: free to change between a run and its resumption.
 _FREE_SETTINGS = {
@@ -19,6 +23,9 @@ _FREE_SETTINGS = {
     "read_threads", "read_ahead", "log_every", "checkpoint_minutes", "keep", "max_bad_images", "allow_changed_data",
     "compile", "compile_mode", "pad_channels", "weights", "init_from", "wandb", "inspect",
 }  # fmt: skip
+
+
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
 def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoint | None:
@@ -30,6 +37,8 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoin
     if path is None:
         return None
     checkpoint = checkpoints.load(path)
+    check_weights(checkpoint, path)
+    _check_optimizer(checkpoint, path)
     for flag, theirs, ours in (("arch", checkpoint.arch, config.arch), ("crop", checkpoint.crop, config.crop)):
         if theirs != ours:
             raise UserError(
@@ -55,16 +64,44 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoin
     return checkpoint
 
 
+def _check_optimizer(checkpoint: Checkpoint, path: Path) -> None:
+    """Raise UserError unless the optimizer's and the scaler's states are such as a run can go on from."""
+    groups, momenta = checkpoint.optimizer.get("param_groups"), checkpoint.optimizer.get("state")
+    shapes = [
+        weight.shape
+        for name, weight in checkpoint.model.items()
+        if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    ]
+    is_one_group = (
+        isinstance(groups, list)
+        and len(groups) == 1
+        and isinstance(groups[0], dict)
+        and {"lr", "dampening"} <= groups[0].keys()
+        and groups[0].get("params") == list(range(len(shapes)))
+    )
+    if not is_one_group or not isinstance(momenta, dict):
+        raise UserError(f"checkpoint {path}: its entry optimizer is not the state of this trainer's optimizer")
+    for number, state in momenta.items():
+        momentum = state.get("momentum_buffer") if isinstance(state, dict) else state
+        if momentum is None:  # of a run without momentum
+            continue
+        fits = number in range(len(shapes)) and isinstance(momentum, Tensor) and momentum.shape == shapes[number]
+        if not fits or not is_finite(momentum):
+            raise UserError(f"checkpoint {path}: its entry optimizer has a momentum that is not finite or does not fit")
+    if checkpoint.scaler and _SCALER - checkpoint.scaler.keys():
+        raise UserError(f"checkpoint {path}: its entry scaler is not the state of a gradient scaler")
+
+
 def _with(whether: bool) -> str:
     return "with" if whether else "without"
 
 
 def check_same_data(checkpoint: Checkpoint, data: Data, *, allow_changed: bool) -> None:
     """Raise UserError where the checkpoint's classes are others, or its images, unless that is allowed."""
-    if tuple(checkpoint.classes) != data.classes:
+    if tuple(checkpoint.classes) != tuple(data.classes):
+        how = differing_classes(checkpoint.classes, data.classes) or "it has the data set's classes in another order"
         raise UserError(
-            f"the checkpoint has {len(checkpoint.classes)} classes, the data set has {len(data.classes)} or others; "
-            "choose another --out, or --resume never to start anew"
+            f"the checkpoint does not fit the data set: {how}; choose another --out, or --resume never to start anew"
         )
     if checkpoint.fingerprint != data.fingerprint and not allow_changed:
         raise UserError(

@@ -32,11 +32,19 @@ def open_rows(path: Path, shape: tuple[int, int], dtype: type) -> np.ndarray | N
     return array if array.shape == shape and array.dtype == dtype else None
 
 
-def write_rows(path: Path, shape: tuple[int, int], dtype: type, blocks: Iterable[Block], ranks: Ranks | None) -> None:
+def write_rows(
+    path: Path,
+    shape: tuple[int, int],
+    dtype: type,
+    blocks: Iterable[Block],
+    ranks: Ranks | None,
+    *,
+    missing: float,
+) -> None:
     """Write the blocks of all ranks into one .npy file, on rank 0; every rank must call this with its own.
 
-    ranks: None where this process has all blocks.
-    Rows that are in no block become NaN. The place on the disk is taken before the first block is asked for: computing them
+    ranks: None where this process has all blocks. missing: what fills the rows that are in no block.
+    The place on the disk is taken before the first block is asked for: computing them
     may take long. Raises UserError where the file cannot be written.
     """
     if ranks and not ranks.is_main:
@@ -51,11 +59,11 @@ def write_rows(path: Path, shape: tuple[int, int], dtype: type, blocks: Iterable
             start, length = file.tell(), int(np.prod(shape)) * np.dtype(dtype).itemsize
             os.posix_fallocate(file.fileno(), 0, start + length)  # else a full disk would end the process by SIGBUS
             array = np.memmap(file, dtype=dtype, mode="r+", offset=start, shape=shape)
-            missing = np.ones(len(array), dtype=bool)
+            absent = np.ones(len(array), dtype=bool)
             for block in _of_all_ranks(blocks, shape[1], dtype, ranks) if ranks else blocks:
                 array[block.rows] = block.values
-                missing[block.rows] = False
-            array[missing] = np.nan
+                absent[block.rows] = False
+            array[absent] = missing
             array.flush()
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error

@@ -1,6 +1,10 @@
 import dataclasses
+import errno
 import os
 import random
+import tarfile
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,21 +132,128 @@ def test_the_newest_good_one_of_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "write",
+    ("write", "sentence"),
     [
-        lambda path: path.write_text("not a checkpoint\n"),
-        lambda path: torch.save({"state_dict": {}}, path),
-        lambda path: torch.save([1, 2], path),
-        lambda path: torch.save({"format": "vgg-dali checkpoint 1", "arch": "A"}, path),
-        lambda path: torch.save(torch.nn.Linear(1, 1), path),
-        lambda path: path.mkdir(),
+        (lambda path: path.write_text("not a checkpoint\n"), "damaged, or not a checkpoint of this trainer"),
+        (lambda path: path.touch(), "damaged: it is empty"),
+        (lambda path: path.symlink_to(path), "cannot be read (Too many levels of symbolic links)"),
+        (lambda path: path.mkdir(), "is a folder; give a file"),
+        (os.mkfifo, "is not a file"),
+        (lambda path: torch.save(torch.ones(3), path), "it holds a Tensor, not a checkpoint of this trainer"),
+        (lambda path: torch.save("some.pt", path), "it holds a str, not a checkpoint of this trainer"),
+        (lambda path: torch.save([1, 2], path), "it holds a list, not a checkpoint of this trainer"),
+        (
+            lambda path: torch.save({"state_dict": {}}, path),
+            "it is not a checkpoint of this trainer; weights of other trainers are given as torchvision:{path}",
+        ),
+        (
+            lambda path: torch.save({"format": "vgg-dali checkpoint 1", "arch": "A"}, path),
+            "its entry classes is missing",
+        ),
+        (
+            lambda path: torch.save({"format": "vgg-dali checkpoint 2"}, path),
+            "it was written by another version of this trainer",
+        ),
+        (
+            lambda path: torch.save(torch.nn.Linear(1, 1), path),
+            "it holds Python objects (torch.nn.modules.linear.Linear), and loading those could run code; save the "
+            "state_dict() alone",
+        ),
+        (lambda path: zipfile.ZipFile(path, "w").writestr("a/b", "c"), "it is a zip archive of something else"),
+        (lambda path: tarfile.open(path, "w").close(), "it is a tar archive of something else"),
     ],
 )
-def test_foreign_files_are_refused(tmp_path, write):
+def test_each_kind_of_foreign_file_is_told_apart(tmp_path, write, sentence):
     path = tmp_path / "some.pt"
     write(path)
-    with pytest.raises(UserError, match=r"some\.pt: damaged, or not a checkpoint of this trainer$"):
+    with pytest.raises(UserError) as caught:
         load(path)
+    assert str(caught.value) == f"checkpoint {path}: {sentence.format(path=path)}"
+
+
+def test_of_a_runs_folder_the_file_to_give_is_named(tmp_path):
+    save(make(1), tmp_path, is_best=False, keep=1)
+    with pytest.raises(UserError, match=rf"{tmp_path}: is a folder; give {tmp_path}/last\.pt$"):
+        load(tmp_path)
+    with pytest.raises(UserError, match=r"no such file$"):
+        load(tmp_path / "a\0b")
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "sentence"),
+    [
+        ("arch", "F", "its entry arch is not one of the paper's configurations"),
+        ("arch", ["A"], "its entry arch is not one of the paper's configurations"),
+        ("crop", 31, "its entry crop is not a multiple of 32"),
+        ("classes", "ab", "its entry classes is not a list of different class names"),
+        ("classes", [0, 1], "its entry classes is not a list of different class names"),
+        ("classes", ["a", "a"], "its entry classes is not a list of different class names"),
+        ("mean_rgb", [1.0, 2.0], "its entry mean_rgb is not a list of three numbers in 0–255"),
+        ("mean_rgb", [1.0, 2.0, float("nan")], "its entry mean_rgb is not a list of three numbers in 0–255"),
+        ("mean_rgb", [1, 2, "3"], "its entry mean_rgb is not a list of three numbers in 0–255"),
+        ("model", torch.ones(3), "its entry model is not a state dict"),
+        ("model", {}, "its entry model is not a state dict"),
+        ("model", {"features.0.weight": 1}, "its entry model is not a state dict"),
+        (
+            "model",
+            {"a": torch.ones(1), "b": torch.tensor([1, torch.inf])},
+            "its tensor model.b holds values that are not",
+        ),
+        (
+            "ema",
+            {"running_var": torch.tensor([torch.nan])},
+            "its tensor ema.running_var holds values that are not finite",
+        ),
+        ("ema", True, "its entry ema is not a state dict"),
+        ("optimizer", None, "its entry optimizer is not a state dict"),
+        ("scaler", [], "its entry scaler is not a state dict"),
+        ("steps", -1, "its entry steps is not a number from 0 on"),
+        ("steps", 10**400, "its entry steps is not a number from 0 on"),
+        ("samples_seen", 1.5, "its entry samples_seen is not a number from 0 on"),
+        ("history", {}, "its entry history is not a list of validation results with epoch, loss, top1 and top5"),
+        (
+            "history",
+            [{"epoch": 1}],
+            "its entry history is not a list of validation results with epoch, loss, top1 and top5",
+        ),
+        ("history", [{"epoch": "1", "loss": 1.0, "top1": 0.5, "top5": 1.0}], "its entry history is not a list"),
+        ("history", [{"epoch": 1, "loss": 1.0, "top1": 50.0, "top5": 1.0}], "its entry history is not a list"),
+        ("fingerprint", 3, "its entry fingerprint is not a text"),
+        ("config", ["--lr"], "its entry config is not a table of flags"),
+        ("world_size", 0, "its entry world_size is not a number from 1 on"),
+        ("batch_norm", "no", "its entry batch_norm is not true or false"),
+        ("colour_shift", [[1.0] * 3] * 2, "its entry colour_shift is not a list of three lists of three numbers"),
+        ("swish", 1, "it was written by another version of this trainer, which keeps swish too"),
+    ],
+)
+def test_an_entry_of_another_form_is_named_and_the_one_before_is_used(tmp_path, capsys, entry, value, sentence):
+    save(make(1), tmp_path, is_best=False, keep=2)
+    save(make(2), tmp_path, is_best=False, keep=2)
+    last, before = tmp_path / "last.pt", tmp_path / "step-00000001.pt"
+    torch.save({**torch.load(last), entry: value}, last)  # and step-00000002.pt with it, which is the same file
+    with pytest.raises(UserError) as caught:
+        load(last)
+    assert str(caught.value).startswith(f"checkpoint {last}: {sentence}")
+    assert str(caught.value).endswith(f"; {before} is a good one")
+    assert newest_good(tmp_path) == before
+    assert f"warning: checkpoint {last}: {sentence}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_newest_checkpoint_that_only_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch, number):
+    """The older one would be gone on from, and the newer ones removed."""
+    for steps in (1, 2):
+        save(make(steps), tmp_path, is_best=False, keep=2)
+    really_open = Path.open
+
+    def refuse(path, *arguments, **named):
+        if path.name == "last.pt":
+            raise OSError(number, os.strerror(number))
+        return really_open(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=rf"last\.pt: cannot be read \({os.strerror(number)}\)$"):
+        newest_good(tmp_path)
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -12,8 +12,9 @@ import evaluate
 import features
 from engine.checkpoint import Checkpoint, load, save
 from engine.networks import Network
-from engine.posteriors import POSTERIOR_SCALE
+from engine.posteriors import LOST, POSTERIOR_SCALE
 from model.vgg import build
+from model.weights import to_torchvision
 from pipeline.manifest import open_manifest
 from tests.images import photographs
 from tests.runs import results_of, run
@@ -87,9 +88,9 @@ def test_figures_are_the_same_on_any_number_of_ranks_with_a_bad_image_among_them
     assert len(files[0]) == 2
     for name, posteriors in files[0].items():
         assert posteriors.dtype == np.float16
-        assert np.array_equal(np.flatnonzero(np.isnan(posteriors).any(axis=1)), [17])
+        assert np.array_equal(np.flatnonzero((posteriors == LOST).any(axis=1)), [17])
         for others in files[1:]:
-            assert np.array_equal(posteriors, others[name], equal_nan=True), "to the last bit"
+            assert np.array_equal(posteriors, others[name]), "to the last bit"
 
 
 def results(capsys, *flags: str) -> dict:
@@ -109,7 +110,7 @@ def test_networks_and_scales_are_averaged_and_nothing_is_computed_twice(tmp_path
 
     posteriors = [np.load(path).astype(float) / POSTERIOR_SCALE for path in tmp_path.glob("*.npy")]
     assert len(posteriors) == 4  # of two networks at two scales
-    assert np.allclose(np.nansum(posteriors, axis=2)[:, np.arange(IMAGES) != 17], 1, atol=2e-3)
+    assert np.allclose(np.sum(posteriors, axis=2)[:, np.arange(IMAGES) != 17], 1, atol=2e-3)
     val = open_manifest(folder).val
     labels = val.read(np.arange(IMAGES)).labels
     order = np.argsort(-np.mean(posteriors, axis=0), axis=1, kind="stable")
@@ -182,6 +183,67 @@ def test_features_are_dense_averaged_and_of_length_1(tmp_path, folder, two, caps
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "classes.txt", "train-labels.npy", "train.npy", "val-labels.npy", "val.npy",
     ]  # fmt: skip
+
+
+def changed(source: str, path: Path, **entries) -> str:
+    """The same checkpoint with other entries."""
+    torch.save({**torch.load(source), **entries}, path)
+    return str(path)
+
+
+def test_outputs_in_another_order_and_without_names_give_the_same_figures(tmp_path, folder, two, capsys):
+    """By name where a checkpoint has names; a file without any has its outputs in the folders' order here. Fused, too."""
+    common = ["--data", str(folder), "--posteriors", str(tmp_path / "p"), "--protocol", "center", "--scales", "40"]
+    keys = ("top1", "top5", "images", "lost")
+    expected = results(capsys, "--checkpoint", two[0], *common)
+    order = [3, 0, 6, 2, 1, 5, 4]
+    model = load(Path(two[0])).model
+    turned = {name: value[order] if name.startswith("classifier.6") else value for name, value in model.items()}
+    other = changed(two[0], tmp_path / "turned.pt", classes=[CLASSES[n] for n in order], model=turned)
+    bare, _ = to_torchvision(model, (120.0, 110.0, 100.0))
+    torch.save(bare, tmp_path / "bare.pth")
+    assert 0 < expected["top5"] < 1
+    assert {key: results(capsys, "--checkpoint", other, *common)[key] for key in keys} == {
+        key: expected[key] for key in keys
+    }
+    fused = results(capsys, "--checkpoint", two[0], other, *common)
+    assert {key: fused[key] for key in keys} == {key: expected[key] for key in keys}
+    assert evaluate.main(["--checkpoint", f"torchvision:{tmp_path / 'bare.pth'}", *common]) == 0
+    assert "it has no class names; its outputs are taken for the classes sorted by name" in capsys.readouterr().err
+    foreign = changed(two[0], tmp_path / "foreign.pt", classes=[str(n) for n in range(7)])
+    assert evaluate.main(["--checkpoint", foreign, *common]) == 2
+    assert "it knows the classes 0, 1, 2 and 4 more, the data set has class0, class1" in capsys.readouterr().err
+
+
+def test_posteriors_of_an_earlier_version_are_computed_anew(tmp_path, folder, two, capsys):
+    """There, NaN was both an image that is lost and an answer that is not finite."""
+    flags = ["--checkpoint", two[0], "--data", str(folder), "--posteriors", str(tmp_path), "--protocol", "center"]
+    first = results(capsys, *flags)
+    (path,) = tmp_path.glob("*.npy")
+    posteriors = np.load(path)
+    np.save(path, np.where(np.arange(IMAGES)[:, None] < 30, np.float16(np.nan), posteriors))
+    again = results(capsys, *flags)
+    assert again["images_per_second"]
+    assert {**again, "images_per_second": 0} == {**first, "images_per_second": 0}
+    assert np.array_equal(np.load(path), posteriors)
+
+
+@pytest.mark.parametrize("program", ["evaluate", "features"])
+def test_an_answer_that_is_not_finite_is_not_a_lost_image(tmp_path, folder, two, capsys, program):
+    model = {
+        name: torch.full_like(value, 1e30) if name.endswith("0.weight") else value
+        for name, value in load(Path(two[0])).model.items()
+    }
+    flags = ["--checkpoint", changed(two[0], tmp_path / "large.pt", model=model), "--data", str(folder)]
+    if program == "evaluate":
+        assert evaluate.main([*flags, "--posteriors", str(tmp_path / "p")]) == 1
+    else:
+        assert features.main([*flags, "--output", str(tmp_path / "p")]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"its answer for {folder}/" in said.err
+    assert "is not finite; its weights, though finite, are too large to be used" in said.err
+    assert not list((tmp_path / "p").glob("*.npy"))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from torch import nn
 from torchvision.transforms.v2 import Normalize
 
 import export
+from common.errors import UserError
 from engine import exporting
 from engine.checkpoint import Checkpoint, save
+from engine.networks import load_network
 from model.vgg import build
 from model.weights import TORCHVISION_MEAN, TORCHVISION_STD
 
@@ -93,6 +95,35 @@ def test_torchvision_runs_what_was_written_for_it(tmp_path, capsys):
     assert "Normalize(mean=(0.472549, 0.4323529, 0.3882353), std=(0.229, 0.224, 0.225))" in results["usage"]
     prepared = Normalize([value / 255 for value in MEAN_RGB], [0.229, 0.224, 0.225])
     check_equal(lambda images: theirs(prepared(images / 255)), model)
+
+
+def test_what_was_written_for_torchvision_is_read_again_with_its_names_and_its_mean(tmp_path, capsys):
+    model, checkpoint = trained(tmp_path, "A")
+    file = tmp_path / "vgg11.pth"
+    assert run(capsys, "--checkpoint", checkpoint, "--format", "torchvision", "--output", file)[0] == 0
+    network = load_network(f"torchvision:{file}")
+    assert network.classes == tuple(CLASSES)
+    again = network.build(torch.device("cpu"))
+    check_equal(lambda images: again(images - torch.tensor(network.mean_rgb).view(3, 1, 1)), model)
+    contents = torch.load(file)
+    contents._metadata["vgg-dali"]["classes"] = ("one", "two")
+    torch.save(contents, file)
+    with pytest.raises(UserError, match="its class names or its mean are not those of its network; export it anew"):
+        load_network(f"torchvision:{file}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_file_in_16_bits_goes_through(tmp_path, capsys, dtype):
+    """Its own first convolution, divided and multiplied again in float32, rounds back to itself."""
+    model, _ = trained(tmp_path, "A")
+    source, file = tmp_path / "theirs.pth", tmp_path / "again.pth"
+    torch.save({name: value.to(dtype) for name, value in model.state_dict().items()}, source)
+    code, results, _ = run(capsys, "--checkpoint", f"torchvision:{source}", "--format", "torchvision", "--output", file)
+    assert code == 0
+    assert results["classes"] == 3
+    again = torch.load(file, weights_only=True)
+    for name, value in torch.load(source).items():
+        assert torch.equal(again[name].to(dtype), value), name
 
 
 def test_torch_export_runs_what_was_written_for_it(tmp_path, capsys, with_lrn):

@@ -15,7 +15,7 @@ def test_small_normal_is_what_train_py_reads(tmp_path):
     write_small_normal(config, 10, path)
     spec = starts(tmp_path / "a.pt", path)["random, normal of standard deviation 0.01"][1]
     network = load_network(spec)
-    assert (network.arch, network.crop, len(network.classes)) == ("E", 32, 10)
+    assert (network.arch, network.crop, network.outputs) == ("E", 32, 10)
     generator = np.random.default_rng(0)
     for name, weight in network.state.items():
         if name.endswith("bias"):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -110,11 +111,65 @@ def test_mistakes_are_told_in_a_sentence(network, images, capsys, monkeypatch, t
     assert err.count("\n") == 1
 
 
-def test_classes_of_imagenet_are_named_in_words():
+def test_only_imagenets_own_ids_are_named_in_words(monkeypatch):
+    """Which no installed package has: others take their place."""
     wordnet_ids = [f"n{number:08}" for number in range(1000)]
+    numbers = [str(number) for number in range(1000)]
+    for others in (wordnet_ids, numbers, sorted(numbers), ["cat", "dog"], ["\ud800"]):
+        assert predict.class_names(others) == others
+    monkeypatch.setattr(predict, "IMAGENET_IDS", hashlib.sha256("\n".join(wordnet_ids).encode()).hexdigest())
     assert predict.class_names(wordnet_ids)[:2] == ["tench", "goldfish"]
-    assert predict.class_names([str(number) for number in range(1000)])[999] == "toilet tissue"
-    assert predict.class_names(["cat", "dog"]) == ["cat", "dog"]
+    assert predict.class_names(wordnet_ids[::-1])[-2:] == ["goldfish", "tench"]
+    assert predict.class_names(wordnet_ids[:-1]) == wordnet_ids[:-1]
+
+
+def without_names(model, path, count=3, change=lambda state: None):
+    """The network as a state dict, of so many outputs."""
+    state = dict(model.state_dict())
+    for name in ("classifier.6.weight", "classifier.6.bias"):
+        state[name] = state[name].repeat(*(-(-count // 3), 1)[: state[name].ndim])[:count].clone()
+    change(state)
+    torch.save(state, path)
+    return f"torchvision:{path}"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown", "said"),
+    [
+        (3, "output ", "it has no class names; its 3 outputs are shown by number"),
+        (1000, "", "its 1000 outputs are taken for ImageNet's, as torchvision's own files have them"),
+    ],
+)
+def test_outputs_without_names_are_not_shown_as_if_they_had_some(network, images, tmp_path, capsys, count, shown, said):
+    spec = without_names(network[0], tmp_path / "w.pth", count)
+    code, out, err = run(capsys, "--checkpoint", spec, "--scale", "40", "--json", images / "0.png")
+    assert code == 0
+    best = json.loads(out)["images"][0]["predictions"][0]
+    assert best["class"] == (f"{shown}{best['label']}" if shown else predict.names_of_outputs(count)[best["label"]])
+    assert f"{spec}: {said}" in err or said in err
+
+
+def test_a_network_that_has_no_finite_answer_ends_it_with_the_images_name(network, images, tmp_path, capsys):
+    def overflow(state):
+        for name in ("features.0.weight", "classifier.0.weight", "classifier.3.weight", "classifier.6.weight"):
+            state[name] = torch.full_like(state[name], 1e30)
+
+    spec = without_names(network[0], tmp_path / "w.pth", change=overflow)
+    code, out, err = run(capsys, "--checkpoint", spec, "--scale", "40", "--json", images / "0.png", images / "1.png")
+    assert (code, out) == (1, "")
+    assert f"{spec}: its answer for {images / '0.png'} is not finite; its weights, though finite, are too large" in err
+
+
+def test_a_network_with_nan_in_it_is_refused_by_the_tensors_name(network, images, tmp_path, capsys):
+    spec = without_names(
+        network[0], tmp_path / "w.pth", change=lambda state: state["classifier.3.bias"].fill_(torch.nan)
+    )
+    code, out, err = run(capsys, "--checkpoint", spec, "--json", images / "0.png")
+    assert (code, out) == (2, "")
+    assert (
+        err
+        == f"error: {spec}: its tensor classifier.3.bias holds values that are not finite (NaN or infinity); it cannot be used\n"
+    )
 
 
 def test_a_pipe_that_closes_ends_it_without_a_traceback(network, images):

@@ -7,11 +7,13 @@ from model.vgg import CONFIGURATIONS, VGG, build
 from model.weights import (
     TORCHVISION_MEAN,
     TORCHVISION_STD,
+    as_float32,
     describe,
     from_torchvision,
     initialise_from,
     load_all,
     to_torchvision,
+    unwrapped,
 )
 
 CPU = torch.device("cpu")
@@ -227,3 +229,107 @@ def test_loading_another_networks_weights_is_refused():
 
 def test_as_lrn_and_a_share_their_weights():
     assert load_all(small("A-LRN"), small("A").state_dict()) is False
+
+
+WRAPS = [
+    lambda state: {f"module.{name}": value for name, value in state.items()},
+    lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+    lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()},
+    lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
+    lambda state: {name.replace("features.", "features.module."): value for name, value in state.items()},
+    lambda state: {name.replace("classifier.", "classifier._orig_mod."): value for name, value in state.items()},
+    lambda state: {f"model.net.{name}": value for name, value in state.items()} | {"loss.weight": torch.ones(7)},
+    lambda state: {"n_averaged": torch.tensor(9)} | {f"module.{name}": value for name, value in state.items()},
+]
+ENTRIES = [
+    ("state_dict", lambda state: {"epoch": 9, "arch": "vgg13_bn", "state_dict": state, "optimizer": {"state": {}}}),
+    ("model", lambda state: {"model": state, "args": None}),
+    ("model_state_dict", lambda state: {"model_state_dict": state}),
+    ("model_ema", lambda state: {"model": outline("B", classes=7, crop=32).state_dict(), "model_ema": state}),
+    ("state_dict_ema", lambda state: {"state_dict": {"a": 1}, "state_dict_ema": state}),
+    ("state_dict", lambda state: {"state_dict": state, "state_dict_ema": {"decay": 0.9}}),
+    ("model.state_dict", lambda state: {"model": {"state_dict": state}}),
+]
+
+
+@pytest.mark.parametrize(("entry", "place"), [*(("", wrap) for wrap in WRAPS), *ENTRIES])
+def test_state_dicts_as_other_trainers_save_them(entry, place):
+    state = outline("B", classes=7, crop=32, batch_norm=True).state_dict()
+    found, where = unwrapped(place(state))
+    assert where == entry
+    assert found.keys() == state.keys()
+    assert all(found[name] is value for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (torch.ones(2), "it holds a Tensor, not a state dict"),
+        ([1], "it holds a list, not a state dict"),
+        ({}, "not the weights of a VGG: it has no features.0.weight, classifier.0.weight, classifier.6.weight"),
+        ({"features.0.weight": torch.ones(1)}, "not the weights of a VGG: its fully-connected layers are missing"),
+        ({"features.0.weight": torch.ones(1), "classifier.0.weight": torch.ones(1)}, "it has no classifier.6.weight"),
+        ({"epoch": 3, "state": {}}, "these are not the weights of a VGG: epoch is not a tensor"),
+        ({"module.a": torch.ones(1), "a": torch.ones(1)}, "it holds a twice, once wrapped by another module"),
+        (
+            {"student.features.0.weight": torch.ones(1), "teacher.features.0.weight": torch.ones(1)},
+            r"it holds 2 networks \(student\., teacher\.\); save one of them",
+        ),
+        (
+            {**outline("D", classes=7, crop=32).state_dict(), "classifier.3.bias": torch.ones(3)},
+            "they differ from those of D for 32 pixels in classifier.3.bias$",
+        ),
+    ],
+)
+def test_what_is_wrong_with_other_files_is_said_truly(content, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        unwrapped(content)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_other_precisions_are_kept_in_float32(dtype):
+    """The folded first convolution too: in 16 bits it would be rounded a second time."""
+    weight = torch.randn(64, 3, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    folded = from_torchvision(
+        as_float32({"features.0.weight": weight, "features.1.num_batches_tracked": torch.tensor(3)})
+    )
+    exact = weight.double() / (255 * torch.tensor(TORCHVISION_STD, dtype=torch.float64).view(1, 3, 1, 1))
+    assert folded[0]["features.0.weight"].dtype == torch.float32
+    torch.testing.assert_close(folded[0]["features.0.weight"].double(), exact, rtol=1.2e-7, atol=0)
+    directly = from_torchvision({"features.0.weight": weight})[0]["features.0.weight"]
+    torch.testing.assert_close(directly.double(), exact, rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("classifier.6.bias", torch.tensor([1.0, torch.nan]), "classifier.6.bias holds values that are not finite"),
+        (
+            "features.1.running_var",
+            torch.tensor([torch.inf]),
+            "features.1.running_var holds values that are not finite",
+        ),
+        ("a", torch.tensor([torch.inf, -torch.inf]), "a holds values that are not finite"),
+        ("a", torch.tensor([1e300], dtype=torch.float64), "a holds values beyond float32's largest"),
+        ("a", torch.ones(2, dtype=torch.int8), "a holds int8, not floating-point numbers"),
+        ("a", torch.ones(2, dtype=torch.complex64), "a holds complex64, not floating-point numbers"),
+        ("a", torch.eye(2).to_sparse(), "a is sparse, quantised or without values"),
+        ("a", torch.ones(2, device="meta"), "a is sparse, quantised or without values"),
+    ],
+)
+def test_tensors_that_cannot_be_weights_are_named(name, value, sentence):
+    with pytest.raises(ValueError, match=f"its tensor {sentence}"):
+        as_float32({"b": torch.ones(1), name: value})
+
+
+def test_large_numbers_are_finite_though_their_sum_is_not():
+    as_float32({"a": torch.full((3,), 3e38)})
+
+
+def test_without_its_last_layer_a_network_is_copied_but_for_that():
+    source, model = small("A"), small("A", seed=1)
+    last = {name: weight.clone() for name, weight in model.state_dict().items() if name.startswith("classifier.6")}
+    assert load_all(model, source.state_dict(), last=False) is True
+    assert not any(name.startswith("classifier.6") for name in initialise_from(model, source.state_dict(), last=False))
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, last[name] if name in last else source.state_dict()[name])
