@@ -72,6 +72,8 @@ def ranks_of_this_run(device: str) -> Iterator[Ranks]:
     patient_group: dist.ProcessGroup | None = None
     if launch:
         on_gpu = own_device.type == "cuda"
+        if local_world_size == world_size:  # one machine: nobody else needs to reach gloo's ports
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=_store_of_this_start(rank, world_size),

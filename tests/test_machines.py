@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, SMALL, environment, kill_all, results_of_output, wait_for
+from common.ranks import ranks_of_this_run
+from tests.runs import ROOT, SMALL, environment, free_port, kill_all, results_of_output, wait_for
 from tests.used import read_used
 
 NAMES = ("vgg-test-a", "vgg-test-b")
@@ -143,6 +145,40 @@ def test_slurm_passes_on_how_it_ended(tmp_path, code):
     done = subprocess.run(["bash", str(ROOT / "sweeps/slurm.sbatch")], env=variables, check=False)
     assert done.returncode == code
     assert "requeue" not in (tmp_path / "calls").read_text()
+
+
+# ---- ports -------------------------------------------------------------------------------------------------------
+
+
+def listening() -> set[str]:
+    """IPv4 addresses on which this process waits for connections: "0.0.0.0" is all of them; "::" where IPv6 may come too."""
+    own = {
+        os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink() and os.path.lexists(entry)
+    }
+    addresses = set()
+    for family in ("tcp", "tcp6"):
+        for line in Path("/proc/self/net", family).read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in own:
+                digits = local.partition(":")[0]
+                addresses.add(socket.inet_ntoa(bytes.fromhex(digits)[::-1]) if family == "tcp" else "::")
+    return addresses
+
+
+def test_ranks_of_one_machine_meet_where_no_other_machine_comes(monkeypatch):
+    """gloo's default is the address that the machine's name has, which others can reach; torchrun's store is its own affair."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none")  # so that the variable is as before when the test is over
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    with ranks_of_this_run("cpu"):
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+        assert listening() - {"::", "0.0.0.0"} == {"127.0.0.1"}  # the store, which is torch's
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")  # what is given stays
+    with pytest.raises(RuntimeError, match="no-such-interface"), ranks_of_this_run("cpu"):
+        pass
 
 
 # ---- two network namespaces --------------------------------------------------------------------------------------
