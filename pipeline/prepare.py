@@ -17,13 +17,16 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
     begin()
 
 import argparse
+import contextlib
 import functools
 import io
 import json
 import os
-import shutil
+import re
 import tarfile
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -33,23 +36,25 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from common.errors import TrainingError, UserError
-from common.files import replacing
+from common.files import DAMAGED_FILE, half_written, remove_own, replacing
 from common.flags import FlagParser
+from common.lock import FolderLock
 from common.process import end, run_program
 from common.progress import printable, say, track
 from common.ranks import Ranks, first_then_others, ranks_of_this_run, wait_for_all
 from pipeline import draws
 from pipeline.decoding import decode_whole, each_in_order
 from pipeline.manifest import open_manifest
-from pipeline.manifest_files import Manifest, load_manifest, read_quarantine, write_quarantine
+from pipeline.manifest_files import QUARANTINE, Manifest, load_manifest, read_quarantine, write_quarantine
 from pipeline.plan import rescaled_sizes
-from pipeline.prepared import FORMAT, INDEX, fingerprint_of, read_index
+from pipeline.prepared import FORMAT, INDEX, fingerprint_of, is_complete, read_index
 from pipeline.scan import SPLITS, check_no_empty_class
 from pipeline.storage import S3_SCHEME, open_storage
-from pipeline.tables import SHARD_ROW, FileTable, shard_name
+from pipeline.tables import SHARD_NAMES, SHARD_ROW, TABLE_NAMES, FileTable, shard_name
 from pipeline.tiles import tiled_jpeg
 
 _UNFINISHED = ".unfinished"  # in DST: what is known of the shards that are done
+_JOB = "job.json"  # in there: what they are made of, and how
 _MAX_MEMBER_NAME = 100  # bytes that every tar format holds in one header
 
 
@@ -95,11 +100,19 @@ class Shard(NamedTuple):
 def prepare(source: Path, destination: Path, settings: Settings, *, threads: int, ranks: Ranks) -> dict:
     """Prepare a data set, or the rest of it, together with the other ranks. Returns a summary, as plain values.
 
-    Raises UserError: a source that is no data folder, a destination that holds something else or cannot be written.
+    Raises UserError: a source that is no data folder, a destination that holds something else or cannot be written, or that
+    others are preparing. TrainingError: the source fails, or what is known of a shard is damaged.
     """
-    root, folder = first_then_others(ranks, lambda: _begin(source, destination, settings), lambda answer: answer)
+    with FolderLock(destination / _UNFINISHED) as lock:  # of rank 0, for all ranks
+        return _prepare(source, destination, settings, threads=threads, ranks=ranks, lock=lock)
+
+
+def _prepare(
+    source: Path, destination: Path, settings: Settings, *, threads: int, ranks: Ranks, lock: FolderLock
+) -> dict:
+    root, folder = first_then_others(ranks, lambda: _begin(source, destination, settings, lock), lambda answer: answer)
     manifest = load_manifest(root, folder)
-    if (destination / INDEX).exists():
+    if is_complete(destination):
         say(f"{destination} is complete already")
         return _summary(destination)
     shards = _shards(manifest, settings)
@@ -120,33 +133,59 @@ def prepare(source: Path, destination: Path, settings: Settings, *, threads: int
 # ---- the beginning: is everything as it should be? ---------------------------------------------------------------
 
 
-def _begin(source: Path, destination: Path, settings: Settings) -> tuple[Path, Path]:
+def _begin(source: Path, destination: Path, settings: Settings, lock: FolderLock) -> tuple[Path, Path]:
     """Open the source and claim the destination, on rank 0. Returns the manifest's root and folder."""
     manifest = open_manifest(source)
     job = {"format": FORMAT, "source": manifest.fingerprint, "settings": asdict(settings)}
     unfinished = destination / _UNFINISHED
-    if (destination / INDEX).exists():
-        found = read_index(open_storage(str(destination)))["job"]
-    elif (unfinished / "job.json").exists():
-        found = json.loads((unfinished / "job.json").read_text())
-        say(f"going on with {destination}")
-    else:
-        found = job
+    if not is_complete(destination):
         try:
             destination.mkdir(parents=True, exist_ok=True)
-            if any(entry.name != _UNFINISHED for entry in destination.iterdir()):
+            is_new = not any(entry.name != _UNFINISHED for entry in destination.iterdir())
+            if unfinished.is_symlink() or not (is_new or (unfinished / _JOB).is_file()):
                 raise UserError(f"{destination}: is not empty; give a new folder for the prepared data")
             unfinished.mkdir(exist_ok=True)
-            with replacing(unfinished / "job.json") as file:
-                file.write(json.dumps(job).encode())
+            lock.take()
+            if (
+                not is_complete(destination) and not (unfinished / _JOB).exists()
+            ):  # others may have come before the lock
+                with replacing(unfinished / _JOB) as file:
+                    file.write(json.dumps(job).encode())
+            remove_own(
+                destination, half_written(rf"{SHARD_NAMES}|{TABLE_NAMES}|{re.escape(INDEX)}|{re.escape(QUARANTINE)}")
+            )
         except OSError as error:
             raise UserError(f"{destination}: cannot be written ({error.strerror})") from error
+    if is_complete(destination):
+        found = read_index(open_storage(str(destination)))["job"]
+        _remove_notes(unfinished)
+    else:
+        found = _read_job(unfinished / _JOB)
+        if found == job and any(unfinished.glob("*.npz")):
+            say(f"going on with {destination}")
     if found != job:
         what = "from other images" if found["source"] != job["source"] else f"with {_flags(found['settings'])}"
         raise UserError(f"{destination}: was prepared {what}; give the same again, or a new folder")
-    for half_written in destination.glob(".*.tmp"):  # by a rank that was killed
-        half_written.unlink()
     return manifest.root, manifest.folder
+
+
+def _read_job(path: Path) -> dict:
+    try:
+        job = json.loads(path.read_text())
+        if isinstance(job["source"], str) and isinstance(job["settings"], dict):
+            return job
+    except DAMAGED_FILE:
+        pass
+    raise UserError(f"{path}: does not say any more what is being prepared; give a new folder for the prepared data")
+
+
+def _remove_notes(unfinished: Path) -> None:
+    """Remove what was known of the shards, and the lock: whoever waits for it finds the data set complete."""
+    if unfinished.is_dir() and not unfinished.is_symlink():
+        notes = rf"{re.escape(_JOB)}|{SHARD_NAMES}\.npz"
+        remove_own(unfinished, f"{notes}|{half_written(notes)}|{re.escape(FolderLock.NAME)}")
+        with contextlib.suppress(OSError):  # something is in it that is not ours
+            unfinished.rmdir()
 
 
 def _flags(settings: dict) -> str:
@@ -249,9 +288,14 @@ def _finish(shards: list[Shard], manifest: Manifest, destination: Path, settings
     parts: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     reasons: dict[str, str] = {}
     for shard in shards:
-        with np.load(_part(destination, shard)) as part:
-            parts[shard.split].append(part["index"])
-            reasons |= json.loads(part["reasons"].tobytes())
+        try:
+            with np.load(_part(destination, shard)) as part:
+                parts[shard.split].append(part["index"])
+                reasons |= json.loads(part["reasons"].tobytes())
+        except (*DAMAGED_FILE, zipfile.BadZipFile, zlib.error) as error:
+            raise TrainingError(
+                f"{_part(destination, shard)}: is damaged; remove it, and give the same command"
+            ) from error
     tables = {split: np.concatenate(parts[split]) for split in SPLITS}
     root = os.path.abspath(manifest.root)
     quarantine = read_quarantine(manifest.folder)[: manifest.quarantined]
@@ -282,7 +326,7 @@ def _finish(shards: list[Shard], manifest: Manifest, destination: Path, settings
     write_quarantine(destination, quarantine)
     with replacing(destination / INDEX) as file:
         file.write(json.dumps(description).encode())
-    shutil.rmtree(destination / _UNFINISHED)
+    _remove_notes(destination / _UNFINISHED)
 
 
 def _summary(destination: Path) -> dict:

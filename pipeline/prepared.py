@@ -65,10 +65,15 @@ def is_prepared(data: str) -> bool:
     folder = Path(data)
     if not (folder / INDEX).is_file():
         return False
-    if not all((folder / split).is_dir() for split in SPLITS):
-        return True
+    return is_complete(folder) or not all((folder / split).is_dir() for split in SPLITS)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder has an index that pipeline.prepare has written last, of this version or of an earlier one."""
+    if not (folder / INDEX).is_file():
+        return False
     with contextlib.suppress(*DAMAGED_FILE, UserError):
-        return str(_parsed(open_storage(data))["format"]).startswith(_FORMAT_NAME)
+        return str(_parsed(open_storage(str(folder)))["format"]).startswith(_FORMAT_NAME)
     return False
 
 

@@ -17,6 +17,8 @@ SHARD_ROW = np.dtype(
 
 TABLE_NAMES = r"(?:train|val)-[0-9a-f]{32}\.npy"
 """A regular expression for the names of tables' files: each has the fingerprint of its data set."""
+SHARD_NAMES = r"(?:train|val)-\d{6,}\.tar"
+"""And for those of shards."""
 
 _RESIDENT_BYTES = 256 << 20  # of a mapped table that may stay in the process's memory, and be read ahead
 

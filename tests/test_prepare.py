@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common import lock
+from common.files import replacing
 from pipeline import prepare
 from pipeline.manifest import open_manifest
 from pipeline.prepared import open_prepared
@@ -202,3 +204,99 @@ def test_what_is_wrong_is_said_in_a_sentence(source, prepared, tmp_path, capsys,
     assert message in error
     assert content(prepared) == before
     assert not (tmp_path / "new").exists()
+
+
+def test_two_into_one_folder(source, prepared, tmp_path, capsys, monkeypatch):
+    """The second waits, and then says who the first is; nothing of the first's is touched."""
+    monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0.3)
+    destination = tmp_path / "out"
+    flags = [str(source), str(destination), *FLAGS]
+    written: list[str] = []
+    real = prepare._write_shards
+
+    def meanwhile(*arguments, **keywords):
+        written.append("")
+        if len(written) == 1:
+            with replacing(destination / "train-000000.tar") as file:
+                file.write(b"half")
+                before = content(destination / ".unfinished") | {
+                    "names": " ".join(sorted(os.listdir(destination))).encode()
+                }
+                assert prepare.main(flags) == 2
+                after = content(destination / ".unfinished") | {
+                    "names": " ".join(sorted(os.listdir(destination))).encode()
+                }
+                assert after == before
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(prepare, "_write_shards", meanwhile)
+    assert prepare.main(flags) == 0
+    assert len(written) == 1
+    assert f"pid {os.getpid()}, host" in capsys.readouterr().err
+    assert content(destination) == content(prepared)
+
+
+def test_files_that_others_have_put_there_stay(source, prepared, tmp_path, monkeypatch):
+    destination = tmp_path / "out"
+    flags = [str(source), str(destination), *FLAGS]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert prepare.main(flags) == 130
+    (tmp_path / "precious").write_text("somebody's")
+    others = [".editor.tmp", ".train-000000.tar.abc_1234.tmp.swp", ".unfinished/notes.txt"]
+    for name in others:
+        (destination / name).write_text("somebody's")
+    (destination / ".train-000000.tar.link.tmp").symlink_to(tmp_path / "precious")
+    (destination / ".train-000000.tar.abc_1234.tmp").write_text("ours")
+    assert prepare.main(flags) == 0
+    assert all((destination / name).read_text() == "somebody's" for name in others)
+    assert not (destination / ".train-000000.tar.abc_1234.tmp").exists()
+    assert (destination / ".train-000000.tar.link.tmp").is_symlink()
+    assert (tmp_path / "precious").read_text() == "somebody's"
+    assert os.listdir(destination / ".unfinished") == ["notes.txt"]
+    assert (
+        content(prepared).items()
+        <= {path.name: path.read_bytes() for path in destination.iterdir() if path.is_file()}.items()
+    )
+
+
+@pytest.mark.parametrize("where", ["link", "index.json"])
+def test_a_folder_that_is_not_prepared_data_is_not_written_to(source, tmp_path, capsys, where):
+    destination = tmp_path / "out"
+    destination.mkdir()
+    (tmp_path / "precious").mkdir()
+    if where == "link":
+        (destination / ".unfinished").symlink_to(tmp_path / "precious")
+    else:
+        (destination / "index.json").write_text('{"0": "cat"}')
+    assert prepare.main([str(source), str(destination), *FLAGS]) == 2
+    assert f"{destination}: is not empty; give a new folder" in capsys.readouterr().err
+    assert len(list(destination.iterdir())) == 1
+    assert not list((tmp_path / "precious").iterdir())
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b'{"source": 1}', b"\xff", b"[" * 100_000])
+def test_notes_that_are_damaged_are_said_in_a_sentence(source, tmp_path, capsys, damage):
+    (tmp_path / "out/.unfinished").mkdir(parents=True)
+    (tmp_path / "out/.unfinished/job.json").write_bytes(damage)
+    assert prepare.main([str(source), str(tmp_path / "out"), *FLAGS]) == 2
+    assert "job.json: does not say any more what is being prepared" in capsys.readouterr().err
+
+
+def test_a_damaged_part_of_the_index_is_named_and_made_again(source, prepared, tmp_path, capsys, monkeypatch):
+    destination = tmp_path / "out"
+    flags = [str(source), str(destination), *FLAGS]
+    part = destination / ".unfinished/train-000003.tar.npz"
+    real = prepare._finish
+
+    def damaged_first(*arguments):
+        part.write_bytes(b"PK not a zip file")
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_finish", damaged_first)
+        assert prepare.main(flags) == 1
+    assert f"{part}: is damaged; remove it, and give the same command" in capsys.readouterr().err
+    part.unlink()
+    assert prepare.main(flags) == 0
+    assert content(destination) == content(prepared)
