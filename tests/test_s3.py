@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import pytest
 import torch
 
 import train
-from common.errors import TrainingError, UserError
-from pipeline import prepare
+from common.errors import DataSourceError, TrainingError, UserError
+from pipeline import prepare, storage
 from pipeline.plan import TrainPlan
 from pipeline.prepared import open_prepared
-from pipeline.storage import open_storage
+from pipeline.storage import S3Storage, open_storage
+from tests import s3_servers
 from tests.images import photo_folder
 from tests.runs import free_port, results_of, run
 from tests.test_shards import make_loader
@@ -201,3 +203,123 @@ def test_a_tables_content_is_checked_while_it_is_copied(hostile, tmp_path, tampe
     assert not list(tmp_path.rglob("*.npy")), "nothing is kept of what was refused"
     hostile(rows=hostile.rows)
     assert len(open_prepared(URL).train) == 24
+
+
+# ---- servers that do not behave ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def credentials(monkeypatch):
+    """Of somebody, and patience for a test."""
+    for name, value in (
+        ("ACCESS_KEY_ID", "THE-KEY"),
+        ("SECRET_ACCESS_KEY", "THE-SECRET"),
+        ("SESSION_TOKEN", "THE-TOKEN"),
+    ):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(storage, "_PATIENCE_TO_OPEN_SECONDS", 0.5)
+    monkeypatch.setattr(storage, "_ANSWER_SECONDS", 1)
+    monkeypatch.setattr(storage, "_warned_at", -100.0)
+
+    def at(url: str) -> S3Storage:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        return S3Storage("s3://bucket/data")
+
+    return at
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_redirect_is_named_and_gets_no_credentials(credentials, host):
+    with s3_servers.server(lambda _: s3_servers.content(b"{}"), host) as (other, asked_there):
+        with s3_servers.server(lambda path: (307, {"Location": f"{other}{path}"}, b"")) as (url, asked_here):
+            with pytest.raises(
+                UserError, match=rf"does not serve it \(the server redirects to {other[7:]}, which is not"
+            ):
+                credentials(url)
+    assert not asked_there
+    assert all("THE-TOKEN" not in str(headers) and "THE-KEY" not in str(headers) for headers in asked_here)
+
+
+def test_a_server_that_begins_to_redirect_in_mid_run_sends_no_credentials_elsewhere(credentials):
+    redirects: list[str] = []
+
+    def answer(path: str) -> s3_servers.Answer:
+        if redirects:
+            return 307, {"Location": f"{redirects[0]}{path}"}, b""
+        return s3_servers.error(403, "AccessDenied", "Access Denied")
+
+    with s3_servers.server(lambda _: s3_servers.content(b"x" * 10), "localhost") as (other, asked_there):
+        with s3_servers.server(answer) as (url, _):
+            opened = credentials(url)
+            redirects.append(other)
+            with pytest.raises(DataSourceError, match=r"the server redirects to another host, which is not followed"):
+                opened.read("train-000000.tar", [0], [memoryview(bytearray(10))])
+    assert not asked_there
+
+
+REFUSALS = {
+    403: ("AccessDenied", "Access Denied", "AccessDenied: Access Denied (403 Forbidden)"),
+    400: (
+        "ExpiredToken",
+        "The provided token has expired.",
+        "ExpiredToken: The provided token has expired. (400 Bad Request)",
+    ),
+    401: ("InvalidToken", "No THE-TOKEN here.", "InvalidToken: No … here. (401 Unauthorized)"),
+    404: (
+        "NoSuchKey",
+        "The specified key does not exist.",
+        "NoSuchKey: The specified key does not exist. (404 Not Found)",
+    ),
+}
+
+
+@pytest.mark.parametrize("status", REFUSALS)
+def test_the_servers_reason_comes_first_and_credentials_not_at_all(credentials, capsys, status):
+    """In mid-run, as where a token expires: without a second try, since it will be refused for ever."""
+    code, message, expected = REFUSALS[status]
+    with s3_servers.server(lambda _: s3_servers.error(status, code, message)) as (url, asked):
+        opened = credentials(url)
+        before = len(asked)
+        with pytest.raises(
+            DataSourceError, match=re.escape(f"train-000000.tar: cannot be read ({expected}); once it can")
+        ):
+            opened.read("train-000000.tar", [0], [memoryview(bytearray(10))])
+        assert len(asked) == before + 1
+        for action in (opened.sizes, lambda: opened.copy("index.json", io.BytesIO(), 1000)):
+            with pytest.raises(UserError, match=re.escape(f"cannot be read ({expected})")) as error:
+                action()
+            assert "THE-" not in str(error.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_silent_server_is_waited_for_with_a_word_and_not_for_long(credentials, capsys):
+    started = time.monotonic()
+    with s3_servers.server(lambda _: None) as (url, _):
+        with pytest.raises(UserError, match=r"does not serve it \(no answer within 15 s\)"):
+            credentials(url)
+    assert time.monotonic() - started < 10
+    assert "s3://bucket/data: cannot be read (no answer within 15 s); trying again for up to" in capsys.readouterr().err
+
+
+def test_a_server_that_falls_silent_in_mid_run(credentials, capsys):
+    silent: list[bool] = []
+    with s3_servers.server(lambda _: None if silent else s3_servers.content(b"x")) as (url, _):
+        opened = credentials(url)
+        silent.append(True)
+        started = time.monotonic()
+        with pytest.raises(
+            DataSourceError, match=r"train-000000.tar: cannot be read \(no answer within 15 s\); once it can"
+        ):
+            opened.read("train-000000.tar", [0], [memoryview(bytearray(10))])
+    assert time.monotonic() - started < 20
+    assert "cannot be read (no answer within 15 s); trying again" in capsys.readouterr().err
+
+
+def test_a_server_that_is_overloaded_for_a_moment_is_asked_again(credentials):
+    answers = [s3_servers.error(503, "SlowDown", "Please reduce your request rate."), s3_servers.content(b"y" * 10)]
+    with s3_servers.server(lambda _: answers.pop(0) if len(answers) > 1 else answers[0]) as (url, _):
+        opened = credentials(url)
+        target = io.BytesIO()
+        opened.copy("index.json", target, 100)
+    assert target.getvalue() == b"y" * 10
