@@ -90,8 +90,13 @@ def network_of(config: Config, *, classes: int, device: torch.device) -> VGG:
 
 
 def too_little_memory(micro_batch: int) -> TrainingError:
-    """What to raise for torch.OutOfMemoryError."""
+    """What to raise for torch.OutOfMemoryError. micro_batch: images in one pass of one rank."""
+    if micro_batch == 1:
+        return TrainingError(
+            "the GPU's memory is too small even for one image at a time; end what else uses it (nvidia-smi shows it), or take "
+            "a smaller --crop or another GPU"
+        )
     return TrainingError(
         f"the GPU's memory is too small for {micro_batch} images at a time; halve it with "
-        f"--micro-batch {max(1, micro_batch // 2)} (gradients are accumulated)"
+        f"--micro-batch {micro_batch // 2} (gradients are accumulated)"
     )

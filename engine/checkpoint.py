@@ -50,9 +50,11 @@ class Checkpoint:
     steps: int
     """Optimizer steps done."""
     samples_seen: int
-    """Training samples done: the next batch begins with this sample of the plan."""
+    """Training samples done: the next batch begins with this sample of the plan. After --allow-changed-data, counted as if the
+    epochs done had been of the data as it is now."""
     history: list[dict]
-    """Validation results after each epoch (epoch, loss, top1, top5); the schedule is a function of it."""
+    """Validation results after each epoch (epoch, samples_seen at its end, which older files do not have, loss, top1, top5,
+    images, lost); the schedule is a function of it."""
     fingerprint: str
     """Of the data set's manifest."""
     config: dict
@@ -347,4 +349,5 @@ def _is_good(path: Path) -> bool:
 
 def _numbered(out: Path) -> dict[int, Path]:
     """Steps → path of the numbered checkpoints."""
-    return {int(path.stem[5:]): path for path in out.glob("step-*.pt") if path.stem[5:].isdecimal()}
+    found = ((re.fullmatch(r"step-(\d{8,})\.pt", path.name), path) for path in out.glob("step-*.pt"))
+    return {int(name[1]): path for name, path in found if name}  # not step-5.pt, which is not ours

@@ -87,7 +87,7 @@ def table(names: Sequence[str], runs: Sequence[Run]) -> str:
         for figure, (_, form) in _FIGURES.items():
             value = values[figure]
             cells.append("–" if value is None else format(100 * value if figure in _PERCENT else value, form))
-        rows.append([name, *cells])
+        rows.append([printable(cell) for cell in (name, *cells)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from common.progress import printable
+
 MOST_CLASSES = 50
 """Of more, the matrix cannot be read as a picture."""
 _MOST_WITH_NUMBERS = 20
@@ -23,7 +25,8 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     axes = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    names = [name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…" for name in classes]
+    shown = [printable(name) for name in classes]
+    names = [name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…" for name in shown]
     size = 9 if len(classes) <= 24 else 6
     turned = 90 if max(map(len, names)) > 2 else 0
     axes.set_xticks(range(len(names)), names, rotation=turned, fontsize=size, parse_math=False)

@@ -67,9 +67,9 @@ def draw_runs(runs: Sequence[Run], names: Sequence[str], path: Path) -> None:
     for one in axes.flat:
         one.grid(alpha=0.3)
     if len(runs) == 1:
-        figure.suptitle(names[0], parse_math=False)
+        figure.suptitle(printable(names[0]), parse_math=False)
     else:
-        handles = [Line2D([], [], color=f"C{index % 10}", label=name) for index, name in enumerate(names)]
+        handles = [Line2D([], [], color=f"C{index % 10}", label=printable(name)) for index, name in enumerate(names)]
         columns = 1 + (len(names) - 1) // _LINES_OF_LEGEND
         legend = figure.legend(handles=handles, loc="outside upper left", ncols=columns)
         for text in legend.get_texts():

@@ -1,6 +1,7 @@
 """The run's folder, and which checkpoint the run goes on from."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from engine.checkpoint import Checkpoint
 from engine.config import Config, save_config, to_dict
 from engine.data import Data
 from engine.networks import check_weights, differing_classes
+from engine.records import CONFIG
 from model.weights import is_finite
 
 # Settings that say how a run is carried out, not what it computes: free to change between a run and its resumption.
@@ -26,6 +28,11 @@ _FREE_SETTINGS = {
 
 
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+# What a run writes into OUT, and nothing else is touched there; .lock, which stays, left out.
+_NAMES = re.compile(
+    r"last\.pt|best\.pt|step-\d{8,}\.pt|config\.yaml|metrics\.jsonl|curves\.png|inspect\.png|tensorboard|wandb|wandb-id"
+)
+_UNFINISHED = re.compile(rf"\.({_NAMES.pattern})\.\w+\.tmp")
 
 
 def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoint | None:
@@ -42,13 +49,12 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoin
     for flag, theirs, ours in (("arch", checkpoint.arch, config.arch), ("crop", checkpoint.crop, config.crop)):
         if theirs != ours:
             raise UserError(
-                f"checkpoint {path} was trained with --{flag} {theirs}, this run asks for {ours}; "
-                "choose another --out, or --resume never to start anew"
+                f"checkpoint {path} was trained with --{flag} {theirs}, this run asks for {ours}; {_instead(config)}"
             )
     if checkpoint.batch_norm != config.batch_norm:
         raise UserError(
             f"checkpoint {path} was trained {_with(checkpoint.batch_norm)} --batch-norm, this run is "
-            f"{_with(config.batch_norm)}; choose another --out, or --resume never to start anew"
+            f"{_with(config.batch_norm)}; {_instead(config)}"
         )
     if ranks.is_main:
         say(f"going on from {path}: step {checkpoint.steps:,}, {checkpoint.samples_seen:,} images seen")
@@ -92,6 +98,13 @@ def _check_optimizer(checkpoint: Checkpoint, path: Path) -> None:
         raise UserError(f"checkpoint {path}: its entry scaler is not the state of a gradient scaler")
 
 
+def _instead(config: Config) -> str:
+    """What helps where a checkpoint is another network's."""
+    if config.resume != "auto":
+        return "give --resume another one, or never to start anew"
+    return "choose another --out, or --resume never to start anew"
+
+
 def _with(whether: bool) -> str:
     return "with" if whether else "without"
 
@@ -114,27 +127,41 @@ def claim_out(config: Config, checkpoint: Checkpoint | None, lock: FolderLock) -
     """Take possession of OUT, on rank 0, when all that was given is known to be right.
 
     Moves an earlier run aside unless this one goes on with it, removes files that a killed run left half-written, saves
-    config.yaml.
-    Raises UserError: another run writes to OUT, or the disk refuses.
+    config.yaml. Of what else is there nothing is touched: OUT may be any folder.
+    Raises UserError: another run writes to OUT, a config.yaml there is not a run's, or the disk refuses.
     """
     out = config.out
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.take()
-        for unfinished in out.glob(".*.tmp"):  # of a run that was killed while it wrote a checkpoint
-            unfinished.unlink()
+        for unfinished in out.iterdir():  # of a run that was killed while it wrote a checkpoint
+            if _UNFINISHED.fullmatch(unfinished.name):
+                unfinished.unlink()
         goes_on = checkpoint and (config.resume == "auto" or os.path.samefile(Path(config.resume).parent, out))
+        if not _is_of_a_run(out / CONFIG):
+            raise UserError(
+                f"--out {out}: its {CONFIG} is not a run's; choose another folder, or give that file another name"
+            )
         if checkpoints.all_in(out) and not goes_on:
             _move_aside(out)
-        save_config(config, out / "config.yaml")
+        save_config(config, out / CONFIG)
     except OSError as error:
         raise _cannot_be_written(out, error) from error
 
 
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a config.yaml may be replaced: there is none, or it has flags that no other program's file has together."""
+    try:
+        keys = {line.partition(":")[0] for line in path.read_text(errors="replace").splitlines()}
+    except FileNotFoundError:
+        return True
+    return not keys or {"arch", "train_scale", "checkpoint_minutes"} <= keys
+
+
 def _move_aside(out: Path) -> None:
-    earlier = [
-        entry for entry in out.iterdir() if not entry.name.startswith("earlier-") and entry.name != FolderLock.NAME
-    ]
+    earlier = [entry for entry in out.iterdir() if _NAMES.fullmatch(entry.name)]
+    if not earlier:
+        return
     aside = next(out / f"earlier-{n}" for n in range(1, 10**6) if not (out / f"earlier-{n}").exists())
     aside.mkdir()
     for entry in earlier:

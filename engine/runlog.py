@@ -1,19 +1,28 @@
-"""What a run says: a bar or plain lines for people, metrics.jsonl and dashboards for programs. Rank 0 only."""
+"""What a run says: a bar or plain lines for people, metrics.jsonl, dashboards and pictures. Rank 0 only.
 
+None of it can end a run: what fails is warned of once, and the run goes on.
+"""
+
+import collections
+import contextlib
+import functools
 import json
+import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from common.progress import say
+from common.progress import printable, say
 from engine.config import Config
 from engine.confusion import draw_confusion
+from engine.curves import draw_curves
 from engine.dashboards import TensorBoard, WandB
 from engine.evaluation import Accuracy
 from engine.gpu_curves import GpuCurves
@@ -23,6 +32,9 @@ from engine.records import METRICS, drop_records_after
 IMAGES_SHOWN = 32
 """Training images that a run puts on its dashboards when it starts."""
 _COLUMNS = 8
+_MOST_FAILURES = 3
+"""In a row, of what is not tried again thereafter: each try may take its time."""
+_FIGURES, _CURVES, _TERMINAL = METRICS, "curves.png", "the terminal"
 
 
 class RunLog:
@@ -45,15 +57,18 @@ class RunLog:
         whose power, utilisation and memory are recorded too; None: those that CUDA_VISIBLE_DEVICES leaves. Raises UserError
         where --wandb cannot start.
         """
-        out = config.out
+        self._out = config.out
         self._total_steps, self._top1, self._classes, self._mean_rgb = total_steps, top1, classes, mean_rgb
-        drop_records_after(out / METRICS, steps_done)
+        self._failures: collections.Counter[str] = collections.Counter()
+        self._warned: set[str] = set()
         self._first_advance: float | None = None
         self._first_step = steps_done + 1
-        self._dashboards: list[TensorBoard | WandB] = [TensorBoard(config, steps_done)]
+        self._try(_FIGURES, lambda: drop_records_after(config.out / METRICS, steps_done))
+        self._metrics = _Lines(config.out / METRICS)
+        self._dashboards: list[TensorBoard | WandB] = []
+        self._try(TensorBoard.NAME, lambda: self._dashboards.append(TensorBoard(config, steps_done)))
         if config.wandb:
             self._dashboards.append(WandB(config))
-        self._metrics = open(out / METRICS, "a", buffering=1)  # noqa: SIM115  # closed by __exit__
         self._gpu_curves = GpuCurves(gpus)
         self._on_terminal = sys.stderr.isatty()
         # Two lines: where the run is, and its figures.
@@ -70,21 +85,38 @@ class RunLog:
         )
 
     def __enter__(self) -> "RunLog":
-        self._gpu_curves.start()
+        self._try("the GPUs' curves", self._gpu_curves.start)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        with ExitStack() as everything:  # one that fails does not keep the others from closing
-            everything.callback(self._metrics.close)
-            for dashboard in self._dashboards:
-                everything.callback(dashboard.close, failed=kind is not None)
-            everything.callback(self._gpu_curves.stop)
-            everything.callback(self._bar.close)
-            everything.callback(self._figures.close)
+        self._try(_FIGURES, self._metrics.close)
+        for dashboard in self._dashboards:
+            self._try(dashboard.NAME, functools.partial(dashboard.close, failed=kind is not None))
+        self._try("the GPUs' curves", self._gpu_curves.stop)
+        for bar in (self._bar, self._figures):
+            self._try(_TERMINAL, bar.close)
+
+    def _try(self, what: str, action: Callable[[], object]) -> None:
+        """The one place where what only shows a run may fail, in whatever way its package has."""
+        if self._failures[what] >= _MOST_FAILURES and what != _FIGURES:
+            return
+        try:
+            action()
+            self._failures[what] = 0
+        except Exception as error:
+            self._failures[what] += 1
+            if what in self._warned:
+                return
+            self._warned.add(what)
+            cause = printable(
+                " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+            )
+            with contextlib.suppress(Exception):  # the terminal itself
+                say(f"warning: {what} cannot be written ({cause}); the training goes on")
 
     def advance(self) -> None:
         """One step was launched: moves the bar, costs no synchronisation."""
-        self._bar.update()
+        self._try(_TERMINAL, self._bar.update)
         if self._first_advance is None:
             self._first_advance = time.monotonic()
 
@@ -113,10 +145,9 @@ class RunLog:
         if gpu_memory_gib is not None:
             figures["gpu_memory_gib"] = gpu_memory_gib
         self._record("train", step, **figures)
-        gpus = self._gpu_curves.take_means()
-        for dashboard in self._dashboards if gpus else ():
-            dashboard.scalars(step, gpus)
-        self._tell(step, figures)
+        if gpus := self._gpu_curves.take_means():
+            self._on_dashboards(lambda dashboard: dashboard.scalars(step, gpus))
+        self._try(_TERMINAL, lambda: self._tell(step, figures))
 
     def _tell(self, step: int, figures: dict[str, float]) -> None:
         parts = [
@@ -147,23 +178,57 @@ class RunLog:
     def images(self, *, step: int, images: Tensor) -> None:
         """What the network was shown, as a loader gives it: [n, 3 or 4, height, width]."""
         sheet = grid(as_pictures(images, self._mean_rgb), _COLUMNS)
-        for dashboard in self._dashboards:
-            dashboard.picture(step, "train/images", sheet)
+        self._on_dashboards(lambda dashboard: dashboard.picture(step, "train/images", sheet))
 
     def validation(self, *, step: int, epoch: int, accuracy: Accuracy, confusion: Tensor | None) -> None:
         """The result over the validation set after an epoch. confusion: as evaluate() counts it, where classes are few."""
         self._top1 = accuracy.top1
         self._record("validation", step, epoch=epoch, **asdict(accuracy))
-        say(
+        line = (
             f"epoch {epoch}: validation top-1 {accuracy.top1:.2%}  top-5 {accuracy.top5:.2%}  loss {accuracy.loss:.3f}  "
             f"({accuracy.images:,} images{f', {accuracy.lost:,} of them cannot be decoded' if accuracy.lost else ''})"
         )
+        self._try(_TERMINAL, lambda: say(line))
         if confusion is not None:
-            picture = draw_confusion(confusion.cpu().numpy(), self._classes)
-            for dashboard in self._dashboards:
-                dashboard.picture(step, "validation/confusion", picture)
+            counts = confusion.cpu().numpy()
+            self._try("the picture of confusions", lambda: self._draw_confusion(step, counts))
+
+    def draw_curves(self) -> None:
+        """Draw OUT/curves.png."""
+        self._try(_CURVES, lambda: draw_curves(self._out))
+
+    def _draw_confusion(self, step: int, counts: np.ndarray) -> None:
+        picture = draw_confusion(counts, self._classes)
+        self._on_dashboards(lambda dashboard: dashboard.picture(step, "validation/confusion", picture))
 
     def _record(self, kind: str, step: int, **figures: float) -> None:
-        self._metrics.write(json.dumps({"kind": kind, "step": step, **figures, "time": time.time()}) + "\n")
+        line = json.dumps({"kind": kind, "step": step, **figures, "time": time.time()})
+        self._try(_FIGURES, lambda: self._metrics.write(line))
+        self._on_dashboards(
+            lambda dashboard: dashboard.scalars(step, {f"{kind}/{name}": value for name, value in figures.items()})
+        )
+
+    def _on_dashboards(self, action: Callable[[TensorBoard | WandB], None]) -> None:
         for dashboard in self._dashboards:
-            dashboard.scalars(step, {f"{kind}/{name}": value for name, value in figures.items()})
+            self._try(dashboard.NAME, functools.partial(action, dashboard))
+
+
+class _Lines:
+    """A file to which lines are added; what the disk does not take waits for the next one, so that none is lost or cut."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+        self._waiting = b""
+
+    def write(self, line: str) -> None:
+        """Raises OSError; the line is kept."""
+        self._waiting += f"{line}\n".encode()
+        if self._descriptor is None:  # not through a link: it might lead anywhere
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)

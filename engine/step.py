@@ -16,6 +16,8 @@ from engine.distributed import average_over_ranks
 from engine.precision import Precision
 from pipeline.loader import Batch
 
+_BETWEEN_STEPS, _COMPUTING, _UPDATING = range(3)
+
 
 class TrainStep:
     """One optimizer step over one global batch."""
@@ -46,16 +48,25 @@ class TrainStep:
         # images, and the ranks agree on them whenever they validate or save.
         self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._parallel = model if isinstance(model, DistributedDataParallel) else None
+        self._buffers = list(model.buffers())
+        self._buffers_before = [buffer.clone() for buffer in self._buffers]
+        self._phase = _BETWEEN_STEPS
 
     def __call__(self, batches: Iterator[Batch]) -> Tensor:
         """Take `passes` micro-batches and update the weights. Returns this rank's mean loss, a scalar on the device."""
         losses = []
+        if self._buffers:
+            torch._foreach_copy_(self._buffers_before, self._buffers)
+        self._phase = _COMPUTING
         for number in range(1, self._passes + 1):
             images, labels = next(batches)
+            if number == self._passes and self._parallel and images.is_cuda:
+                self._phase = _UPDATING  # NCCL's work is queued ahead of the host: no way back, and perhaps no end
             with self._all_reduce(now=number == self._passes):
                 loss = self._loss(images, labels) / self._passes
                 self._scaler.scale(loss).backward()
             losses.append(loss.detach())
+        self._phase = _UPDATING
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
@@ -63,7 +74,18 @@ class TrainStep:
             average_over_ranks(self._statistics)
         if self._average:
             self._average.update()
+        self._phase = _BETWEEN_STEPS
         return torch.stack(losses).sum()
+
+    def give_up(self) -> bool:
+        """After an exception: undo what an unfinished step has changed. Returns whether all is as after the last whole step."""
+        if self._phase == _COMPUTING:
+            self._optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
+                    buffer.copy_(before)
+            self._phase = _BETWEEN_STEPS
+        return self._phase == _BETWEEN_STEPS
 
     def warm_up(self, images: Tensor, labels: Tensor) -> None:
         """Compile; run forward and backward, without an update of weights or of batch normalisation's statistics.

@@ -30,6 +30,7 @@ from common.ranks import Ranks, ranks_of_this_run
 from engine.config import SYNTHETIC, parse_args, save_config
 from engine.data import Data
 from engine.precision import Precision, choose_precision, set_numerics
+from engine.preemption import StopRequests
 from engine.records import CONFIG
 from engine.trainer import Trainer
 from model.vgg import build
@@ -135,8 +136,11 @@ def measure(config, ranks: Ranks) -> dict:
         config=config, ranks=ranks, precision=precision, micro_batch=config.batch_size, manifest=None, turns=turns
     )
     save_config(config, config.out / CONFIG)  # as train.py does
-    trainer = Trainer(config, ranks=ranks, precision=precision, data=data, model=model, checkpoint=None)
-    compiled = trainer.fit()["compiled"]
+    with StopRequests() as requests:
+        trainer = Trainer(
+            config, ranks=ranks, precision=precision, data=data, model=model, checkpoint=None, requests=requests
+        )
+        compiled = trainer.fit()["compiled"]
     trainer_seconds, bare_seconds = turns.trainer_seconds[1:], turns.bare_seconds[1:]
     ratios = [ours / bare for ours, bare in zip(trainer_seconds, bare_seconds, strict=False)]
     quartiles = statistics.quantiles(ratios, n=4)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -17,23 +19,37 @@ CPU = torch.device("cpu")
 
 
 def test_the_average_is_the_sum_over_all_weights_before():
-    """a_n = dⁿ · w_0 + (1 - d) · Σ dⁿ⁻ⁱ · w_i in float64, batch normalisation's statistics included."""
+    """In float64, batch normalisation's statistics included, with the decays 0.1, 2/11, 3/12 … up to the one asked for."""
     model = build("A", classes=2, crop=32, dropout=0.0, init="xavier", device=CPU, batch_norm=True)
-    average = WeightAverage(model, 0.7)
+    average = WeightAverage(model, 0.25)
     seen = [{name: value.double() for name, value in model.state_dict().items() if value.is_floating_point()}]
     generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
+    for _ in range(5):
         for value in model.state_dict().values():
             if value.is_floating_point():
                 value.add_(torch.randn(value.shape, generator=generator))
         average.update()
         seen.append({name: value.double() for name, value in model.state_dict().items() if value.is_floating_point()})
-    shares = [0.7**4, *(0.3 * 0.7 ** (4 - i) for i in range(1, 5))]
+    decays = [1 / 10, 2 / 11, 3 / 12, 0.25, 0.25]
+    kept = [math.prod(decays[n:]) for n in range(6)]  # of what was there before update n
+    shares = [kept[0], *(kept[n + 1] * (1 - decay) for n, decay in enumerate(decays))]
+    assert sum(shares) == pytest.approx(1)
     averages = average.model.state_dict()
     assert list(averages) == list(model.state_dict())
     for name in seen[0]:
         expected = sum(share * weights[name] for share, weights in zip(shares, seen, strict=True))
         assert torch.allclose(averages[name].double(), expected, atol=1e-5), name
+
+
+def test_the_initial_weights_are_soon_forgotten():
+    """Without a warm-up they would be 94 % of the average of 0.9999 after 630 steps."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    average = WeightAverage(model, 0.9999)
+    torch.nn.init.zeros_(model.weight)
+    for _ in range(630):
+        average.update()
+    assert 0 < float(average.model.state_dict()["weight"]) < 1e-12
 
 
 def test_the_average_is_validated_and_what_others_take_from_a_checkpoint(tmp_path):

@@ -1,18 +1,22 @@
-"""SIGTERM and SIGUSR1: the run saves, leaves, and goes on bit-exactly."""
+"""Signals: the run saves, leaves, and goes on bit-exactly."""
 
 import functools
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import train
+from engine import preemption
 from engine.checkpoint import load
 from engine.preemption import StopRequests
 from tests.images import photo_folder
-from tests.runs import SMALL, assert_same_weights, one_machine, run, start, wait_for, workers_of
+from tests.runs import ROOT, SMALL, assert_same_weights, one_machine, run, start, wait_for, workers_of
+from tests.test_evaluation import RANKS
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +88,92 @@ def test_a_stop_during_validation_is_followed_by_that_validation(tmp_path, monke
     assert load(tmp_path / "parts/last.pt").history == load(tmp_path / "whole/last.pt").history
 
 
-def test_signals_mean_what_they_did_before_once_the_run_is_over():
-    from tests.test_evaluation import RANKS
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP, signal.SIGINT]
 
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    with StopRequests(RANKS) as requests:
-        assert not requests.agreed()
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert requests.agreed()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert requests.agreed()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+def test_signals_mean_what_they_did_before_once_the_run_is_over(capfd):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    for number in SIGNALS:
+        with StopRequests() as requests, requests.training(RANKS):
+            assert not requests.agreed()
+            os.kill(os.getpid(), number)
+            assert requests.agreed()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert requests.agreed()
+            assert requests.interrupted == (number == signal.SIGINT)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    assert capfd.readouterr().err == "Ctrl-C: saves after this step and ends; once more ends at once, without saving\n"
+
+
+@pytest.mark.parametrize("of_torchrun", [False, True])
+def test_under_nohup_a_closed_terminal_is_ignored_unless_torchrun_passes_it_on(monkeypatch, of_torchrun):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if of_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequests() as requests, requests.training(RANKS):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert requests.agreed() == of_torchrun
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_ends_with_75_and_one_line(tmp_path, number):
+    """While torch is being imported; nothing is left in --out."""
+    process = start(*SMALL, "--steps", "8", "--out", str(tmp_path / "out"))
+    mask = 1 << (number - 1)
+    while not int(Path(f"/proc/{process.pid}/status").read_text().split("SigCgt:")[1].split()[0], 16) & mask:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(number)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert output == ""
+    name = number.name
+    assert error == f"stopped by {name} before the first step: nothing to save; start the same command again\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_waits_for_another_in_c_answers_a_signal_too():
+    """Where no handler of Python's can run: in the lock of a thread that never ends."""
+    code = """
+import ctypes, os, threading
+from engine.preemption import StopRequests
+with StopRequests():
+    threading.Timer(0.5, os.kill, (os.getpid(), 15)).start()
+    libc = ctypes.CDLL(None)
+    while True:
+        libc.sleep(60)
+"""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 75
+    assert done.stderr.count("stopped by SIGTERM before the first step") == 1
+    assert time.monotonic() - began < 30
+
+
+def test_a_second_ctrl_c_ends_at_once_or_after_the_checkpoint(monkeypatch):
+    with StopRequests() as requests, requests.training(RANKS):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun's, of the same key
+        monkeypatch.setattr(preemption, "_SECONDS_OF_ONE_INTERRUPT", 0)
+        written = []
+
+        def write() -> None:
+            with requests.writing():
+                os.kill(os.getpid(), signal.SIGINT)
+                written.append("all of it")
+
+        with pytest.raises(KeyboardInterrupt):
+            write()
+        assert written
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("moment", ["at the start", "in training"])
