@@ -1,5 +1,7 @@
 """The GPU's graph against the CPU's, over photographs in every form that a data set has them in."""
 
+import contextlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +62,12 @@ def samples(table) -> Samples:
     return planned
 
 
-def loader_of(samples: Samples, device: torch.device, *, decoder: str, half: bool = False, pad_channels: bool = False):
+def loader_of(*batches: Samples, device: torch.device, decoder: str, half: bool = False, pad_channels: bool = False):
+    """The batches in turn, for ever."""
     return DaliLoader(
-        lambda skip: iter([samples] * 100),
+        lambda skip: itertools.islice(itertools.cycle(batches), skip, None),
         lose=lambda lost, dead, reasons: pytest.fail(f"cannot be decoded: {reasons}"),
-        batch_size=len(samples.labels),
+        batch_size=len(batches[0].labels),
         crop=CROP,
         device=device,
         decoder=decoder,
@@ -77,12 +80,12 @@ def loader_of(samples: Samples, device: torch.device, *, decoder: str, half: boo
 
 @pytest.fixture(scope="module")
 def on_cpu(samples) -> torch.Tensor:
-    return next(loader_of(samples, CPU, decoder="cpu"))[0]
+    return next(loader_of(samples, device=CPU, decoder="cpu"))[0]
 
 
 @pytest.fixture(scope="module")
 def on_gpu(samples) -> torch.Tensor:
-    images, labels = next(loader_of(samples, DEVICE, decoder="gpu"))
+    images, labels = next(loader_of(samples, device=DEVICE, decoder="gpu"))
     assert images.device == labels.device == DEVICE
     assert np.array_equal(labels.cpu(), samples.labels)
     return images.cpu()
@@ -101,7 +104,7 @@ def test_images_are_the_cpus_as_far_as_decoders_agree(table, samples, on_cpu, on
 
 
 def test_with_the_cpus_decoder_only_the_resize_rounds_otherwise(samples, on_cpu):
-    images = next(loader_of(samples, DEVICE, decoder="cpu"))[0].cpu()
+    images = next(loader_of(samples, device=DEVICE, decoder="cpu"))[0].cpu()
     difference = (on_cpu - images).abs()
     assert difference[~torch.from_numpy(samples.resized)].max() < 1e-3
     assert difference.max() < 1 + 1e-3
@@ -109,13 +112,13 @@ def test_with_the_cpus_decoder_only_the_resize_rounds_otherwise(samples, on_cpu)
 
 
 def test_half_precision_images_are_the_same_rounded(samples, on_gpu):
-    images, _ = next(loader_of(samples, DEVICE, decoder="gpu", half=True))
+    images, _ = next(loader_of(samples, device=DEVICE, decoder="gpu", half=True))
     assert images.dtype == torch.float16
     assert (images.cpu().float() - on_gpu).abs().max() <= 0.125  # one unit in the last place below 256
 
 
 def test_a_fourth_channel_is_zero_and_the_others_stay(samples, on_gpu):
-    images, _ = next(loader_of(samples, DEVICE, decoder="gpu", pad_channels=True))
+    images, _ = next(loader_of(samples, device=DEVICE, decoder="gpu", pad_channels=True))
     assert images.shape == (len(samples.labels), 4, CROP, CROP)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(images[:, :3].cpu(), on_gpu)
@@ -123,7 +126,7 @@ def test_a_fourth_channel_is_zero_and_the_others_stay(samples, on_gpu):
 
 
 def test_batches_are_dalis_memory_in_channels_last(monkeypatch, samples):
-    loader = loader_of(samples, DEVICE, decoder="gpu", half=True)
+    loader = loader_of(samples, device=DEVICE, decoder="gpu", half=True)
     outputs, run = [], loader._run
 
     def run_and_keep() -> tuple:
@@ -141,22 +144,92 @@ def test_batches_are_dalis_memory_in_channels_last(monkeypatch, samples):
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_batches_that_are_held_stay_as_they_are(samples, on_gpu):
-    loader = loader_of(samples, DEVICE, decoder="gpu")
-    held = [next(loader)[0] for _ in range(6)]  # more than DALI prefetches
-    assert len({images.data_ptr() for images in held}) == 6
-    for images in held:
-        assert torch.equal(images.cpu(), on_gpu)
+# ---- memory that would be used again too early -------------------------------------------------------------------
 
 
-def test_batches_are_complete_when_the_next_kernel_reads_them(samples, on_gpu):
-    """On a stream of its own, while the device is kept busy: an image that is read too early is not the image."""
-    loader, stream = loader_of(samples, DEVICE, decoder="gpu"), torch.cuda.Stream(DEVICE)
+@pytest.fixture(scope="module")
+def turns(table) -> list[Samples]:
+    """Three batches that differ in every image: in the file or its crop. Small ones where the CPU alone makes them."""
+    count = len(table) if torch.cuda.is_available() else 12
+    plan = TrainPlan(table=table, batch_size=count, crop=CROP, scale=(SCALE, SCALE), seed=0)
+    return [plan.samples(np.arange(count) + epoch * len(table)) for epoch in range(3)]
+
+
+@pytest.fixture(scope="module")
+def pixels_of(turns):
+    """A function of the device: what each of the batches is, by a loader of its own that has no other in its memory."""
+    known: dict[torch.device, list[torch.Tensor]] = {}
+
+    def pixels(device: torch.device) -> list[torch.Tensor]:
+        if device not in known:
+            known[device] = [next(turning([batch], device))[0].cpu().clone() for batch in turns]
+            for one, other in itertools.combinations(known[device], 2):
+                assert (one != other).flatten(1).any(dim=1).all(), "an image is the same in two of the batches"
+        return known[device]
+
+    return pixels
+
+
+def turning(batches: list[Samples], device: torch.device) -> DaliLoader:
+    return loader_of(*batches, device=device, decoder="cpu" if device == CPU else "gpu")
+
+
+def assert_held_batches_stay(loader, expected: list[torch.Tensor], count: int) -> None:
+    """Hold so many batches at once, more than DALI prepares; then look at all of them."""
+    held = [next(loader)[0] for _ in range(count)]
+    assert len({images.data_ptr() for images in held}) == count
+    for number, images in enumerate(held):
+        assert torch.equal(images.cpu(), expected[number % len(expected)]), f"batch {number} has changed"
+
+
+def assert_batches_are_complete_when_read(
+    loader, expected: list[torch.Tensor], device: torch.device, count: int
+) -> None:
+    """On a stream of its own, while the device is kept busy: read too early, or overwritten before it is read, a batch is another
+    one. Its memory is given back at once, before the device has come to read it.
+    """
+    on_gpu = device.type == "cuda"
     sums = []
-    with torch.cuda.stream(stream):
-        for _ in range(10):
-            torch.cuda._sleep(10_000_000)
+    with torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else contextlib.nullcontext():
+        for _ in range(count):
+            if on_gpu:
+                torch.cuda._sleep(10_000_000)
             images, _ = next(loader)
-            sums.append(images.double().sum())
-            del images  # DALI may use the memory again, once the sum has been made
-    assert torch.stack(sums).cpu().tolist() == pytest.approx([on_gpu.double().sum().item()] * 10, rel=1e-9)
+            sums.append(images.double().sum(dim=(1, 2, 3)))  # of each image
+            del images  # DALI may use the memory again, once the sums have been made
+    for number, of_images in enumerate(torch.stack(sums).cpu()):
+        right = expected[number % len(expected)].double().sum(dim=(1, 2, 3))
+        torch.testing.assert_close(
+            of_images, right, rtol=1e-9, atol=1e-3, msg=f"batch {number} is not what it should be"
+        )
+
+
+@pytest.mark.parametrize("device", [CPU, DEVICE], ids=str)
+def test_batches_that_are_held_stay_as_they_are(turns, pixels_of, device):
+    assert_held_batches_stay(turning(turns, device), pixels_of(device), 7)
+
+
+@pytest.mark.parametrize("device", [CPU, DEVICE], ids=str)
+def test_batches_are_complete_when_the_next_kernel_reads_them(turns, pixels_of, device):
+    assert_batches_are_complete_when_read(turning(turns, device), pixels_of(device), device, 10)
+
+
+@pytest.mark.parametrize("device", [CPU], ids=str)
+def test_a_batch_that_is_overwritten_would_be_noticed(turns, pixels_of, device):
+    """A loader whose third and fourth batch share memory: as one that is repeated, the tests above would see nothing of it."""
+    first, second, third = pixels_of(device)
+    memory = torch.empty_like(third)
+    labels = torch.zeros(len(third), dtype=torch.int64)
+
+    def reusing(*batches: torch.Tensor):
+        yield batches[0].clone(), labels
+        yield batches[1].clone(), labels
+        yield memory.copy_(batches[2]), labels
+        memory.copy_(batches[0])
+        yield memory.view(memory.shape)[:], labels
+
+    with pytest.raises(AssertionError):
+        assert_held_batches_stay(reusing(first, second, third), [first, second, third], 4)
+    one_late = iter([(first, labels), (second, labels), (first, labels)])
+    with pytest.raises(AssertionError, match="batch 2 is not"):
+        assert_batches_are_complete_when_read(one_late, [first, second, third], device, 3)
