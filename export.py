@@ -52,7 +52,7 @@ def run(flags: Flags) -> dict:
     if flags.output.exists() and flags.output.samefile(flags.checkpoint.removeprefix(TORCHVISION)):
         raise UserError(f"--output {flags.output}: is the checkpoint itself; choose another name")
     written = export(network, kind=flags.format, output=flags.output)
-    say(f"{flags.output}: {written['usage']}")
+    say(f"{flags.output}, from {network.origin}: {written['usage']}")
     return {
         "checkpoint": flags.checkpoint,
         "format": flags.format,

@@ -21,6 +21,7 @@ def write(flags: FeatureFlags) -> dict:
     import numpy as np
 
     from common.files import replacing
+    from common.progress import say
     from common.ranks import first_then_others, ranks_of_this_run
     from engine.data import open_data
     from engine.features import WIDTH, svm_accuracy, write_features
@@ -32,6 +33,8 @@ def write(flags: FeatureFlags) -> dict:
     with ranks_of_this_run(flags.device) as ranks:
         set_numerics(deterministic=False)
         network = load_network(flags.checkpoint)
+        if ranks.is_main and network.entry:
+            say(f"the weights are those of {network.origin}")
         scales = flags.chosen_scales() or (default_scale(network),)
         if min(scales) < network.crop:
             raise UserError(f"--scales {min(scales)}: the network takes images of {network.crop} pixels at least")

@@ -183,7 +183,7 @@ def read_file(path: Path, *, else_is: str) -> object:
                 f"it holds Python objects ({printable(found[1])}), and loading those could run code; save the state_dict() "
                 "alone"
             ) from error
-        raise ValueError(_other_kind(path) or f"damaged, or not {else_is}") from error
+        raise ValueError(_other_kind(path, start) or f"damaged, or not {else_is}") from error
 
 
 def is_own(content: object) -> bool:
@@ -197,8 +197,8 @@ def _first_bytes(path: Path) -> bytes:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            name = next((name for name in (BEST, LAST) if (path / name).exists()), None)
-            raise Unreachable(f"is a folder; give {path / name if name else 'a file'}")
+            found = [str(path / name) for name in (LAST, BEST) if (path / name).exists()]
+            raise Unreachable(f"is a folder; give {' or '.join(found) or 'a file'}")
         if not stat.S_ISREG(mode):
             raise Unreachable("is not a file")
         with path.open("rb") as file:
@@ -227,8 +227,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError("damaged, or not a safetensors file") from error
 
 
-def _other_kind(path: Path) -> str:
+def _other_kind(path: Path, start: bytes) -> str:
     """What a file is that torch cannot read, as a sentence; "" where it does not show."""
+    if re.match(rb"\x80[\3-\5]", start):  # torch.save's are of protocol 2
+        return "it was written by pickle, not by torch.save"
     try:
         if tarfile.is_tarfile(path):
             return "it is a tar archive of something else"

@@ -84,6 +84,7 @@ def _check_optimizer(checkpoint: Checkpoint, path: Path) -> None:
         and isinstance(groups[0], dict)
         and {"lr", "dampening"} <= groups[0].keys()
         and groups[0].get("params") == list(range(len(shapes)))
+        and all(isinstance(value, int | float | None) for name, value in groups[0].items() if name != "params")
     )
     if not is_one_group or not isinstance(momenta, dict):
         raise UserError(f"checkpoint {path}: its entry optimizer is not the state of this trainer's optimizer")

@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import os
+import pickle
 import random
 import tarfile
 import zipfile
@@ -159,6 +160,7 @@ def test_the_newest_good_one_of_a_folder(tmp_path):
             "it holds Python objects (torch.nn.modules.linear.Linear), and loading those could run code; save the "
             "state_dict() alone",
         ),
+        (lambda path: path.write_bytes(pickle.dumps({"model": 1})), "it was written by pickle, not by torch.save"),
         (lambda path: zipfile.ZipFile(path, "w").writestr("a/b", "c"), "it is a zip archive of something else"),
         (lambda path: tarfile.open(path, "w").close(), "it is a tar archive of something else"),
     ],
@@ -174,6 +176,9 @@ def test_each_kind_of_foreign_file_is_told_apart(tmp_path, write, sentence):
 def test_of_a_runs_folder_the_file_to_give_is_named(tmp_path):
     save(make(1), tmp_path, is_best=False, keep=1)
     with pytest.raises(UserError, match=rf"{tmp_path}: is a folder; give {tmp_path}/last\.pt$"):
+        load(tmp_path)
+    save(make(2), tmp_path, is_best=True, keep=1)
+    with pytest.raises(UserError, match=rf"give {tmp_path}/last\.pt or {tmp_path}/best\.pt$"):
         load(tmp_path)
     with pytest.raises(UserError, match=r"no such file$"):
         load(tmp_path / "a\0b")
@@ -254,6 +259,10 @@ def test_a_newest_checkpoint_that_only_cannot_be_read_is_not_passed_over(tmp_pat
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UserError, match=rf"last\.pt: cannot be read \({os.strerror(number)}\)$"):
         newest_good(tmp_path)
+
+
+def test_every_entry_has_a_form():
+    assert checkpoints._FORMS.keys() == {field.name for field in dataclasses.fields(Checkpoint)}
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -228,6 +228,16 @@ def test_posteriors_of_an_earlier_version_are_computed_anew(tmp_path, folder, tw
     assert np.array_equal(np.load(path), posteriors)
 
 
+def test_an_overflow_in_float16_says_so(tmp_path, folder, two, capsys):
+    model = load(Path(two[0])).model
+    model["classifier.6.bias"] = model["classifier.6.bias"] - 1e5  # in float16 -inf: as a posterior, 0
+    checkpoint = changed(two[0], tmp_path / "large.pt", model=model)
+    flags = ["--checkpoint", checkpoint, "--data", str(folder), "--posteriors", str(tmp_path / "p")]
+    assert evaluate.main([*flags, "--precision", "fp16", "--protocol", "center"]) == 1
+    assert "is not finite in float16; compute in float32, with --precision fp32" in capsys.readouterr().err
+    assert evaluate.main([*flags, "--protocol", "center"]) == 0
+
+
 @pytest.mark.parametrize("program", ["evaluate", "features"])
 def test_an_answer_that_is_not_finite_is_not_a_lost_image(tmp_path, folder, two, capsys, program):
     model = {
