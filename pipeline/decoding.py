@@ -21,6 +21,7 @@ _PIXELS_A_BATCH = (
 _IMAGES_A_THREAD = 4  # in a batch, so that threads seldom wait for the one with the largest image
 _LEAST_IMAGES = 32  # in a batch, so that its fixed costs are small
 _PREFETCH = 2
+_BYTES_AHEAD = 256 << 20  # of decoded images that wait for a function
 
 T = TypeVar("T")
 
@@ -46,14 +47,14 @@ def decode_whole(
     """
     fetch = None if isinstance(table, FileTable) else ShardReader(table, threads=None, batches_ahead=_PREFETCH).fetch
     images_a_batch = max(_LEAST_IMAGES, _IMAGES_A_THREAD * threads)
-    make_pipeline = functools.partial(_pipeline, from_files=isinstance(table, FileTable))
+    make_pipeline = functools.partial(_pipeline, from_files=isinstance(table, FileTable), resized=sizes is not None)
     waiting = fetched(_batches(table, rows, sizes, images_a_batch), fetch)
     in_flight: deque[Fetched[_Batch]] = deque()
     given_back: deque[Fetched[_Batch]] = deque()
 
     def next_inputs() -> tuple:
         in_flight.append(given_back.popleft() if given_back else next(waiting))
-        return _inputs(*in_flight[-1])
+        return _inputs(*in_flight[-1], resized=sizes is not None)
 
     while True:
         pipeline = make_pipeline(next_inputs, batch_size=images_a_batch, threads=threads, prefetch=_PREFETCH)
@@ -67,7 +68,7 @@ def decode_whole(
             if not is_about_an_image(error):
                 raise
         # The first batch that was not delivered image by image; those behind it go through a new pipeline.
-        yield from _one_by_one(*in_flight[0], make_pipeline, from_files=fetch is None)
+        yield from _one_by_one(*in_flight[0], make_pipeline, from_files=fetch is None, resized=sizes is not None)
         given_back.extendleft(list(in_flight)[:0:-1])
         in_flight.clear()
 
@@ -81,27 +82,33 @@ def each_in_order(
 ) -> Iterator[tuple[T | None, str]]:
     """What a function makes of each decoded image, or why that cannot be decoded, in order.
 
-    The function runs in the pool's threads, on at most `ahead` images at a time.
+    The function runs in the pool's threads, on at most `ahead` images at a time, and on less where they are large.
     """
-    waiting: deque[tuple[Future | None, str]] = deque()
+    waiting: deque[tuple[Future | None, str, int]] = deque()
+    bytes_ahead = 0
     for image, reason in decoded:
-        waiting.append((None if image is None else pool.submit(function, image), reason))
-        if len(waiting) > ahead:
-            future, reason = waiting.popleft()
+        size = 0 if image is None else image.nbytes
+        waiting.append((None if image is None else pool.submit(function, image), reason, size))
+        del image  # the function has it, and lets go of it when it is done
+        bytes_ahead += size
+        while len(waiting) > ahead or (bytes_ahead > _BYTES_AHEAD and waiting):
+            future, reason, size = waiting.popleft()
+            bytes_ahead -= size
             yield future.result() if future else (None, reason)
-    for future, reason in waiting:
+    for future, reason, _ in waiting:
         yield future.result() if future else (None, reason)
 
 
-def _inputs(batch: _Batch, encoded: np.ndarray, which: slice = slice(None)) -> tuple[np.ndarray, ...]:
+def _inputs(batch: _Batch, encoded: np.ndarray, which: slice = slice(None), *, resized: bool) -> tuple[np.ndarray, ...]:
     """What the DALI graph takes."""
-    return encoded[which], batch.sizes[which].astype(np.int32), batch.targets[which].astype(np.float32)
+    inputs = encoded[which], batch.sizes[which].astype(np.int32), batch.targets[which].astype(np.float32)
+    return inputs if resized else inputs[:2]
 
 
 def _one_by_one(
-    batch: _Batch, encoded: np.ndarray, make_pipeline: Callable[..., Pipeline], *, from_files: bool
+    batch: _Batch, encoded: np.ndarray, make_pipeline: Callable[..., Pipeline], *, from_files: bool, resized: bool
 ) -> Iterator[tuple[np.ndarray | None, str]]:
-    alone = [_inputs(batch, encoded, slice(index, index + 1)) for index in range(len(batch.sizes))]
+    alone = [_inputs(batch, encoded, slice(index, index + 1), resized=resized) for index in range(len(batch.sizes))]
     make_pipeline = functools.partial(make_pipeline, batch_size=1, threads=1, prefetch=1)
     results = each_alone(alone, make_pipeline, from_files=from_files)
     for index, (outputs, reason) in enumerate(results):
@@ -127,9 +134,11 @@ def _batches(table: Table, rows: np.ndarray, sizes: np.ndarray | None, most: int
 
 
 def _pipeline(
-    source: Callable[[], tuple], *, from_files: bool, batch_size: int, threads: int, prefetch: int
+    source: Callable[[], tuple], *, from_files: bool, resized: bool, batch_size: int, threads: int, prefetch: int
 ) -> Pipeline:
-    """Build the pipeline read → decode → resize. Outputs: images [height, width, 3] and what their headers say now."""
+    """Build the pipeline read → decode and, if asked for, resize, which takes the memory of five more images.
+
+    Outputs: images [height, width, 3] and what their headers say now."""
     pipeline = Pipeline(
         batch_size=batch_size,
         num_threads=threads,
@@ -138,9 +147,8 @@ def _pipeline(
         exec_dynamic=True,
     )
     with pipeline:
-        encoded, sizes, targets = fn.external_source(
-            source, num_outputs=3, batch=True, dtype=[types.UINT8, types.INT32, types.FLOAT]
-        )
+        dtypes = [types.UINT8, types.INT32, types.FLOAT][: 3 if resized else 2]
+        encoded, sizes, *targets = fn.external_source(source, num_outputs=len(dtypes), batch=True, dtype=dtypes)
         files = read_files(encoded) if from_files else encoded
         shapes = fn.peek_image_shape(files, adjust_orientation=False, dtype=types.INT32)
         # A file that was replaced by a far larger image is not decoded beyond the size that is in the table.
@@ -153,7 +161,8 @@ def _pipeline(
             adjust_orientation=False,  # these as in training: see graphs.py
             jpeg_fancy_upsampling=True,
         )
-        images = fn.resize(images, size=targets, subpixel_scale=False, antialias=True)
+        if resized:
+            images = fn.resize(images, size=targets[0], subpixel_scale=False, antialias=True)
         pipeline.set_outputs(images, shapes)
     return pipeline
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import replacing
+from common.files import DAMAGED_FILE, replacing
 from common.flags import FlagParser
 from common.process import end, run_program, usable_cores
 from common.progress import say, track
@@ -36,6 +36,7 @@ from pipeline.tables import FileTable, ShardTable
 
 STATISTICS = "statistics.json"
 
+_PIXELS_A_BLOCK = 1 << 17
 _MOST_BYTES = 1 << 20  # of statistics.json
 
 _AGAIN = "python -m pipeline.statistics computes them anew"
@@ -73,20 +74,41 @@ def find_statistics(data: Manifest | Prepared) -> Statistics | None:
     if content is None:
         return None
     try:
-        found = json.loads(content)
-        statistics = Statistics(
-            fingerprint=found["fingerprint"],
-            images=found["images"],
-            mean_rgb=_three(found["mean_rgb"]),
-            covariance=tuple(map(_three, found["covariance"])),
-            eigenvalues=_three(found["eigenvalues"]),
-            eigenvectors=tuple(map(_three, found["eigenvectors"])),
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        statistics = _parsed(content)
+    except DAMAGED_FILE as error:
         raise UserError(f"{data.folder / STATISTICS}: is damaged; {_AGAIN}") from error
     if statistics.fingerprint != data.fingerprint:
         say(f"note: {data.folder / STATISTICS} is of other images, and not used; {_AGAIN}")
         return None
+    return statistics
+
+
+def _parsed(content: bytes) -> Statistics:
+    """Raises one of DAMAGED_FILE, unless these are numbers that images have."""
+    found = json.loads(content)
+    statistics = Statistics(
+        fingerprint=found["fingerprint"],
+        images=found["images"],
+        mean_rgb=_three(found["mean_rgb"]),
+        covariance=_three_by_three(found["covariance"]),
+        eigenvalues=_three(found["eigenvalues"]),
+        eigenvectors=_three_by_three(found["eigenvectors"]),
+    )
+    mean, covariance = np.array(statistics.mean_rgb), np.array(statistics.covariance)
+    values, vectors = np.array(statistics.eigenvalues), np.array(statistics.eigenvectors)
+    if not all(np.isfinite(numbers).all() for numbers in (mean, covariance, values, vectors)):
+        raise ValueError
+    tolerance = 1e-6 * 255**2
+    checks = (
+        isinstance(statistics.fingerprint, str),
+        type(statistics.images) is int and statistics.images > 0,
+        (mean >= 0).all() and (mean <= 255).all(),
+        (values >= -tolerance).all() and (np.diff(values) <= tolerance).all(),
+        np.allclose(vectors.T @ vectors, np.eye(3), atol=1e-6),
+        np.allclose(vectors * values @ vectors.T, covariance, rtol=0, atol=tolerance),
+    )
+    if not all(checks):
+        raise ValueError
     return statistics
 
 
@@ -133,11 +155,17 @@ def _all_moments(table: FileTable | ShardTable, threads: int) -> Iterator[np.nda
 def _moments(image: np.ndarray) -> np.ndarray:
     """uint8 [height, width, 3] → the means over the pixels of all products of (1, R, G, B), float64 [4, 4].
 
-    Sums of products of bytes are integers, exact in float64 in any order, up to images of 10¹¹ pixels.
+    Sums of products of bytes are integers, exact in float64 in any order, up to images of 10¹¹ pixels: so they are summed
+    up in blocks, whose float64 copies take little memory.
     """
-    pixels = np.ones((4, image.shape[0] * image.shape[1]))
-    pixels[1:] = image.reshape(-1, 3).T
-    return pixels @ pixels.T / pixels.shape[1]
+    pixels = image.reshape(-1, 3)
+    block = np.ones((4, min(len(pixels), _PIXELS_A_BLOCK)))
+    total = np.zeros((4, 4))
+    for first in range(0, len(pixels), _PIXELS_A_BLOCK):
+        some = pixels[first : first + _PIXELS_A_BLOCK]
+        block[1:, : len(some)] = some.T
+        total += block[:, : len(some)] @ block[:, : len(some)].T
+    return total / len(pixels)
 
 
 def _from_moments(moments: np.ndarray, *, images: int, fingerprint: str) -> Statistics:
@@ -159,9 +187,20 @@ def _three(values: np.ndarray | list[float]) -> tuple[float, float, float]:
     return first, second, third
 
 
+def _three_by_three(rows: list[list[float]]) -> tuple[tuple[float, float, float], ...]:
+    first, second, third = map(_three, rows)
+    return first, second, third
+
+
 def _read(data: Manifest | Prepared) -> bytes | None:
-    with contextlib.suppress(FileNotFoundError):
-        return (data.folder / STATISTICS).read_bytes()
+    path = data.folder / STATISTICS
+    try:
+        with open(path, "rb") as file:
+            return file.read(_MOST_BYTES)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable, or remove it") from error
     if isinstance(data, Prepared):  # in a bucket, copied there with the shards
         content = io.BytesIO()
         with contextlib.suppress(UserError):

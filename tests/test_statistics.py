@@ -1,20 +1,26 @@
 """Mean and covariance of a data set's colours, against PIL and NumPy."""
 
+import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from common.errors import UserError
 from pipeline import prepare, statistics
 from pipeline.manifest import open_manifest
 from pipeline.plan import IMAGENET_COLOUR_SHIFT
 from pipeline.prepared import open_prepared
 from pipeline.statistics import STATISTICS, Statistics, find_statistics
 from tests.images import photo_folder
+from tests.runs import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +75,51 @@ def test_prepared_data_too_whatever_the_threads(photos, tmp_path):
     assert np.allclose(found.covariance, covariance, rtol=1e-9)
 
 
+@pytest.mark.parametrize("block", [1, 7, 1000, 1 << 17])
+def test_sums_in_blocks_are_the_sums_at_once_to_the_last_bit(monkeypatch, block):
+    monkeypatch.setattr(statistics, "_PIXELS_A_BLOCK", block)
+    image = np.random.default_rng(0).integers(0, 256, (37, 83, 3), dtype=np.uint8)
+    pixels = np.ones((4, 37 * 83))
+    pixels[1:] = image.reshape(-1, 3).T
+    assert np.array_equal(statistics._moments(image), pixels @ pixels.T / (37 * 83))
+
+
+def test_memory_beside_an_image_does_not_grow_with_it():
+    image = np.zeros((6000, 6000, 3), dtype=np.uint8)
+    tracemalloc.start()
+    statistics._moments(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16e6, "float64 copies of all of it would take 1.2 GB"
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from pipeline import decoding, statistics
+from pipeline.manifest import open_manifest
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+data = open_manifest(Path(sys.argv[1]))
+before = peak()
+assert statistics.compute_statistics(data, threads=2).images == 5
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_for_images_of_100_megapixels(tmp_path):
+    """Four in a row, so that those which are decoded ahead count too: two copies each in the decoder, two of them at a time."""
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", (50, 40)).save(tmp_path / split / "a/small.png")
+    for number in range(4):
+        Image.new("RGB", (10_000, 10_000), (number, 2, 3)).save(tmp_path / f"train/a/{number}.png", compress_level=1)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout.splitlines()[-1]) < 7 * 300e6
+
+
 def test_colour_shift_is_in_the_units_of_the_published_figures():
     """An image set whose covariance has ImageNet's published eigenvalues (for pixels in 0–1) gets ImageNet's shift."""
     shift = np.array(IMAGENET_COLOUR_SHIFT)
@@ -111,3 +162,70 @@ def test_what_is_wrong_is_said_in_one_sentence(flags, capsys):
     assert captured.out == ""
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
+
+
+def good_statistics() -> dict:
+    return {
+        "fingerprint": "0" * 32,
+        "images": 7,
+        "mean_rgb": [120.0, 110.0, 100.0],
+        "covariance": [[3000.0, 0.0, 0.0], [0.0, 2000.0, 0.0], [0.0, 0.0, 0.0]],
+        "eigenvalues": [3000.0, 2000.0, -1e-9],
+        "eigenvectors": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]],
+    }
+
+
+NAN, INFINITY = float("nan"), float("inf")
+WRONG: dict[str, dict] = {
+    "mean nan": {"mean_rgb": [NAN, 1, 1]},
+    "mean infinite": {"mean_rgb": [INFINITY, 1, 1]},
+    "mean too large": {"mean_rgb": [256, 1, 1]},
+    "mean of two": {"mean_rgb": [1, 1]},
+    "mean of words": {"mean_rgb": ["a", "b", "c"]},
+    "negative eigenvalue": {"eigenvalues": [3000, 2000, -5]},
+    "eigenvalue nan": {"eigenvalues": [NAN, 2000, 0]},
+    "eigenvalues not in order": {"eigenvalues": [2000, 3000, 0]},
+    "eigenvectors of four": {"eigenvectors": [[1, 0, 0]] * 4},
+    "eigenvectors not orthogonal": {"eigenvectors": [[1, 0, 0]] * 3},
+    "eigenvectors infinite": {"eigenvectors": [[INFINITY, 0, 0], [0, 1, 0], [0, 0, 1]]},
+    "another covariance": {"covariance": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]},
+    "covariance nan": {"covariance": [[NAN] * 3] * 3},
+    "covariance of one row": {"covariance": [[1, 2, 3]]},
+    "no fingerprint": {"fingerprint": None},
+    "images": {"images": "many"},
+}
+DAMAGED = {name: json.dumps({**good_statistics(), **change}).encode() for name, change in WRONG.items()}
+DAMAGED |= {
+    "empty": b"",
+    "binary": b"\x80\xff",
+    "a list": b"[]",
+    "nested": b"[" * 100_000,
+    "number": b"1" + b"0" * 5000,
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_statistics_are_refused_in_a_sentence(photos, tmp_path, content):
+    data = dataclasses.replace(open_manifest(photos), folder=tmp_path)
+    (tmp_path / STATISTICS).write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"statistics.json: is damaged; python -m pipeline.statistics computes them anew"
+    ):
+        find_statistics(data)
+    assert (tmp_path / STATISTICS).read_bytes() == content
+
+
+def test_what_rounding_makes_of_grey_images_is_not_damaged(photos, tmp_path):
+    data = dataclasses.replace(open_manifest(photos), folder=tmp_path, fingerprint="0" * 32)
+    (tmp_path / STATISTICS).write_text(json.dumps(good_statistics()))
+    assert find_statistics(data)
+    grey = np.full((20, 20, 3), 17, dtype=np.uint8)
+    own = statistics._from_moments(statistics._moments(grey), images=1, fingerprint="0" * 32)
+    statistics.save_statistics(own, tmp_path)
+    assert find_statistics(data) == own
+
+
+def test_statistics_that_cannot_be_opened_are_said_in_a_sentence(photos, tmp_path):
+    (tmp_path / STATISTICS).mkdir()
+    with pytest.raises(UserError, match=r"statistics.json: cannot be read \(Is a directory\)"):
+        find_statistics(dataclasses.replace(open_manifest(photos), folder=tmp_path))
