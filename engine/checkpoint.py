@@ -8,6 +8,7 @@ or steps done, rank), so the two counters say it all, for any number of ranks.
 
 import argparse
 import lzma
+import os
 import re
 import stat
 import tarfile
@@ -112,7 +113,7 @@ def all_in(out: Path) -> list[Path]:
     """The checkpoints in a folder, good or not, in the order in which a run would rather go on from them."""
     numbered = _numbered(out)
     names = [out / LAST, *(numbered[number] for number in sorted(numbered, reverse=True)), out / BEST]
-    return [path for path in names if path.exists()]
+    return [path for path in names if os.path.lexists(path)]  # a link to a disk that is away counts, too
 
 
 def newest_good(out: Path) -> Path | None:
@@ -204,7 +205,7 @@ def _first_bytes(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(9)
     except FileNotFoundError as error:
-        raise Unreachable("no such file") from error
+        raise Unreachable("is a link to a file that is not there" if path.is_symlink() else "no such file") from error
     except OSError as error:
         raise Unreachable(f"cannot be read ({error.strerror})") from error
     except ValueError as error:  # the folder's and the pipe's pass; a NUL in the path

@@ -97,5 +97,5 @@ def not_finite(network: Network, image: str, precision: Precision) -> TrainingEr
             "--precision fp32 where there is that flag, else with --device cpu"
         )
     return TrainingError(
-        f"{network.name}: its answer for {printable(image)} is not finite; its weights, though finite, are too large to be used"
+        f"{network.name}: its answer for {printable(image)} is not finite; its weights, though finite, cannot be used"
     )

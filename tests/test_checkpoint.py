@@ -138,6 +138,7 @@ def test_the_newest_good_one_of_a_folder(tmp_path):
         (lambda path: path.write_text("not a checkpoint\n"), "damaged, or not a checkpoint of this trainer"),
         (lambda path: path.touch(), "damaged: it is empty"),
         (lambda path: path.symlink_to(path), "cannot be read (Too many levels of symbolic links)"),
+        (lambda path: path.symlink_to("away.pt"), "is a link to a file that is not there"),
         (lambda path: path.mkdir(), "is a folder; give a file"),
         (os.mkfifo, "is not a file"),
         (lambda path: torch.save(torch.ones(3), path), "it holds a Tensor, not a checkpoint of this trainer"),
@@ -259,6 +260,19 @@ def test_a_newest_checkpoint_that_only_cannot_be_read_is_not_passed_over(tmp_pat
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UserError, match=rf"last\.pt: cannot be read \({os.strerror(number)}\)$"):
         newest_good(tmp_path)
+
+
+def test_a_newest_checkpoint_on_a_disk_that_is_away_is_not_passed_over(tmp_path):
+    """A run that started anew would take the link's name."""
+    (tmp_path / "last.pt").symlink_to(tmp_path / "away" / "last.pt")
+    with pytest.raises(UserError, match=r"last\.pt: is a link to a file that is not there$"):
+        newest_good(tmp_path)
+
+
+def test_names_of_any_bytes_are_kept(tmp_path):
+    names = [os.fsdecode(b"caf\xe9"), "日本", "a\nb", ""]
+    path = save(dataclasses.replace(make(), classes=names), tmp_path, is_best=False, keep=1)
+    assert load(path).classes == names
 
 
 def test_every_entry_has_a_form():

@@ -252,7 +252,7 @@ def test_an_answer_that_is_not_finite_is_not_a_lost_image(tmp_path, folder, two,
     said = capsys.readouterr()
     assert said.out == ""
     assert f"its answer for {folder}/" in said.err
-    assert "is not finite; its weights, though finite, are too large to be used" in said.err
+    assert "is not finite; its weights, though finite, cannot be used" in said.err
     assert not list((tmp_path / "p").glob("*.npy"))
 
 
