@@ -120,11 +120,19 @@ def for_data(network: Network, classes: Sequence[str], *, tell: bool) -> Network
     """
     try:
         network, how = in_order_of(network, classes)
+    except Undecided as error:
+        raise UserError(
+            f"{network.name}: {error}; name the folders so that they sort in the order of its outputs, as class01"
+        ) from error
     except ValueError as error:
         raise UserError(f"{network.name}: {error}; give the data set that it was trained on") from error
     if tell and how != _SAME_CLASSES:
         say(f"{network.origin}: {how}")
     return network
+
+
+class Undecided(ValueError):
+    """Nobody can say which output of a network without names is which class."""
 
 
 _SAME_CLASSES = "its classes are the data set's"
@@ -136,7 +144,7 @@ def in_order_of(network: Network, classes: Sequence[str]) -> tuple[Network, str]
     By name where the network has names. Where it has none, output n is the class folder n where the folders are the numbers
     from 0 on; of others it is the nth by name, as in torchvision's ImageFolder, if they cannot be counted otherwise.
 
-    Raises ValueError, a sentence without an end, where the classes are others or cannot be told apart.
+    Raises ValueError, a sentence without an end, where the classes are others; Undecided where they cannot be told apart.
     """
     if network.classes is not None:
         if says := differing_classes(network.classes, classes):
@@ -162,11 +170,13 @@ def _order_without_names(classes: Sequence[str]) -> tuple[list[int], str]:
         re.fullmatch("[0-9]+", c) for c in classes
     ):
         how = "it has no class names; output n is taken for the class folder n"
+        if by_name != sorted(classes, key=int):
+            how += ", not for the nth one by name"
         return [number for (number,) in numbers], how
     differ_in_numbers = len({re.sub("[0-9]+", "#", name) for name in classes}) == 1
     by_number = [name for _, name in sorted(zip(numbers, classes, strict=True))]
     if differ_in_numbers and (by_number != by_name or len(set(numbers)) < len(numbers)):
-        raise ValueError(
+        raise Undecided(
             f"it has no class names, and the data set's classes come in one order by name ({_few(by_name)}) and in another by "
             f"number ({_few(by_number)})"
         )

@@ -217,8 +217,8 @@ TWELVE = [str(number) for number in range(12)]
         (("b", "c", "a"), ("a", "b", "c"), [2, 0, 1], "in another order, and so its outputs were reordered"),
         (sorted(TWELVE), sorted(TWELVE), list(range(12)), "its classes are the data set's"),
         # Without names: by number where the folders are the outputs' numbers, else by name.
-        (None, sorted(TWELVE), [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9], "output n is taken for the class folder n"),
-        (None, TWELVE, list(range(12)), "output n is taken for the class folder n"),
+        (None, sorted(TWELVE), [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9], "folder n, not for the nth one by name"),
+        (None, TWELVE, list(range(12)), "output n is taken for the class folder n, not for the nth one by name"),
         (None, [f"{number:03}" for number in range(12)], list(range(12)), "output n is taken for the class folder n"),
         (None, ["cat", "dog", "emu"], [0, 1, 2], "sorted by name (cat, dog, emu)"),
         (None, ["dog", "cat"], [1, 0], "sorted by name"),
@@ -261,7 +261,10 @@ def test_classes_that_are_others_or_could_be_misread_are_refused(theirs, ours, s
     outputs = 2 if len(ours) == 3 else len(ours)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         in_order_of(network_of(numbered(outputs), theirs), ours)
-    with pytest.raises(UserError, match=r"net: .*; give the data set that it was trained on$"):
+    cure = (
+        "name the folders so that they sort in the order of its outputs" if "order" in sentence else "give the data set"
+    )
+    with pytest.raises(UserError, match=f"net: .*; {cure}"):
         for_data(network_of(numbered(outputs), theirs), ours, tell=False)
 
 
