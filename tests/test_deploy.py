@@ -3,6 +3,7 @@
 import runpy
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import kubernetes_validate
@@ -51,3 +52,10 @@ def test_an_old_or_absent_package_is_named():
     (old,) = missing("pytest>=999")
     assert old.startswith("pytest>=999 is needed: pytest ")
     assert missing("no-such-package>=1") == ["no-such-package>=1 is needed: no-such-package is not installed"]
+
+
+def test_requirements_say_where_the_module_pynvml_comes_from():
+    """PyPI has a package of that name too, which is deprecated."""
+    assert "nvidia-ml-py" in packages_distributions()["pynvml"]
+    before, _ = (ROOT / "requirements.txt").read_text().split("nvidia-ml-py>=")
+    assert "pynvml" in before.splitlines()[-1]
