@@ -284,8 +284,8 @@ def check_lost(lost: int, limit: int, manifest_folder: Path) -> None:
     """Raise TrainingError where more images are lost than may be."""
     if lost > limit:
         raise TrainingError(
-            f"{lost} images cannot be decoded, more than the {limit} that --max-bad-images allows; they are listed in "
-            f"{manifest_folder / QUARANTINE}"
+            f"{lost} images cannot be decoded, more than the {limit} that --max-bad-images allows; they were named above, and "
+            f"are listed in {manifest_folder / QUARANTINE} where that can be written"
         )
 
 

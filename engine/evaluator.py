@@ -105,9 +105,14 @@ class Evaluator:
             blocks = self._blocks(network, model, protocol, scale, flipped)
             write_rows(path, shape, np.float16, blocks, ranks, missing=LOST)
         except torch.OutOfMemoryError as error:
+            if self._batch_size == 1:
+                raise TrainingError(
+                    "the GPU's memory is too small even for one image at a time; end what else uses it (nvidia-smi shows it), "
+                    f"or compute scale {scale} with --device cpu"
+                ) from error
             raise TrainingError(
                 f"the GPU's memory is too small for {self._batch_size} images at a time; halve it with "
-                f"--batch-size {max(1, self._batch_size // 2)}"
+                f"--batch-size {self._batch_size // 2}"
             ) from error
         self._images_computed += len(self._labels)
         self._seconds_computing += perf_counter() - began

@@ -56,7 +56,7 @@ class DaliLoader:
         """
         self._batches_after, self._lose, self._fetch = batches_after, lose, fetch
         self._undecodable = functools.partial(undecodable, crop=crop, fetch=fetch, whole=decoder == "gpu")
-        self._device = device
+        self._device, self._decoder = device, decoder
         self._make_pipeline = functools.partial(
             image_pipeline,
             from_files=fetch is None,
@@ -132,9 +132,9 @@ class DaliLoader:
                 "if too many files are open, raise ulimit -n, or lower --threads"
             ) from error
         else:
+            cure = "--decoder cpu" if self._decoder == "gpu" else "--threads 1"
             raise TrainingError(
-                f"DALI failed on a batch ({cause_of(error)}), though each image of it can be decoded on the CPU; "
-                "try --decoder cpu"
+                f"DALI failed on a batch ({cause_of(error)}), though each image of it can be decoded on the CPU; try {cure}"
             ) from error
 
 

@@ -73,7 +73,9 @@ def _write_somewhere(root: Path, found: Scan) -> Path:
             return folder
         except OSError as error:
             problems.append(f"{folder} ({error.strerror})")
-    raise UserError(f"no place for the manifest of {root}: cannot write {' nor '.join(problems)}")
+    raise UserError(
+        f"no place for the manifest of {root}: cannot write {' nor '.join(problems)}; set XDG_CACHE_HOME to a folder of yours"
+    )
 
 
 # ---- command line ------------------------------------------------------------------------------------------------

@@ -126,9 +126,10 @@ def _list_split(root: Path, split: str, classes: list[str]) -> Listing:
         try:
             _list_folder(root, f"{split}/{name}", label, listing, ancestors=above)
         except OSError as error:
-            raise UserError(
-                f"{printable(str(error.filename))}: cannot be listed ({error.strerror}); make it readable for this user"
-            ) from error
+            cure = (
+                "make it readable for this user" if isinstance(error, PermissionError) else "mend that, and start again"
+            )
+            raise UserError(f"{printable(str(error.filename))}: cannot be listed ({error.strerror}); {cure}") from error
     return listing
 
 

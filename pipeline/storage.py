@@ -107,9 +107,7 @@ def patiently(path: str, seconds: float, attempt: Callable[[], T]) -> T:
 
 def unreadable(path: str, cause: StorageTrouble) -> DataSourceError:
     """The error with which a run ends that cannot read what it needs."""
-    return DataSourceError(
-        f"{path}: cannot be read ({cause}); once it can, start the same command again to go on from the last checkpoint"
-    )
+    return DataSourceError(f"{path}: cannot be read ({cause}); once it can, start the same command again")
 
 
 _warning_lock = threading.Lock()

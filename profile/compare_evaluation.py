@@ -43,6 +43,7 @@ from model.dense import Dense
 from model.vgg import build
 from pipeline.loader import DaliLoader
 from pipeline.plan import Samples, rescaled_sizes, source_windows
+from pipeline.prepared import is_prepared
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,6 +63,8 @@ def _run(argv: list[str] | None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each")
     share_one_heap()  # as evaluate.py does
     arguments = parser.parse_args(argv)
+    if arguments.data and is_prepared(str(arguments.data)):
+        raise UserError(f"--data {arguments.data}: is prepared; give the folder of images that it was made from")
     folder = arguments.data or photograph_folder(cache_folder() / "photographs-val-96", train=2, val=96)
     with ranks_of_this_run(arguments.device) as ranks:
         config = Config(data=str(folder), device=arguments.device)
@@ -130,7 +133,7 @@ def crop_passes(data: Data, arguments: argparse.Namespace) -> dict[str, Callable
 def each_crop(data: Data, crop: int, batch_size: int) -> DaliLoader:
     """Every crop of every image as a sample of its own, of which the window alone is decoded, as training does."""
     assert data.manifest
-    table = data.manifest.val
+    table, folder = data.manifest.val, data.manifest.root
     source, labels, sizes = table.read(np.arange(len(table)))
     rescaled = rescaled_sizes(sizes, np.full(len(table), data.config.validation_scale))
     corners = [
@@ -154,7 +157,9 @@ def each_crop(data: Data, crop: int, batch_size: int) -> DaliLoader:
             yield samples.take(slice(first, first + batch_size))
 
     def lose(*_) -> None:
-        raise UserError("an image cannot be decoded; find it with python -m pipeline.manifest DIR --verify decode")
+        raise UserError(
+            f"an image cannot be decoded; have python -m pipeline.manifest {folder} --verify decode leave it out"
+        )
 
     return DaliLoader(
         batches,

@@ -88,7 +88,7 @@ def _run(argv: list[str] | None) -> int:
     arguments = parser.parse_args(argv)
     share_one_heap()  # as train.py does
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; check the driver with nvidia-smi")
+        raise UserError("--device cuda: torch finds no GPU here; check the driver with nvidia-smi, or use --device cpu")
     table = open_manifest(arguments.data).train
     with tempfile.TemporaryDirectory() as work:
         scales = {

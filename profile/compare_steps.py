@@ -61,7 +61,8 @@ def _run(argv: list[str] | None) -> int:
         with ranks_of_this_run(config.device) as ranks:
             result = compare(config, ranks, options)
     except torch.OutOfMemoryError as error:
-        raise TrainingError("the GPU's memory is too small for all networks; take a smaller --batch-size") from error
+        cure = "a smaller --batch-size" if config.batch_size > 1 else "a smaller --crop, or another GPU"
+        raise TrainingError(f"the GPU's memory is too small for all networks; take {cure}") from error
     print(json.dumps(result))
     return 0
 

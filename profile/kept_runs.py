@@ -26,9 +26,15 @@ def kept(out: Path, flags: list[str], make: Callable[[], dict]) -> dict:
     """
     path = out / RESULT
     if path.exists():
-        found = json.loads(path.read_text())
-        if found["flags"] != flags:
-            raise UserError(f"{out} holds a run with other flags ({' '.join(found['flags'])}); choose another --out")
+        try:
+            found = json.loads(path.read_text())
+            earlier = list(map(str, found["flags"]))
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: is not a result of an earlier start; remove it, or choose another --out"
+            ) from error
+        if earlier != flags:
+            raise UserError(f"{out} holds a run with other flags ({' '.join(earlier)}); choose another --out")
         say(f"{out}: done before")
         return found
     out.mkdir(parents=True, exist_ok=True)

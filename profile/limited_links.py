@@ -64,4 +64,8 @@ def _connect(machine: Machine, switch: str, port: str, mbits_per_second: float) 
 def _run(*words: str) -> None:
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"cannot make a network namespace ({done.stderr.strip() or ' '.join(words)}); run this as root")
+        why = " ".join(done.stderr.split()) or " ".join(words)
+        cure = (
+            "run this as root" if os.geteuid() else "where root may not, in a container, start that with --privileged"
+        )
+        raise UserError(f"cannot make a network namespace ({why}); {cure}")

@@ -11,6 +11,7 @@ from common.errors import UserError
 from engine.data import Data
 from pipeline.graphs import decode_windows, read_files
 from pipeline.plan import Samples
+from pipeline.prepared import Prepared
 from pipeline.reader import fetched, graph_inputs
 from pipeline.recovery import cause_of, is_about_an_image
 
@@ -62,10 +63,17 @@ def decoding_alone(data: Data, start: int) -> Callable[[], tuple]:
                 raise
             raise UserError(
                 f"an image cannot be decoded ({cause_of(error)}): training goes on without it, but decoding alone cannot "
-                "be measured; find it with python -m pipeline.manifest DIR --verify decode, or give another --seed"
+                f"be measured; {_without_it(data)}, or give another --seed"
             ) from error
 
     return decode
+
+
+def _without_it(data: Data) -> str:
+    if isinstance(data.manifest, Prepared):
+        return "prepare the data set anew"
+    folder = data.manifest.root if data.manifest else "DIR"
+    return f"have python -m pipeline.manifest {folder} --verify decode leave it out"
 
 
 def _pipeline(data: Data, *, device_id: int | None) -> Callable:
@@ -91,7 +99,7 @@ def _resident(data: Data, start: int) -> list[tuple[list[np.ndarray], np.ndarray
     fetch = data.fetch(plan)
     for samples, encoded in fetched(_batches(data, start), fetch):
         encoded, begin, shape = graph_inputs(samples, encoded, from_files=fetch is None)[:3]
-        images = list(encoded) if fetch else [_read(plan.table.name(source)) for source in samples.source]
+        images = list(encoded) if fetch else [_read(plan.table.name(source), data) for source in samples.source]
         resident.append((images, begin, shape))
         resident_bytes += sum(len(image) for image in images)
         if resident_bytes >= _MOST_RESIDENT_BYTES or len(resident) == _MOST_RESIDENT_BATCHES:
@@ -99,8 +107,12 @@ def _resident(data: Data, start: int) -> list[tuple[list[np.ndarray], np.ndarray
     return resident
 
 
-def _read(path: str) -> np.ndarray:
+def _read(path: str, data: Data) -> np.ndarray:
     try:
         return np.fromfile(path, dtype=np.uint8)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it, or scan the data set anew") from error
+        folder = data.manifest.root if data.manifest else "DIR"
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); restore it, or have python -m pipeline.manifest {folder} --rescan "
+            "leave it out"
+        ) from error

@@ -42,7 +42,7 @@ def photograph_folder(folder: Path, *, train: int = 2048, val: int = 128) -> Pat
         except OSError:  # another process was faster
             shutil.rmtree(unfinished)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give --data DIR") from error
     return folder
 
 

@@ -152,9 +152,12 @@ def _run(point: Point, python: str, output: Path, log: Path) -> Ended:
     ):
         place = stderr.tell()
         # In a session of its own, where Ctrl-C does not reach it: what is asked of this process, it is asked in its turn.
-        child = subprocess.Popen(
-            point.command(python), stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=end_with_parent
-        )
+        try:
+            child = subprocess.Popen(
+                point.command(python), stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=end_with_parent
+            )
+        except OSError as error:
+            raise UserError(f"--python {python}: cannot be run ({error.strerror}); name another interpreter") from error
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, hand_on)
         status = child.wait()
