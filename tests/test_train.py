@@ -326,7 +326,7 @@ def test_a_text_file_as_checkpoint(capsys, tmp_path):
         (["--crop", "64", "--train-scale", "64"], "was trained with --crop 32, this run asks for 64"),
         (
             ["--data", "synthetic", "--crop", "32", "--train-scale", "32"],
-            "the checkpoint has 10 classes, the data set has 1000",
+            "it knows 10 classes, the data set has 1000; choose another --out",
         ),
     ],
 )
