@@ -236,7 +236,11 @@ class S3Storage:
         self._patience_seconds = PATIENCE_SECONDS
         self._errors = (BaseError, FileNotFoundError, PermissionError)
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+        endpoint = next(filter(None, map(os.environ.get, names)), "")
+        if endpoint and not _is_server(endpoint):
+            # Not shown: it may hold a password.
+            raise UserError(f"--data {url}: AWS_ENDPOINT_URL is not of the form https://host:port")
         self._server = endpoint or f"https://s3.{region}.amazonaws.com"
         options: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
         options["client_options"] = {
@@ -322,6 +326,16 @@ class S3Storage:
                 _fill_with_zeros(f"{self.url}/{name}", offset, target)
 
 
+def _is_server(endpoint: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(endpoint)
+        return (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+        )
+    except ValueError:
+        return False
+
+
 def _no_other_host(server: str, region: str) -> dict[str, str]:
     """Client options with which no other host can be reached than the server, and those that give credentials.
 
@@ -331,11 +345,13 @@ def _no_other_host(server: str, region: str) -> dict[str, str]:
     """
     parts = urllib.parse.urlsplit(server)
     host = parts.hostname or ""
-    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.netloc):
+    if {parts.scheme, "all"} & urllib.request.getproxies().keys() and not urllib.request.proxy_bypass(parts.netloc):
         return {}
     names = ("AWS_METADATA_ENDPOINT", "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_STS_ENDPOINT", "AWS_ENDPOINT_URL_STS")
     givers = [urllib.parse.urlsplit(os.environ.get(name, "")).hostname for name in names]
     givers += ["169.254.169.254", "fd00:ec2::254", "169.254.170.2", "169.254.170.23", f"sts.{region}.amazonaws.com"]
+    if os.environ.get("AWS_S3_EXPRESS"):
+        givers += [f"{region}.amazonaws.com"]  # a host for each zone
     return {"proxy_url": f"http://{_NOWHERE}", "proxy_excludes": ",".join(filter(None, (host, *givers)))}
 
 
@@ -365,9 +381,9 @@ def _check_no_redirect(url: str, server: str) -> None:
         except urllib.error.URLError as error:
             if isinstance(error.reason, ssl.SSLError):
                 return
-            cause = (
-                _NO_ANSWER if isinstance(error.reason, TimeoutError) else str(getattr(error.reason, "strerror", error))
-            )
+            reason = error.reason
+            cause = (reason.strerror if isinstance(reason, OSError) else None) or str(reason)
+            cause = _NO_ANSWER if isinstance(reason, TimeoutError) else cause
             raise StorageTrouble(cause, may_pass=True) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise StorageTrouble(str(error), may_pass=isinstance(error, OSError)) from error

@@ -323,3 +323,18 @@ def test_a_server_that_is_overloaded_for_a_moment_is_asked_again(credentials):
         target = io.BytesIO()
         opened.copy("index.json", target, 100)
     assert target.getvalue() == b"y" * 10
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["localhost:9000", "ftp://host", "http://", "http://[", "http://user:THE-SECRET@host"]
+)
+def test_an_endpoint_that_is_none_is_said_at_once(credentials, endpoint):
+    with pytest.raises(UserError, match=r"AWS_ENDPOINT_URL is not of the form https://host:port") as error:
+        credentials(endpoint)
+    assert "THE-SECRET" not in str(error.value)
+
+
+def test_a_server_that_is_not_there_is_named_with_the_reason(credentials, capsys):
+    with pytest.raises(UserError, match=r"http://127.0.0.1:9 does not serve it \(Connection refused\)"):
+        credentials("http://127.0.0.1:9")
+    assert "cannot be read (Connection refused); trying again" in capsys.readouterr().err
