@@ -96,7 +96,7 @@ def start_from(network: Network, model: VGG, config: Config, classes: Sequence[s
     """
     try:
         network, how = in_order_of(network, classes)
-        last, why = True, f", the last one too: {how}"
+        last, why = True, f", the last layer too: {how}"
     except ValueError as error:
         last, why = False, f"the last layer is new, since {error}"
     try:

@@ -95,7 +95,8 @@ def _check_optimizer(checkpoint: Checkpoint, path: Path) -> None:
         fits = number in range(len(shapes)) and isinstance(momentum, Tensor) and momentum.shape == shapes[number]
         if not fits or not is_finite(momentum):
             raise UserError(f"checkpoint {path}: its entry optimizer has a momentum that is not finite or does not fit")
-    if checkpoint.scaler and _SCALER - checkpoint.scaler.keys():
+    scaler = checkpoint.scaler
+    if scaler and (_SCALER - scaler.keys() or not all(isinstance(value, int | float) for value in scaler.values())):
         raise UserError(f"checkpoint {path}: its entry scaler is not the state of a gradient scaler")
 
 

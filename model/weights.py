@@ -118,7 +118,9 @@ def _single(name: str, value: Tensor) -> Tensor:
         return value.detach()
     if value.dtype not in _DTYPES:
         kind = str(value.dtype).removeprefix("torch.")
-        raise ValueError(f"its tensor {name} holds {kind}, not floating-point numbers; save the floating-point weights")
+        raise ValueError(
+            f"its tensor {name} holds {kind}, not floating-point numbers of 16, 32 or 64 bits; save the weights so"
+        )
     if not is_finite(value):
         raise ValueError(f"its tensor {name} holds values that are not finite (NaN or infinity); it cannot be used")
     single = value.detach().float()
