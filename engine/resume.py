@@ -115,9 +115,7 @@ def check_same_data(checkpoint: Checkpoint, data: Data, *, allow_changed: bool) 
     """Raise UserError where the checkpoint's classes are others, or its images, unless that is allowed."""
     if tuple(checkpoint.classes) != tuple(data.classes):
         how = differing_classes(checkpoint.classes, data.classes) or "it has the data set's classes in another order"
-        raise UserError(
-            f"the checkpoint does not fit the data set: {how}; choose another --out, or --resume never to start anew"
-        )
+        raise UserError(f"the checkpoint does not fit the data set: {how}; {_instead(data.config)}")
     if checkpoint.fingerprint != data.fingerprint and not allow_changed:
         raise UserError(
             "the data set changed since the checkpoint was written, so its epoch cannot be completed exactly; "

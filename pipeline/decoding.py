@@ -167,10 +167,11 @@ def _pipeline(
     return pipeline
 
 
+_CHANGED = "changed to another size since the scan; python -m pipeline.manifest DIR --rescan scans anew"
+
+
 def _results(outputs: tuple, sizes: np.ndarray) -> Iterator[tuple[np.ndarray | None, str]]:
     images, shapes = outputs
     for index, (height, width) in enumerate(sizes.tolist()):
         is_as_scanned = shapes.at(index)[:2].tolist() == [height, width]
-        yield (
-            (images.at(index), "") if is_as_scanned else (None, "changed to another size since the scan; run --rescan")
-        )
+        yield (images.at(index), "") if is_as_scanned else (None, _CHANGED)

@@ -21,6 +21,8 @@ from sweep_point import Point
 from common.errors import TrainingError, UserError
 from common.ranks import Ranks
 from engine import data, evaluator
+from engine.config import parse_args
+from engine.resume import check_same_data
 from pipeline import manifest, scan
 from pipeline.loader import DaliLoader
 from pipeline.prepared import Prepared
@@ -85,6 +87,20 @@ def test_where_no_manifest_can_be_written_there_is_still_a_way(monkeypatch, tmp_
     found = scan.Scan(classes=[], tables={}, folders={}, quarantine=[], val_lost=0)
     with pytest.raises(UserError, match=r"no place for the manifest.*; set XDG_CACHE_HOME to a folder of yours$"):
         manifest._write_somewhere(tmp_path, found)
+
+
+@pytest.mark.parametrize(
+    ("flags", "cure"),
+    [
+        (["--resume", "old.pt"], "give --resume another one, or never to start anew$"),
+        ([], "choose another --out, or --resume never to start anew$"),
+    ],
+)
+def test_another_folder_does_not_make_a_checkpoint_fit_that_was_named(flags, cure):
+    checkpoint: Any = SimpleNamespace(classes=("cat", "dog"))
+    changed: Any = SimpleNamespace(classes=("dog", "emu"), config=parse_args(["--data", "digits", *flags]))
+    with pytest.raises(UserError, match=f"does not fit the data set: .*; {cure}"):
+        check_same_data(checkpoint, changed, allow_changed=False)
 
 
 def test_lost_images_need_not_be_listed_where_nothing_can_be_written():
