@@ -1,16 +1,104 @@
-"""What an image file's header says, and whether the file can be decoded at all, without decoding it."""
+"""What an image file's header says, and whether the file is decoded to the right pixels, without decoding it."""
 
 import os
+import re
 import stat
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from common.files import is_storage_trouble
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
 """What DALI's decoders read (each tried against PIL, bit by bit); PIL's names of the formats."""
 
 MAX_PIXELS = 178_956_970
 """A header can say anything, in a file of any size. This is where PIL sees an attack: 0.5 GB in each decoding thread."""
+
+# fmt: off
+IMAGE_EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo", ".jps", ".png", ".apng", ".bmp", ".dib",
+    ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".pam", ".jp2", ".j2k", ".j2c", ".jpc",
+    ".jpf", ".jpx", ".jpm", ".jph", ".jxl", ".jxr", ".wdp", ".hdp", ".jng", ".mng", ".avif", ".avifs", ".heic", ".heif",
+    ".heics", ".heifs", ".hif", ".ico", ".cur", ".tga", ".psd", ".pcx", ".sgi", ".qoi", ".exr", ".hdr", ".dds", ".icns",
+    ".svg", ".xbm", ".xpm", ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".orf", ".rw2", ".raf",
+    ".pef", ".srw", ".x3f", ".3fr", ".erf", ".kdc", ".mrw", ".dcm", ".fits", ".fts", ".bpg", ".flif",
+)
+# fmt: on
+"""What files are called that say by their names that they are images, decoded here or not."""
+
+_FIRST_BYTES = (
+    *(
+        b"\xff\xd8\xff",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF8",
+        b"II*\0",
+        b"MM\0*",
+        b"II+\0",
+        b"MM\0+",
+    ),  # TIFF: raw photographs too
+    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a", b"II\xbc\x01"),
+    *(
+        b"8BPS",
+        b"qoif",
+        b"\x76\x2f\x31\x01",
+        b"#?RADIANCE",
+        b"DDS ",
+        b"icns",
+        b"FUJIFILMCCD-RAW",
+        b"IIU\0",
+        b"IIRO",
+        b"IIRS",
+    ),
+    *(b"SIMPLE  =", b"BPG\xfb", b"FLIF", b"\x8aMNG\r\n\x1a\n", b"\x8bJNG\r\n\x1a\n"),
+)
+_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1", b"crx ")
+"""Of the kinds of ISO's media files that hold images: AVIF, HEIC, Canon's raw photographs."""
+_BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
+"""Their lengths in bytes, which tell them from texts that begin with "BM"."""
+
+# What comes out right, in the decoders' own terms. Everything else is left out, though DALI decodes some of it, to other
+# pixels: tests/bad_files.py has a file of each kind, and what the pixels should be.
+_JPEG_PROCESSES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive, by their markers
+_OTHER_JPEG_PROCESSES = {
+    **dict.fromkeys((0xC3, 0xCB), "lossless compression"),
+    **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical compression"),
+    **dict.fromkeys((0xC9, 0xCA), "arithmetic coding"),
+}
+_TIFF_COMPRESSIONS = {
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    32773,
+    32946,
+    50000,
+}  # none, fax, LZW, JPEG, deflate, PackBits, deflate, zstd
+_TIFF_KINDS = {  # photometric interpretation, samples, bits of each
+    *((0, 1, bits) for bits in (1, 8)),  # grey, 0 is white
+    *((1, 1, bits) for bits in (1, 8, 12, 16)),  # grey, 0 is black
+    *((2, samples, 8) for samples in (3, 4, 5, 6)),  # RGB, with alpha and more
+    *((2, samples, 16) for samples in (3, 4)),
+    *((3, 1, bits) for bits in (1, 2, 4, 8)),  # a palette
+    *((5, 4, 8), (6, 3, 8)),  # CMYK, YCbCr
+}
+_TIFF_PLANES_APART = {(2, 3, 8), (5, 4, 8)}
+_BMP_BITS = {0: {1, 4, 8, 24, 32}, 1: {8}, 3: {32}}  # by the compression: none, run lengths of 8 bits, bit fields
+_BMP_MASKS = {(0xFF0000, 0xFF00, 0xFF), (0xFF, 0xFF00, 0xFF0000)}  # of bit fields: R, G, B
+_JP2_COLOURS = {16, 17}  # sRGB and grey
+_JPEG2000_STREAM = b"\xff\x4f\xff\x51"
+
+_APP14, _START_OF_SCAN = 0xEE, 0xDA
+_SEGMENT = struct.Struct(">BBH").unpack_from
+_JPEG_BLOCK = 2048  # bytes read at a time
+_PPM_HEADER, _JPEG2000_HEADER = 4096, 1 << 18  # bytes that are read of them; ICC profiles are in the latter's
 
 
 class Header(NamedTuple):
@@ -22,10 +110,12 @@ class Header(NamedTuple):
     format: str = ""
     """One of FORMATS."""
     reason: str = ""
+    storage_failed: bool = False
+    """Whether the reason is a trouble of the storage, which may pass, and says nothing about the image."""
 
 
 def read_header(path: Path) -> Header:
-    """Read an image's size from its header and look for its end, without decoding it."""
+    """Read an image's size from its header, judge its kind, and look for its end, without decoding it."""
     from PIL import Image, UnidentifiedImageError  # here, so that opening a manifest does not pay for it
 
     try:
@@ -35,54 +125,239 @@ def read_header(path: Path) -> Header:
         if status.st_size == 0:
             return Header(reason="empty file")
         with open(path, "rb") as file:
-            first_bytes = file.read(12)
+            is_jpeg = file.read(2) == b"\xff\xd8"
+            if is_jpeg and (why := _jpeg_fault(file)):
+                return Header(reason=f"JPEG with {why}: not decoded here")
             file.seek(0)
             Image.MAX_IMAGE_PIXELS = None  # no warnings: our own limit stands below
             try:
-                with Image.open(file) as image:
+                with Image.open(file, formats=("JPEG",) if is_jpeg else None) as image:
                     image_format, (width, height) = image.format, image.size
+                    why = _FAULTS[image_format](file, image) if image_format in _FAULTS else ""
             except UnidentifiedImageError:
-                is_jpeg = first_bytes.startswith(b"\xff\xd8")
-                return Header(reason="no image header (cut or corrupt JPEG)" if is_jpeg else "not an image")
+                if is_jpeg:
+                    return Header(reason="no image header (cut or corrupt JPEG)")
+                file.seek(0)
+                known = _starts_as_image(file.read(32))
+                return Header(reason="a kind of image that is not decoded here" if known else "not an image")
             except Exception as error:  # PIL's plugins raise all kinds on corrupt headers
-                return Header(reason=f"no image header ({error})")
+                if isinstance(error, OSError) and error.errno:
+                    raise
+                return Header(reason=f"no image header ({error or type(error).__name__})")
             if image_format not in FORMATS:
                 return Header(reason=f"{image_format}: a format that is not decoded here")
             if width < 1 or height < 1:
                 return Header(reason=f"no image header ({width}x{height} pixels)")
             if width * height > MAX_PIXELS:
                 return Header(reason=f"more than {MAX_PIXELS:,} pixels")
+            if why:
+                return Header(reason=f"{image_format} with {why}: not decoded here")
             if not _has_end(file, status.st_size, image_format):
                 return Header(reason=f"no end marker (truncated {image_format})")
     except OSError as error:
-        return Header(reason=f"cannot be read: {error.strerror or error}")
+        reason = f"cannot be read: {error.strerror or error}"
+        return Header(reason=reason, storage_failed=is_storage_trouble(error))
     return Header(height=height, width=width, bytes=status.st_size, format=image_format)
+
+
+def says_image(path: Path) -> bool:
+    """Whether a file says, by its name or its first bytes, that it is an image, which all that can be used do."""
+    if path.name.lower().endswith(IMAGE_EXTENSIONS):
+        return True
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
+        with open(path, "rb") as file:
+            return _starts_as_image(file.read(32))
+    except OSError:
+        return False
+
+
+def _starts_as_image(start: bytes) -> bool:
+    return (
+        start.startswith(_FIRST_BYTES)
+        or (start[:1] == b"P" and start[1:2] in b"1234567fF" and start[2:3].isspace())
+        or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
+        or (start[4:8] == b"ftyp" and start[8:12] in _BRANDS)
+        or (start[:2] == b"BM" and int.from_bytes(start[14:18], "little") in _BMP_HEADERS)
+    )
+
+
+# ---- kinds of files of which the pixels do not come out right: what is unusual in them, or "" ------------------
+
+
+def _jpeg_fault(file: BinaryIO) -> str:
+    has_adobe, frame = False, b""
+    for marker, start, length in _jpeg_segments(file):
+        if marker in _OTHER_JPEG_PROCESSES:
+            return _OTHER_JPEG_PROCESSES[marker]
+        if marker in _JPEG_PROCESSES or marker == _APP14:
+            file.seek(start)
+            content = file.read(length)
+            has_adobe |= marker == _APP14 and length >= 12 and content.startswith(b"Adobe")
+            frame = content if marker in _JPEG_PROCESSES else frame
+    if len(frame) < 6:
+        return ""  # cut or corrupt: PIL says so
+    bits, components = frame[0], frame[5]
+    if bits != 8:
+        return f"{bits} bits"
+    if components not in (1, 3, 4):
+        return f"{components} components"
+    if components == 4 and not has_adobe:
+        return "4 components without Adobe's marker"
+    return ""
+
+
+def _jpeg_segments(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
+    """The header's segments up to the first scan's, which ends the header: marker, where its content starts, its length."""
+    position, block, block_start = 2, b"", 0
+    while True:
+        inside = position - block_start
+        if inside + 4 > len(block):
+            file.seek(position)
+            block, block_start, inside = file.read(_JPEG_BLOCK), position, 0
+            if len(block) < 4:
+                return
+        filler, marker, length = _SEGMENT(block, inside)
+        if filler != 0xFF:
+            return
+        if marker == 0xFF:  # a byte that fills up
+            position += 1
+            continue
+        yield marker, position + 4, max(length - 2, 0)
+        position += 2 + length
+        if marker == _START_OF_SCAN:
+            return
+
+
+def _png_fault(file: BinaryIO, image: "Image.Image") -> str:
+    file.seek(12)
+    return "" if file.read(4) == b"IHDR" else "Apple's changes, which only its own decoder reads"
+
+
+def _bmp_fault(file: BinaryIO, image: "Image.Image") -> str:
+    file.seek(14)
+    header = file.read(52)
+    is_old = header[0] == 12
+    bits = int.from_bytes(header[10:12] if is_old else header[14:16], "little")
+    compression = 0 if is_old else int.from_bytes(header[16:20], "little")
+    if bits not in _BMP_BITS.get(compression, ()):
+        return f"{bits} bits" if compression == 0 else f"{bits} bits and compression {compression}"
+    if compression == 3 and struct.unpack("<III", header[40:52]) not in _BMP_MASKS:
+        return "an unusual order of colours"
+    return ""
+
+
+def _ppm_fault(file: BinaryIO, image: "Image.Image") -> str:
+    file.seek(0)
+    words = re.sub(rb"#[^\r\n]*", b" ", file.read(_PPM_HEADER)).split(None, 4)
+    kind = words[0].decode("latin-1") if words else ""
+    if kind in ("P1", "P4"):
+        return ""
+    if kind not in ("P2", "P3", "P5", "P6"):
+        return f"the type {kind[:8]}"
+    if len(words) < 4 or not words[3].isdigit():
+        return "a header that is too long"
+    highest = int(words[3])
+    if highest in (255, 65535) or (kind in ("P2", "P3") and highest < 255):
+        return ""
+    return f"{highest} as its highest value"
+
+
+def _tiff_fault(file: BinaryIO, image: "Image.Image") -> str:
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    bits, samples, photometric = set(tags.get(258, ())), tags.get(277, 1), tags.get(262)
+    compression, planes_apart = tags.get(259, 1), tags.get(284, 1) != 1 and samples > 1
+    kind = (photometric, samples, *bits)
+    if tags.get(254, 0) not in (0, 2) or 50706 in tags:
+        return "a small copy in front of the image"  # of raw photographs
+    if tags.get(274, 1) not in (0, 1):
+        return f"orientation {tags[274]}, which is not applied"
+    if compression not in _TIFF_COMPRESSIONS:
+        return f"compression {compression}"
+    if set(tags.get(339, (1,))) != {1}:
+        return "numbers that are signed or floating-point"
+    if kind not in _TIFF_KINDS or (planes_apart and kind not in _TIFF_PLANES_APART):
+        return f"{samples} × {max(bits, default='?')} bits{' apart' * planes_apart} of photometric interpretation {photometric}"
+    if photometric == 2 and 1 in tags.get(338, ()):
+        return "colours multiplied by alpha"
+    if photometric == 3 and max(tags[320]) < 256:
+        return "a palette of 8 bits"
+    if photometric == 5 and tags.get(332, 1) != 1:
+        return "inks that are not CMYK"
+    if photometric == 6 and compression != 7:
+        return "YCbCr that is not JPEG"
+    return ""
+
+
+def _jpeg2000_fault(file: BinaryIO, image: "Image.Image") -> str:
+    file.seek(0)
+    content = file.read(_JPEG2000_HEADER)
+    is_raw = content.startswith(_JPEG2000_STREAM)
+    boxes: dict[bytes, bytes] = {}
+    for kind, inside in _boxes(content):
+        boxes.setdefault(kind, inside)  # of several descriptions of the colours the first holds
+    stream = content if is_raw else boxes.get(b"jp2c", b"")
+    if not stream.startswith(_JPEG2000_STREAM) or not (is_raw or b"colr" in boxes):
+        return "a header that is too long"
+    start_x, start_y, count = struct.unpack(">16xII16xH", stream[:42])
+    components = stream[42 : 42 + 3 * count]
+    bits = {own + 1 for own in components[::3]}  # above 128: signed
+    if start_x or start_y or set(components[1::3]) != {1} or set(components[2::3]) != {1}:
+        return "components of other sizes than the image"
+    method, space = (0, 0) if is_raw else struct.unpack(">B2xI", boxes[b"colr"][:7])
+    if not ((count in (3, 4) and bits == {8}) or (count == 1 and bits in ({8}, {16}) and method == 1)):
+        return f"{count} components of {max(bits) % 128} bits"
+    if b"pclr" in boxes:
+        return "a palette"
+    if method == 1 and space not in _JP2_COLOURS:
+        return f"colour space {space}"
+    channels = struct.iter_unpack(">HHH", boxes.get(b"cdef", b"\0\0")[2:])
+    if any((kind, colour) != ((0, number + 1) if number < 3 else (1, 0)) for number, kind, colour in channels):
+        return "channels in an unusual order"
+    return ""
+
+
+def _boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The boxes of a JP2 file, and those in its header box: their types and contents; the last is the image's, jp2c."""
+    position = 0
+    while position + 8 <= len(content):
+        length, kind = struct.unpack(">I4s", content[position : position + 8])
+        is_last = kind == b"jp2c" or length < 8
+        if kind != b"jp2h":  # else go into it
+            yield kind, content[position + 8 : None if is_last else position + length]
+        if is_last:
+            return
+        position += 8 if kind == b"jp2h" else length
+
+
+_FAULTS: dict[str | None, Callable[[BinaryIO, "Image.Image"], str]] = {
+    "PNG": _png_fault,
+    "BMP": _bmp_fault,
+    "PPM": _ppm_fault,
+    "TIFF": _tiff_fault,
+    "JPEG2000": _jpeg2000_fault,
+}
+
+
+# ---- the end -----------------------------------------------------------------------------------------------------
 
 
 def _has_end(file: BinaryIO, size: int, image_format: str) -> bool:
     if image_format in ("JPEG", "MPO"):
-        end, body_start = b"\xff\xd9", _jpeg_scan_offset
+        end = b"\xff\xd9"
     elif image_format == "PNG":
-        end, body_start = b"IEND\xaeB`\x82", lambda content: 8
+        end = b"IEND\xaeB`\x82"
     else:
         return True
     file.seek(max(size - len(end), 0))
     if file.read() == end:
         return True
-    file.seek(0)  # bytes after the end are harmless and not rare: look for it in the whole file
-    content = file.read()
-    return content.find(end, body_start(content)) >= 0
-
-
-def _jpeg_scan_offset(content: bytes) -> int:
-    """Where the first scan's data starts: an end marker before that belongs to a thumbnail in the header."""
-    position = 2
-    while position + 4 <= len(content) and content[position] == 0xFF:
-        marker, length = content[position + 1], struct.unpack(">H", content[position + 2 : position + 4])[0]
-        if marker == 0xFF:  # fill byte
-            position += 1
-            continue
-        position += 2 + length
-        if marker == 0xDA:
-            return position
-    return len(content)
+    # Bytes after the end are harmless and not rare: look for it in the whole file; but an end marker before the first
+    # scan's data belongs to a thumbnail in the header.
+    start = 8
+    if image_format != "PNG":
+        scans = (start + length for marker, start, length in _jpeg_segments(file) if marker == _START_OF_SCAN)
+        start = next(scans, size)
+    file.seek(start)
+    return end in file.read()
