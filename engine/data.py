@@ -173,6 +173,12 @@ class Data:
             mean_rgb=self.mean_rgb,
         )
         rank, world_size = self.ranks.rank, self.ranks.world_size
+        for row in plan.too_large.tolist() if self.ranks.is_main else ():
+            name, (height, width) = plan.table.name(plan.table.read(np.array([row])).source[0]), plan.size(row)
+            say(
+                f"warning: {printable(name)} would have {width:,}×{height:,} pixels at a scale of {plan.scale}, more than "
+                f"{plan.most_pixels:,}; it counts as lost"
+            )
         loader = self._loader(
             plan,
             lambda skip: plan.batches(rank=rank, world_size=world_size, skip=skip),

@@ -14,13 +14,15 @@ from pipeline.plan import Samples, rescaled_sizes, source_windows
 from pipeline.tables import Table
 
 _ROWS_A_BLOCK = 65536  # of the table, read in one go
+_MOST_PIXELS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholePlan:
     """Every image of a table, its shorter side rescaled to Q, not cropped (section 3.2 of the paper); largest images first.
 
-    The batches' labels are the rows' numbers, for the results to be put in place by.
+    The batches' labels are the rows' numbers, for the results to be put in place by. Images of which the rescale would make
+    more than most_pixels are in no batch: one of 1×60000 pixels at Q = 36 has 78 million, for which a network needs 20 GB.
     """
 
     table: Table
@@ -34,8 +36,26 @@ class WholePlan:
 
     @property
     def largest_batch(self) -> int:
-        """Images in the largest batch."""
-        return max(len(rows) for rows in self._batches)
+        """Images in the largest batch; 1 where there is none."""
+        return max((len(rows) for rows in self._batches), default=1)
+
+    @property
+    def most_pixels(self) -> int:
+        """An image may have this many after the rescale: 4,194,304, or those of four squares of side Q where they are more.
+
+        So an image may be 64 times as long as it is high at Q = 256, and 16 times at 512.
+        """
+        return max(_MOST_PIXELS, 4 * self.scale**2)
+
+    @functools.cached_property
+    def too_large(self) -> np.ndarray:
+        """The rows (int64 [n]) that are in no batch because they would have more than most_pixels."""
+        return np.flatnonzero(self._sizes.prod(axis=1) > self.most_pixels)
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Height and width of a row's image after the rescale."""
+        height, width = self._sizes[row].tolist()
+        return height, width
 
     def images(self, *, rank: int, world_size: int) -> int:
         """Images in all batches of this rank."""
@@ -60,18 +80,23 @@ class WholePlan:
         """Each batch is read by itself."""
 
     @functools.cached_property
-    def _batches(self) -> list[np.ndarray]:
-        """The rows (int64 [n]) of each batch, of all ranks."""
+    def _sizes(self) -> np.ndarray:
+        """Of all rows after the rescale: int64 [rows, 2]."""
         blocks = (
             np.arange(first, min(first + _ROWS_A_BLOCK, len(self.table)))
             for first in range(0, len(self.table), _ROWS_A_BLOCK)
         )
-        sizes = np.concatenate([self._rescaled(self.table.read(rows).sizes) for rows in blocks])
+        return np.concatenate([self._rescaled(self.table.read(rows).sizes) for rows in blocks])
+
+    @functools.cached_property
+    def _batches(self) -> list[np.ndarray]:
+        """The rows (int64 [n]) of each batch, of all ranks."""
+        sizes = self._sizes
         # Largest first: memory that is too small shows at once, and no rank is left with a large batch at the end.
-        order = np.lexsort((sizes[:, 0], -sizes.prod(axis=1)))
+        order = np.lexsort((sizes[:, 0], -sizes.prod(axis=1)))[len(self.too_large) :]
         edges = np.flatnonzero(np.diff(sizes[order], axis=0).any(axis=1)) + 1
         batches = []
-        for rows in np.split(order, edges):
+        for rows in np.split(order, edges) if len(order) else []:
             most = max(1, self.pixels // int(sizes[rows[0]].prod()))
             batches += [rows[first : first + most] for first in range(0, len(rows), most)]
         return batches

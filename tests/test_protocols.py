@@ -18,6 +18,10 @@ from engine.precision import Precision
 from engine.protocols import PROTOCOLS, grid_corners, grid_crops, mean_over_views, whole_image
 from model.dense import Dense
 from model.vgg import build
+from pipeline.headers import Header
+from pipeline.scan import build_table
+from pipeline.tables import FileTable
+from pipeline.whole import WholePlan
 from tests.images import photographs
 
 CPU = torch.device("cpu")
@@ -152,3 +156,32 @@ def test_posteriors_are_averaged_and_not_logits(flip, pixels):
     assert len(seen) == 25 * (1 + flip)
     assert np.allclose(ours, np.mean(seen, axis=0), atol=1e-6)
     assert math.isclose(float(ours.sum()), 5, rel_tol=1e-5)
+
+
+def test_images_too_large_when_rescaled_are_named_and_in_no_batch(tmp_path, capsys):
+    """1×60000 at Q = 36 would be 78 million pixels, and a network's activations 20 GB."""
+    for split in ("train", "val"):
+        (tmp_path / split / "class").mkdir(parents=True)
+        for name, size in (("a", (60, 90)), ("b", (60_000, 1)), ("c", (1, 20_000)), ("d", (40, 2900))):
+            photographs()[0].resize(size).save(tmp_path / split / f"class/{name}.png")
+    config = Config(data=str(tmp_path), crop=CROP, train_scale="36", batch_size=8)
+    batches, count = open_data(config, RANKS, FP32).whole_batches("val", pixels=8 * CROP**2)
+    said = capsys.readouterr().err
+    assert (
+        f"warning: {tmp_path}/val/class/b.png would have 2,160,000×36 pixels at a scale of 36, more than 4,194,304"
+        in said
+    )
+    assert "class/c.png would have 36×720,000 pixels" in said
+    assert "class/d.png" not in said
+    assert count == 2
+    assert sorted(int(row) for _, rows in batches for row in rows) == [0, 3]
+
+
+def test_the_most_pixels_allow_long_images_at_any_scale():
+    table = FileTable(Path("/"), build_table([("a", 0, Header(height=1, width=64, format="PNG"))] * 3))
+    for scale, longest in ((32, 4096), (256, 64), (512, 16), (1024, 4), (4096, 4)):
+        plan = WholePlan(table=table, scale=scale, pixels=1, mean_rgb=(0, 0, 0))
+        assert plan.most_pixels == longest * scale**2
+        assert plan.too_large.tolist() == ([] if longest >= 64 else [0, 1, 2])
+        assert plan.images(rank=0, world_size=1) == (3 if longest >= 64 else 0)
+        assert plan.largest_batch == 1
