@@ -2,6 +2,7 @@
 
 import functools
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 
 from nvidia.dali import Pipeline
@@ -80,7 +81,7 @@ def each_alone(
                 outputs, reason = None, cause_of(error)  # the pipeline is of no use any more
                 attempts += 1
                 if from_files and attempts < _ATTEMPTS:
-                    path = os.fsdecode(inputs[done][0].tobytes())
+                    path = os.path.normpath(os.fsdecode(inputs[done][0].tobytes()))  # a table pads paths with "/"
                     if had_to_wait_for(path) or (is_about_reading(error) and attempts == 1):
                         continue  # the file can be read: once more
             attempts = 0
@@ -108,9 +109,14 @@ def _trouble_with(path: str) -> StorageTrouble | None:
     """Why a file cannot be read, if not for itself: a disk or a network that fails, the folder of all images gone."""
     try:
         with open(path, "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if status.st_size == 0 or not stat.S_ISREG(status.st_mode):
+                return None  # a device that never ends or a file of /proc has taken the image's place
             while file.read(_BLOCK_BYTES):
                 pass
     except OSError as error:
+        if os.path.exists(path) and not os.path.isfile(path):
+            return None  # a socket, say
         class_folder = os.path.dirname(path)
         # A file or a class that somebody removed leaves the folder above the class where it is; an unmounted disk does not.
         is_alone = os.access(os.path.dirname(class_folder), os.X_OK) and (
