@@ -9,6 +9,7 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,17 +93,24 @@ def run(flags: Flags) -> dict:
 
 
 def find_images(given: Sequence[Path]) -> list[Path]:
-    """The files given and the images in the folders given, sorted. Raises UserError: nothing there, or a folder without any."""
-    from pipeline.scan import IMAGE_EXTENSIONS
+    """The files given, and the images that a training would find in the folders given.
+
+    Raises UserError: nothing there, a folder that cannot be listed, or one without any.
+    """
+    from pipeline.headers import says_image
+    from pipeline.scan import is_folder_there, list_files, say_left_out
 
     paths: list[Path] = []
     for path in given:
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS)
+        if is_folder_there(path):
+            listing = list_files(path)
+            found = [path / name for name in listing.files if says_image(path / name)]
+            listing.left_out["no image"] += len(listing.files) - len(found)
+            say_left_out(+listing.left_out, folder=path)
             if not found:
                 raise UserError(f"{path}: holds no images")
             paths += found
-        elif path.exists():
+        elif os.path.lexists(path):
             paths.append(path)
         else:
             raise UserError(f"{path}: no such file")

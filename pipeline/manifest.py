@@ -8,9 +8,10 @@ result is kept in DATA/.vgg-manifest or, where DATA cannot be written, in the us
     quarantine.tsv       files left out, each with the reason
 
 The next start costs one stat per folder, whatever the number of images. A file overwritten in place does not change its
-folder's time: then ask for --rescan.
+folder's time: then ask for --rescan. Where the manifest's own files are not as they were written, it is made anew.
 
-The scan reads headers. --verify decode also decodes every image, once, and leaves out those that fail (pipeline/verify.py).
+The scan reads headers, and leaves out the kinds of files that are not decoded to the right pixels (pipeline/headers.py).
+--verify decode also decodes every image, once, and leaves out those that fail (pipeline/verify.py).
 """
 
 if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
@@ -48,14 +49,17 @@ def open_manifest(root: Path, *, rescan: bool = False) -> Manifest:
     if manifest.quarantined:
         lost = f" ({manifest.val_lost:,} images of val among them count as wrong)" if manifest.val_lost else ""
         say(
-            f"{manifest.quarantined:,} files cannot be decoded and are left out{lost}: see {manifest.folder / QUARANTINE}"
+            f"{manifest.quarantined:,} files cannot be decoded and are left out{lost}: see "
+            f"{manifest.folder / QUARANTINE}"
         )
     return manifest
 
 
-def _possible_folders(root: Path) -> tuple[Path, Path]:
+def _possible_folders(root: Path) -> list[Path]:
     name = hashlib.blake2b(os.fsencode(os.path.realpath(root)), digest_size=8).hexdigest()
-    return root / _FOLDER_NAME, cache_folder() / "manifests" / name
+    beside_images, cached = root / _FOLDER_NAME, cache_folder() / "manifests" / name
+    # Through a link, files of somebody else would be replaced.
+    return [cached] if beside_images.is_symlink() else [beside_images, cached]
 
 
 def _find_current(root: Path) -> Manifest | None:

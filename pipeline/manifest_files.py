@@ -3,21 +3,24 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.errors import UserError
 from common.files import replacing
-from common.progress import printable
+from common.progress import printable, say
 from pipeline.scan import SPLITS, Scan
 from pipeline.tables import FileTable
 
 QUARANTINE = "quarantine.tsv"
 
-_VERSION = 2
+_DESCRIPTION = "manifest.json"
+_VERSION = 3
+_TABLE_NAME = re.compile(rf"({'|'.join(SPLITS)})-[0-9a-f]{{32}}\.npy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +46,21 @@ class Manifest:
 
 
 def find_manifest(root: Path, folder: Path, *, check_changes: bool) -> Manifest | None:
-    """Open the manifest in a folder; None where there is none or, if changes are to be checked, no current one."""
+    """Open the manifest in a folder; None where there is none or, if changes are to be checked, no current and whole one."""
     try:
-        description = json.loads((folder / "manifest.json").read_text())
-        if description["version"] != _VERSION:
+        content = (folder / _DESCRIPTION).read_bytes()
+    except OSError:
+        return None
+    try:
+        description = _parsed(content)
+        if description is None or (check_changes and _is_changed(root, description["folders"])):
             return None
-        if check_changes and _modification_times(root, description["folders"]) != description["folders"]:
-            return None
-        tables = {split: np.load(folder / description["tables"][split], mmap_mode="r") for split in SPLITS}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # absent, or from an interrupted machine: a scan makes it anew
+        tables = _open_tables(folder, description)
+        if check_changes:
+            _check_quarantine(folder, description)
+    except (OSError, ValueError, RecursionError):
+        say(f"the manifest in {folder} is damaged and not used")
+        return None
     return Manifest(
         root=root,
         folder=folder,
@@ -66,8 +74,53 @@ def find_manifest(root: Path, folder: Path, *, check_changes: bool) -> Manifest 
     )
 
 
-def _modification_times(root: Path, folders: Iterable[str]) -> dict[str, int]:
-    return {folder: os.stat(root / folder).st_mtime_ns for folder in folders}
+def _is_changed(root: Path, folders: dict[str, int]) -> bool:
+    try:
+        return any(os.stat(root / folder).st_mtime_ns != time for folder, time in folders.items())
+    except OSError:
+        return True  # one is gone
+
+
+def _parsed(content: bytes) -> dict[str, Any] | None:
+    """What manifest.json says; None if it is of another version. Raises ValueError or RecursionError unless it is as written."""
+    description = json.loads(content)
+    if not isinstance(description, dict) or not isinstance(description.get("version"), int):
+        raise ValueError
+    if description["version"] != _VERSION:
+        return None
+    if description.pop("digest", None) != _digest_of(description):
+        raise ValueError  # whatever passes this needs no other check
+    return description
+
+
+def _digest_of(description: dict[str, Any]) -> str:
+    return _digest(json.dumps(description).encode())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _open_tables(folder: Path, description: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The tables, memory-mapped. Raises OSError or ValueError where they are not those that were written."""
+    tables: dict[str, np.ndarray] = {}
+    touched = False
+    for split in SPLITS:
+        path = folder / description["tables"][split]
+        tables[split] = np.lib.format.open_memmap(path, mode="r")
+        touched |= os.stat(path).st_mtime_ns != description["written"][split]
+    # Files that nobody touched are not read through: a start takes as long for any number of images.
+    if touched and fingerprint_of(description["classes"], tables) != description["fingerprint"]:
+        raise ValueError
+    return tables
+
+
+def _check_quarantine(folder: Path, description: dict[str, Any]) -> None:
+    """Raise OSError or ValueError unless quarantine.tsv begins as it was written; runs append to it."""
+    with open(folder / QUARANTINE, "rb") as file:
+        own = file.read(description["quarantine"]["bytes"])
+    if _digest(own) != description["quarantine"]["digest"]:
+        raise ValueError
 
 
 def load_manifest(root: Path, folder: Path) -> Manifest:
@@ -87,29 +140,46 @@ def add_to_quarantine(folder: Path, root: str | Path, reasons: dict[str, str]) -
     """
     beginning = f"{root if '://' in str(root) else os.path.abspath(root)}/"
     lines = [f"{printable(name.removeprefix(beginning))}\t{printable(reason)}\n" for name, reason in reasons.items()]
-    with open(folder / QUARANTINE, "ab") as file:  # whole lines at once: other ranks append too
-        file.write("".join(lines).encode())
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link would lead to somebody else's file
+    with os.fdopen(os.open(folder / QUARANTINE, flags, 0o666), "ab") as file:
+        file.write("".join(lines).encode())  # whole lines at once: other ranks append too
 
 
 def read_quarantine(folder: Path) -> list[tuple[str, str]]:
-    """Paths and reasons, both printable, in quarantine.tsv: first those of the manifest, then what runs have added."""
-    lines = (folder / QUARANTINE).read_text(encoding="utf-8").split("\n")[1:-1]
+    """Paths and reasons, both printable, in quarantine.tsv: first those of the manifest, then what runs have added.
+
+    None of either where somebody has removed the file meanwhile.
+    """
+    try:
+        lines = (folder / QUARANTINE).read_bytes().decode(errors="replace").split("\n")[1:-1]
+    except FileNotFoundError:
+        return []
     return [(path, reason) for path, _, reason in (line.partition("\t") for line in lines)]
 
 
-def write_quarantine(folder: Path, quarantine: list[tuple[str, str]]) -> None:
-    """Write quarantine.tsv: paths and reasons, both printable. Raises OSError."""
+def write_quarantine(folder: Path, quarantine: list[tuple[str, str]]) -> dict[str, Any]:
+    """Write quarantine.tsv: paths and reasons, both printable. Returns what tells it again. Raises OSError."""
+    content = "".join(f"{path}\t{reason}\n" for path, reason in [("path", "reason"), *quarantine]).encode()
     with replacing(folder / QUARANTINE) as file:
-        file.write("".join(f"{path}\t{reason}\n" for path, reason in [("path", "reason"), *quarantine]).encode())
+        file.write(content)
+    return {"bytes": len(content), "digest": _digest(content)}
+
+
+def fingerprint_of(classes: list[str], tables: dict[str, np.ndarray]) -> str:
+    """Manifest.fingerprint."""
+    digest = hashlib.blake2b(json.dumps(classes).encode(), digest_size=16)
+    for split in SPLITS:
+        digest.update(tables[split].data)
+    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, found: Scan, *, verified: bool) -> None:
     """Write all files, manifest.json last, so that a manifest is there as a whole or not at all. Raises OSError."""
-    digest = hashlib.blake2b(json.dumps(found.classes).encode(), digest_size=16)
-    for split in SPLITS:
-        digest.update(found.tables[split].data)
-    fingerprint = digest.hexdigest()
+    fingerprint = fingerprint_of(found.classes, found.tables)
     table_names = {split: f"{split}-{fingerprint}.npy" for split in SPLITS}
+    for split in SPLITS:
+        with replacing(folder / table_names[split]) as file:
+            np.save(file, found.tables[split])
     description = {
         "version": _VERSION,
         "fingerprint": fingerprint,
@@ -119,25 +189,25 @@ def write_manifest(folder: Path, found: Scan, *, verified: bool) -> None:
         "quarantined": len(found.quarantine),
         "val_lost": found.val_lost,
         "tables": table_names,
+        "written": {split: os.stat(folder / table_names[split]).st_mtime_ns for split in SPLITS},
         "folders": found.folders,
+        "quarantine": write_quarantine(folder, found.quarantine),
     }
-    for split in SPLITS:
-        with replacing(folder / table_names[split]) as file:
-            np.save(file, found.tables[split])
-    write_quarantine(folder, found.quarantine)
-    with replacing(folder / "manifest.json") as file:
-        file.write(json.dumps(description).encode())
+    with replacing(folder / _DESCRIPTION) as file:
+        file.write(json.dumps({**description, "digest": _digest_of(description)}).encode())
     for stale in folder.glob("*.npy"):
-        if stale.name not in table_names.values():
+        if _TABLE_NAME.fullmatch(stale.name) and stale.name not in table_names.values():
             stale.unlink(missing_ok=True)
 
 
 def read_scan(folder: Path) -> Scan:
-    """The scan that a manifest was written from, or verified to."""
-    description = json.loads((folder / "manifest.json").read_text())
+    """The scan that a manifest, just opened, was written from, or verified to. Raises OSError, ValueError or RecursionError."""
+    description = _parsed((folder / _DESCRIPTION).read_bytes())
+    if description is None:
+        raise ValueError(f"{folder}: of another version")
     return Scan(
         classes=description["classes"],
-        tables={split: np.load(folder / description["tables"][split], mmap_mode="r") for split in SPLITS},
+        tables=_open_tables(folder, description),
         folders=description["folders"],
         quarantine=read_quarantine(folder)[: description["quarantined"]],
         val_lost=description["val_lost"],

@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def is_prepared(data: str) -> bool:
     if data.startswith(S3_SCHEME):
         return True
     folder = Path(data)
-    if not (folder / INDEX).is_file():
+    if not os.path.isfile(folder / INDEX):  # nor where the folder may not be entered, which the scan will say
         return False
     return is_complete(folder) or not all((folder / split).is_dir() for split in SPLITS)
 

@@ -20,7 +20,7 @@ from common.progress import printable, say, track
 from pipeline.decoding import decode_whole
 from pipeline.headers import read_header
 from pipeline.manifest_files import Manifest, load_manifest, read_scan, write_manifest
-from pipeline.scan import SPLITS, check_no_empty_class
+from pipeline.scan import SPLITS, check_no_empty_class, read_patiently
 from pipeline.tables import FileTable
 
 PROGRESS = "verify-progress.json"
@@ -97,8 +97,8 @@ def _decode_split(split: str, table: FileTable, progress: _Progress, folder: Pat
     for row, (image, reason) in zip(
         rows.tolist(), track(results, total=len(rows), label=f"verifying {split}", unit="images"), strict=True
     ):
-        if image is None:
-            bad[row] = read_header(table.path(row)).reason or reason  # "empty file" says more than the decoder does
+        if image is None and (why := _why(table, row, reason)):
+            bad[row] = why
         else:
             bad.pop(row, None)
         progress.done[split] = max(progress.done[split], row + 1)
@@ -107,6 +107,15 @@ def _decode_split(split: str, table: FileTable, progress: _Progress, folder: Pat
         if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES:
             _save(progress, folder)
             saved = time.monotonic()
+
+
+def _why(table: FileTable, row: int, reason: str) -> str:
+    """Why an image cannot be decoded, given what the decoder says; "" where only its storage failed for a moment."""
+    header = read_header(table.path(row))
+    if header.storage_failed:
+        header = read_patiently(table.path(row))
+        _, reason = next(decode_whole(table, np.array([row]), threads=1))
+    return header.reason or reason  # "empty file" says more than the decoder does
 
 
 def _write_without_bad_rows(manifest: Manifest, progress: _Progress) -> Manifest:

@@ -73,13 +73,19 @@ def test_a_batch_of_one_is_not_made_smaller(monkeypatch, batch_size, cure):
 
 
 @pytest.mark.parametrize(
-    ("number", "cure"), [(errno.EACCES, "make it readable for this user"), (errno.EIO, "mend that, and start again")]
+    ("number", "cure"),
+    [
+        (errno.EACCES, "let this user read and enter it"),
+        (errno.EIO, "nothing was written: once its storage answers"),
+        (errno.ENAMETOOLONG, "put the images into fewer folders"),
+        (errno.ENOENT, "it changed meanwhile"),
+    ],
 )
 def test_only_what_lacks_a_permission_is_to_be_made_readable(monkeypatch, tmp_path, number, cure):
-    (tmp_path / "train").mkdir()
-    monkeypatch.setattr(scan, "_list_folder", raising(OSError(number, os.strerror(number), "train/a")))
-    with pytest.raises(UserError, match=rf"cannot be listed \({os.strerror(number)}\); {cure}$"):
-        scan._list_split(tmp_path, "train", ["a"])
+    monkeypatch.setattr(scan, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(scan.os, "scandir", raising(OSError(number, os.strerror(number))))
+    with pytest.raises(UserError, match=rf"cannot be listed \({os.strerror(number)}\); {cure}"):
+        scan.list_files(tmp_path)
 
 
 def test_where_no_manifest_can_be_written_there_is_still_a_way(monkeypatch, tmp_path):

@@ -1,20 +1,24 @@
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import predict
 from common.errors import UserError
+from pipeline import headers, scan, storage
 from pipeline import manifest as manifests
-from pipeline import scan
 from pipeline.headers import Header, read_header
 from pipeline.manifest import open_manifest
+from pipeline.manifest_files import add_to_quarantine, read_quarantine, read_scan, write_manifest
 from pipeline.tables import FileTable
 from tests.images import photo_folder, photographs
 
@@ -83,13 +87,140 @@ def test_files_that_cannot_be_decoded_are_left_out_with_the_reason(folder, capsy
     }
 
 
-def test_files_of_val_that_say_they_are_images_count_as_lost(folder, capsys):
-    for name in ("a.jpg", "b.JPEG", "c.PnG", "d.gif", "e.JP2", "f.webp", "README.txt", "Thumbs.db", "jpg", "ILSVRC"):
-        for split in ("train", "val"):
-            (folder / split / "class0" / name).write_bytes(b"nothing")
+CUT = bytes.fromhex("ffd8ffe000104a464946")
+ISO_MEDIA = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+@pytest.mark.parametrize(
+    ("content", "lost", "not_images"),
+    [
+        # By their names, whatever is in them.
+        (
+            b"nothing",
+            "a.jpg b.JPEG c.PnG d.gif e.JP2 f.webp g.jfif h.jpe i.avif j.heic k.jxl l.dng",
+            "README.txt jpg ILSVRC",
+        ),
+        # By what is in them, whatever they are called.
+        (CUT, "image a.txt b.part", ""),
+        (ISO_MEDIA, "image a.bin", ""),
+        (b"\xff\x0a" + bytes(90), "image", ""),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "image", ""),
+        (b"GIF89a", "image", ""),
+        (b"II*\0\x08\0\0\0", "image", ""),
+        (b"RIFF\0\0\0\0WEBP", "image", ""),
+        (b"P7\nWIDTH 3", "image", ""),
+        (b"BM the text", "", "notes"),
+        (b"RIFF\0\0\0\0WAVE", "", "sound"),
+        (b"Picture list", "", "notes"),
+    ],
+)
+def test_files_of_val_that_say_they_are_images_count_as_lost(folder, capsys, content, lost, not_images):
+    for split in ("train", "val"):
+        for name in (*lost.split(), *not_images.split()):
+            (folder / split / "class0" / name).write_bytes(content)
     manifest = open_manifest(folder)
-    assert (manifest.quarantined, manifest.val_lost) == (20, 6)
-    assert "(6 images of val among them count as wrong)" in capsys.readouterr().err
+    count = len(lost.split())
+    assert (manifest.quarantined, manifest.val_lost) == (2 * (count + len(not_images.split())), count)
+    assert (f"({count} images of val among them count as wrong)" in capsys.readouterr().err) == bool(count)
+
+
+LITTER = (
+    *("@eaDir/000.JPEG/SYNOPHOTO_THUMB_M.jpg", "#recycle/old.jpg", "$RECYCLE.BIN/$R1.jpg", ".AppleDouble/000.jpg"),
+    *(
+        "__MACOSX/class0/._000.JPEG",
+        "lost+found/#123.jpg",
+        ".ipynb_checkpoints/000-checkpoint.jpg",
+        "System Volume Information/a.jpg",
+    ),
+    *("Thumbs.db", "desktop.ini", ".DS_Store", "._000.JPEG", ".nfs0001.jpg", "000.JPEG:Zone.Identifier", "Icon\r"),
+)
+
+
+def test_what_machines_put_beside_images_is_no_image_and_no_class_and_is_told_of(folder, capsys):
+    good = open_manifest(folder)
+    jpeg = (folder / "train/class0/000.JPEG").read_bytes()
+    for split in ("train", "val"):
+        for place in (folder / split, folder / split / "class0", folder / split / "class1/deeper"):
+            for name in LITTER:
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                (place / name).write_bytes(jpeg)
+    capsys.readouterr()
+    manifest = open_manifest(folder)
+    assert manifest.classes == good.classes
+    assert (paths(manifest.train), paths(manifest.val)) == (paths(good.train), paths(good.val))
+    assert (manifest.quarantined, manifest.val_lost) == (0, 0)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "left out, and not counted" in line)
+    for what in (
+        "30 × hidden (.*)",
+        "6 × @eaDir",
+        "6 × Thumbs.db",
+        "6 × __MACOSX",
+        "6 × Zone.Identifier",
+        "6 × Icon\\r",
+    ):
+        assert what in line
+    open_manifest(folder)
+    assert "left out" not in capsys.readouterr().err, "once, when the folder is scanned"
+
+
+def test_predict_finds_what_a_training_would(folder, tmp_path, capsys):
+    jpeg = (folder / "val/class0/000.JPEG").read_bytes()
+    for name in ("._000.JPEG", "@eaDir/thumb.jpg", "a.jfif", "no extension", "deeper/b.jpe", "README.txt", "cut.jpg"):
+        (folder / "val/class0" / name).parent.mkdir(exist_ok=True)
+        (folder / "val/class0" / name).write_bytes(b"text" if name == "README.txt" else jpeg)
+    os.truncate(folder / "val/class0/cut.jpg", 500)
+    (folder / "val/class1").rename(tmp_path / "elsewhere")
+    (folder / "val/class1").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/loop").symlink_to(folder / "val")
+    manifest = open_manifest(folder)
+    capsys.readouterr()
+    found = predict.find_images([folder / "val"])
+    assert (
+        f"{folder / 'val'}: left out, and not counted: 1 × hidden (.*), 1 × @eaDir, 1 × no image"
+        in capsys.readouterr().err
+    )
+    lost = folder / "val/class0/cut.jpg"
+    assert lost in found, "is named, as an error"
+    assert [str(path) for path in found if path != lost] == paths(manifest.val)
+    assert predict.find_images([folder / "val/class0/README.txt"]), "what is given by name is tried"
+
+
+def test_every_folder_is_listed_once_whatever_links_there_are(folder):
+    """25 folders, each with two links to the next one: 33 million ways."""
+    images = len(open_manifest(folder).train)
+    for number in range(25):
+        (folder / f"train/class0/{number:02d}").mkdir()
+        for link in "ab":
+            (folder / f"train/class0/{number:02d}/{link}").symlink_to(f"../{number + 1:02d}")
+    shutil.copy(folder / "train/class0/000.JPEG", folder / "train/class0/24/image.jpg")
+    assert len(open_manifest(folder).train) == images + 1
+
+
+def test_folders_nested_deeper_than_python_calls(folder, monkeypatch):
+    top = folder / "val/class0"
+    jpeg = (top / "000.JPEG").read_bytes()
+    monkeypatch.chdir(top)
+    try:
+        for _ in range(1500):
+            os.mkdir("d")
+            os.chdir("d")
+        Path("image.jpg").write_bytes(jpeg)
+        assert f"{top}{'/d' * 1500}/image.jpg" in paths(open_manifest(folder).val)
+    finally:
+        monkeypatch.chdir(top)
+        subprocess.run(["rm", "-r", "d"], check=True)  # shutil recurses, and with it pytest, which tidies up
+
+
+def test_a_path_that_is_too_long_is_told_in_a_sentence(folder, monkeypatch):
+    monkeypatch.chdir(folder / "val/class0")
+    for _ in range(20):  # one by one: the whole path is longer than the system takes
+        os.mkdir("d" * 250)
+        os.chdir("d" * 250)
+    monkeypatch.chdir(folder)
+    with pytest.raises(
+        UserError, match=r"d … ?: cannot be listed \(File name too long\); put the images into fewer folders"
+    ):
+        open_manifest(folder)
 
 
 def test_absurd_sizes_are_not_believed(tmp_path):
@@ -134,10 +265,152 @@ def test_rescan_sees_a_file_overwritten_in_place(folder):
     assert open_manifest(folder, rescan=True).fingerprint != first.fingerprint
 
 
-def test_damaged_manifest_is_made_anew(folder):
+def edit(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change manifest.json as if it had been written so."""
+    path = folder / "manifest.json"
+    description = json.loads(path.read_text())
+    change(description)
+    path.write_text(json.dumps(description))
+
+
+def table_of(folder: Path) -> Path:
+    (path,) = folder.glob("train-*.npy")
+    return path
+
+
+def relabel(folder: Path, label: int) -> None:
+    table = np.load(table_of(folder))
+    table["label"][0] = label
+    np.save(table_of(folder), table)
+
+
+DAMAGE = {
+    "cut": lambda folder: (folder / "manifest.json").write_text('{"version": 3, "classes"'),
+    "a list": lambda folder: (folder / "manifest.json").write_text("[1]"),
+    "not UTF-8": lambda folder: (folder / "manifest.json").write_bytes(b"\xff\xfe{}"),
+    "nested deeply": lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
+    "another type": lambda folder: edit(folder, lambda description: description.update(val_lost="none")),
+    "classes in another order": lambda folder: edit(folder, lambda description: description["classes"].reverse()),
+    "a table elsewhere": lambda folder: edit(
+        folder, lambda description: description["tables"].update(val="../../x.npy")
+    ),
+    "a label out of range": lambda folder: relabel(folder, 7),
+    "a label that is another's": lambda folder: relabel(folder, 1),
+    "a table of numbers": lambda folder: np.save(table_of(folder), np.arange(6)),
+    "a shorter table": lambda folder: np.save(table_of(folder), np.load(table_of(folder))[:-1]),
+    "an empty table": lambda folder: table_of(folder).write_bytes(b""),
+    "a cut table": lambda folder: os.truncate(table_of(folder), 200),
+    "no table": lambda folder: table_of(folder).unlink(),
+    "no quarantine": lambda folder: (folder / "quarantine.tsv").unlink(),
+    "a quarantine that is not UTF-8": lambda folder: (folder / "quarantine.tsv").write_bytes(
+        b"path\treason\n\xff\xfe\t\n"
+    ),
+    "a quarantine of odd lines": lambda folder: (folder / "quarantine.tsv").write_text("\n\n\t\t\t\nx"),
+}
+
+
+KEYS = ("version", "classes", "fingerprint", "val_lost", "quarantined", "tables", "folders", "verified", "digest")
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, *KEYS])
+def test_a_damaged_manifest_is_made_anew_with_a_word(folder, capsys, damage):
+    (folder / "train/class0/bad.jpg").write_bytes(b"")
     first = open_manifest(folder)
-    (first.folder / "manifest.json").write_text('{"version": 1, "classes"')
+    capsys.readouterr()
+    if damage in KEYS:
+        edit(first.folder, lambda description: description.pop(damage))
+    else:
+        DAMAGE[damage](first.folder)
+    again = open_manifest(folder)
+    said = capsys.readouterr().err
+    assert f"the manifest in {first.folder} is damaged and not used" in said
+    assert "scanning" in said
+    assert again.fingerprint == first.fingerprint
+    labels = again.train.read(np.arange(len(again.train))).labels
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert read_quarantine(first.folder) == [("train/class0/bad.jpg", "empty file")]
+
+
+def test_tables_that_were_copied_are_used(folder, monkeypatch):
+    first = open_manifest(folder)
+    os.utime(table_of(first.folder))
+    monkeypatch.setattr(manifests, "scan", lambda root: pytest.fail("scanned again"))
     assert open_manifest(folder).fingerprint == first.fingerprint
+
+
+def test_what_runs_have_added_to_the_quarantine_may_be_anything(folder, monkeypatch):
+    first = open_manifest(folder)
+    with open(first.folder / "quarantine.tsv", "ab") as file:
+        file.write(b"\xff\n\n\t\ta\tb\nx")
+    monkeypatch.setattr(manifests, "scan", lambda root: pytest.fail("scanned again"))
+    assert manifests.main([str(folder)]) == 0
+
+
+def test_nobodys_files_are_touched_through_a_link(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("weights.npy", "manifest.json", "quarantine.tsv"):
+        (other / name).write_text("mine")
+    (folder / ".vgg-manifest").symlink_to(other)
+    manifest = open_manifest(folder)
+    assert manifest.folder.is_relative_to(tmp_path / "cache")
+    (manifest.folder / "weights.npy").write_text("mine")
+    (manifest.folder / "quarantine.tsv").unlink()
+    (manifest.folder / "quarantine.tsv").symlink_to(other / "quarantine.tsv")
+    with pytest.raises(OSError, match="symbolic links"):
+        add_to_quarantine(manifest.folder, folder, {"a": "b"})
+    open_manifest(folder, rescan=True)
+    assert (manifest.folder / "weights.npy").read_text() == "mine"
+    assert {path.name: path.read_text() for path in other.iterdir()} == dict.fromkeys(
+        ("weights.npy", "manifest.json", "quarantine.tsv"), "mine"
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE])
+def test_a_storage_that_fails_makes_no_image_bad(folder, monkeypatch, capsys, number):
+    """For a moment it is waited for; for longer, it ends the scan with a sentence, and nothing is written."""
+    monkeypatch.setattr(scan, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(storage, "_warned_at", -1e9)
+    failures = 2
+    victim = folder / "train/class1/001.JPEG"
+
+    def fails_at_times(path, mode="r"):
+        nonlocal failures
+        if path == victim and failures:
+            failures -= 1
+            raise OSError(number, os.strerror(number))
+        return open(path, mode)
+
+    monkeypatch.setattr(headers, "open", fails_at_times, raising=False)
+    manifest = open_manifest(folder)
+    assert (len(manifest.train), manifest.quarantined) == (6, 0)
+    assert f"{victim}: cannot be read ({os.strerror(number)}); trying again" in capsys.readouterr().err
+    shutil.rmtree(manifest.folder)
+    failures = 1000
+    with pytest.raises(
+        UserError, match=rf"001.JPEG: cannot be read \({os.strerror(number)}\), which says nothing of the image"
+    ):
+        open_manifest(folder)
+    assert not manifest.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["", "val", "val/class1", "val/class1/deeper"])
+def test_a_folder_whose_storage_fails_is_told_in_a_sentence(folder, monkeypatch, name):
+    monkeypatch.setattr(scan, "_PATIENCE_SECONDS", 0.1)
+    (folder / "val/class1/deeper").mkdir()
+    stat = os.stat
+
+    def fails(path, *arguments, **keywords):
+        if path == folder / name:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return stat(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "stat", fails)
+    with pytest.raises(
+        UserError, match=r"cannot be listed \(Stale file handle\); nothing was written: once its storage answers"
+    ):
+        open_manifest(folder)
 
 
 def test_folder_that_cannot_be_written_is_cached_elsewhere(folder, tmp_path, monkeypatch):
@@ -195,6 +468,18 @@ def test_names_that_are_not_ascii_nested_folders_and_links(folder):
             ),
             "val/class1: class folder without an image that can be decoded: 3 × empty file; 1 × not an image",
         ),
+        (
+            lambda root: [
+                (root / split / name).mkdir() for split, name in (("train", "caf\u00e9"), ("val", "cafe\u0301"))
+            ],
+            r"classes that look alike but differ in their Unicode form: caf\\xe9 in train/, cafe\\u0301 in val/",
+        ),
+        (
+            lambda root: [(root / split / name).mkdir() for split in ("train", "val") for name in ("\u212b", "\u00c5")],
+            r"look alike but differ in their Unicode form: \\xc5 in train/, \\u212b in train/",
+        ),
+        (lambda root: (root / "val/class0 ").mkdir(), 'classes differ: "class0 " in val/ but not in train/'),
+        (lambda root: (root / "val/a\x1b[31m").mkdir(), r"classes differ: a\\x1b\[31m in val/ but not in train/"),
         (lambda root: (root / "train").rename(root / "old") and (root / "train").mkdir(), "holds no class folders"),
     ],
 )
@@ -225,6 +510,7 @@ import numpy as np, torch
 from nvidia.dali import fn
 from pipeline.loader import DaliLoader
 from pipeline.manifest import open_manifest
+from pipeline.manifest_files import add_to_quarantine, read_quarantine, read_scan, write_manifest
 from pipeline.plan import TrainPlan
 def resident_mb():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
@@ -242,10 +528,9 @@ print(json.dumps({"rows": len(table), "seconds": time.perf_counter() - started, 
 def test_start_up_on_a_table_of_imagenets_size(folder):
     """1.28 M rows: under 3 s from opening the manifest to the first batch, under 300 MB above the imports."""
     manifest = open_manifest(folder)
-    description = json.loads((manifest.folder / "manifest.json").read_text())
-    table_path = manifest.folder / description["tables"]["train"]
-    rows = np.load(table_path)
-    np.save(table_path, np.resize(rows, 1_281_167))
+    found = read_scan(manifest.folder)
+    tables = {**found.tables, "train": np.resize(found.tables["train"], 1_281_167)}
+    write_manifest(manifest.folder, found._replace(tables=tables), verified=False)
     done = subprocess.run(
         [sys.executable, "-c", START_UP, str(folder)], cwd=ROOT, capture_output=True, text=True, check=True
     )

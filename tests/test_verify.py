@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from pipeline import verify
+from pipeline import scan, verify
+from pipeline.headers import Header, read_header
 from pipeline.manifest import main, open_manifest
 from pipeline.manifest_files import read_quarantine
 from pipeline.verify import PROGRESS
@@ -99,6 +100,37 @@ def test_what_runs_have_added_to_the_list_is_replaced_by_what_verifying_finds(fo
     assert len(listed) == 7
     assert listed["train/class1/cut.tif"] == "corrupt image data"
     assert "train/class0/000.JPEG" not in listed
+
+
+def test_a_file_that_cannot_be_read_for_its_storage_is_not_left_out(folder, monkeypatch, capsys):
+    """The decoder failed, and by then the storage fails too, for a moment or for good."""
+    monkeypatch.setattr(scan, "_PATIENCE_SECONDS", 0.3)
+    victim, failures = folder / "train/class0/000.JPEG", 2
+    decode_whole = verify.decode_whole
+
+    def decodes_all_but_one(table, rows, **arguments):
+        for row, (image, reason) in zip(rows.tolist(), decode_whole(table, rows, **arguments), strict=True):
+            is_lost = failures and table.path(row) == victim
+            yield (None, "Input/output error") if is_lost else (image, reason)
+
+    def reads_at_times(path):
+        nonlocal failures
+        if path == victim and failures:
+            failures -= 1
+            return Header(reason="cannot be read: Input/output error", storage_failed=True)
+        return read_header(path)
+
+    monkeypatch.setattr(verify, "decode_whole", decodes_all_but_one)
+    for module in (verify, scan):
+        monkeypatch.setattr(module, "read_header", reads_at_times)
+    scanned = open_manifest(folder)
+    failures = 10**6
+    assert main([str(folder), "--verify", "decode"]) == 2
+    assert "000.JPEG: cannot be read (Input/output error), which says nothing of the image" in capsys.readouterr().err
+    assert open_manifest(folder).fingerprint == scanned.fingerprint
+    failures = 2
+    assert main([str(folder), "--verify", "decode"]) == 0
+    assert len(open_manifest(folder).train) == 12
 
 
 def test_a_class_without_an_image_is_named_with_the_reasons_and_can_be_repaired(folder, capsys):
