@@ -7,8 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from plot_style import DEVICE_COLOURS, new_figure
+from report_words import name_of
 from sweep_report import FIGURES, as_number, in_order, independent, setting, value_of, varying
 from sweep_table import ERROR, Row
+
+from common.progress import printable
 
 _INCHES_A_PANEL = 2.3
 _LOG_RATIO = 8.0
@@ -44,7 +47,7 @@ def plot_sweep(rows: Sequence[Row], title: str) -> Figure | None:
         return None
     has_efficiency = axis == "ranks"
     count = len(panels) + has_efficiency
-    figure = new_figure(_INCHES_A_PANEL * count + 1.0, f"{title}: {_subject(done)}")
+    figure = new_figure(_INCHES_A_PANEL * count + 1.0, f"{printable(title)}: {_subject(done)}")
     all_axes = figure.subplots(count, sharex=True, squeeze=False)[:, 0]
     places = places_of(done, axis)
     line = "-" if _are_numbers(places) else ""  # between two names there is nothing
@@ -63,7 +66,9 @@ def plot_sweep(rows: Sequence[Row], title: str) -> Figure | None:
             axes.set_ylim(bottom=0)
     _label_axis(all_axes[-1], axis, places)
     if list(series) != [""]:
-        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        legend = figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return figure
 
 
@@ -81,7 +86,7 @@ def series_of(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, list[Row
     """Label → rows that have the same values in these columns; one with an empty label where there are no columns."""
     series: dict[str, list[Row]] = {}
     for row in in_order(rows, columns):
-        label = ", ".join(f"{name.replace('_', ' ')} {setting(row, name)}" for name in columns)
+        label = ", ".join(f"{name_of(name)} {setting(row, name)}" for name in columns)
         series.setdefault(label, []).append(row)
     return series
 
@@ -115,7 +120,7 @@ def points_of(rows: Sequence[Row], axis: str | None, column: str, places: dict[s
 
 def efficiency(points: Sequence[Point]) -> list[Point]:
     """Of rates over ranks: the rate of each rank, in percent of that with the fewest ranks."""
-    if not points:
+    if not points or not points[0].mean:
         return []
     scale = 100 * points[0].place / points[0].mean
     return [
@@ -148,15 +153,15 @@ def _label_axis(axes: Axes, axis: str | None, places: dict[str, float]) -> None:
         axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(list(places.values())))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(list(places.values()), list(places), parse_math=False)
+    axes.set_xticks(list(places.values()), list(map(printable, places)), parse_math=False)
     if not numbers:
         axes.set_xlim(low - 0.5, high + 0.5)
-    axes.set_xlabel("" if axis is None else axis.replace("_", " "))
+    axes.set_xlabel("" if axis is None else name_of(axis), parse_math=False)
 
 
 def _subject(rows: Sequence[Row]) -> str:
     """What is the same in all runs, of what one asks first."""
-    same = {name: {row.get(name, "") for row in rows} for name in ("arch", "data", "card")}
+    same = {name: {printable(row.get(name, "")) for row in rows} for name in ("arch", "data", "card")}
     known = {name: values.pop() for name, values in same.items() if len(values) == 1}
     words = [known.get("arch", ""), f"on {known['data']}" if "data" in known else "", known.get("card", "")]
     return " ".join(filter(None, words[:2])) + (f"\n{words[2]}" if words[2] else "")

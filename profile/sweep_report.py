@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from report_words import number, text_of
+from report_words import name_of, number, text_of
 from sweep_point import RECORDS, RESULTS, STAGES, THROUGHPUT, TRAIN
 from sweep_table import ERROR, Row
 
@@ -71,7 +71,7 @@ def sweep_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and rows in words, of runs of one program: what varies, what was measured, and why a run failed."""
     columns, figures = varying(rows), FIGURES[rows[0]["program"]]
     has_errors = any(row[ERROR] for row in rows)
-    header = [*(name.replace("_", " ") for name in columns), *figures.values(), *(["error"] if has_errors else [])]
+    header = [*map(name_of, columns), *figures.values(), *(["error"] if has_errors else [])]
     lines = []
     for row in in_order(rows, columns):
         cells = [setting(row, name) for name in columns]

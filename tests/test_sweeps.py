@@ -479,6 +479,22 @@ def test_names_are_laid_side_by_side():
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["A", "A-LRN", "E"]
 
 
+@pytest.mark.parametrize("name", ["data", "arch", "odd\x1b\udcff$^$"])
+def test_names_that_neither_a_terminal_nor_a_font_can_show(name):
+    """Bytes of a path that is not UTF-8, control characters, and what would be a formula."""
+    rows = [
+        row(**{name: text, "lr": lr}, images_per_second="0")
+        for text in ("a\udcff", "b\x1b[2J$x^$")
+        for lr in ("1", "2")
+    ]
+    header, lines = sweep_table(rows)
+    assert all(cell.isprintable() for line in (header, *lines) for cell in line)
+    figure = plot_sweep(rows, "t\udcff")
+    assert figure
+    figure.savefig(io.BytesIO())
+    assert efficiency([Point(1, 0, 0, 0), Point(2, 5, 5, 5)]) == []
+
+
 def test_report_of_nothing(tmp_path, capsys):
     path = tmp_path / "lr.csv"
     assert report([str(path)]) == 2
