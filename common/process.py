@@ -96,7 +96,7 @@ def _text(descriptor: int, before: TextIO | None) -> io.TextIOWrapper:
     """A text stream in the encoding that it had before, in which what cannot be encoded is escaped."""
     raw = _Descriptor(descriptor, "w", closefd=False)
     encoding = getattr(before, "encoding", None) or "utf-8"
-    interactive = descriptor == 2 or raw.isatty()
+    interactive = descriptor == 2 or raw.isatty() or getattr(before, "write_through", False)  # python -u
     return io.TextIOWrapper(
         io.BufferedWriter(raw), encoding=encoding, errors="backslashreplace", line_buffering=interactive
     )
