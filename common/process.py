@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,8 @@ _SECONDS_FOR_RANK_0 = 5.0
 """From its error to its end, and for torchrun to notice; a busy machine has needed more than one."""
 _SECONDS_TO_UNWIND = 10.0
 """From Ctrl-C to the end: for threads to finish what they are at, and for whoever swallowed it."""
+_SECONDS_OF_ONE = 1.0
+"""Between two Ctrl-C that are meant as two: torchrun passes on to its ranks what they have got from the terminal already."""
 _FEWEST_COLUMNS = 40
 """What help and error frames are laid out for; on fewer, tyro does not come to an end."""
 _OF_A_NAME = {
@@ -195,6 +198,7 @@ def _set_surroundings() -> None:
 
 class _Interrupts:
     """Ctrl-C while a program works: the first raises KeyboardInterrupt, so that it can clean up; the second ends it at once.
+    Where the program handles it in a way of its own meanwhile, the third one does.
 
     So does time. Between Python's instructions alone can KeyboardInterrupt be raised, and whoever calls Python from C++ may
     swallow it: a thread that the signal wakes ends the process where it has not ended by itself.
@@ -249,15 +253,23 @@ class _Interrupts:
 
     def _watch(self) -> None:
         seconds: float | None = None
+        times, last = 0, 0.0
         while True:
             if not select.select([self._reader], [], [], seconds)[0]:
                 self._end()
             numbers = os.read(self._reader, 64)
             if not numbers:
                 return
-            # Where somebody else handles it meanwhile, as a decoder that first notes what it has done, it is his.
-            if signal.SIGINT in numbers and signal.getsignal(signal.SIGINT) == self._ask:
+            if signal.SIGINT not in numbers:
+                continue
+            now = time.monotonic()
+            times, last = times + (now - last > _SECONDS_OF_ONE), now
+            if signal.getsignal(signal.SIGINT) == self._ask:
                 seconds = _SECONDS_TO_UNWIND
+            elif (
+                times > 2
+            ):  # somebody else handles it meanwhile, as a training that saves first, and does not come to it
+                self._end()
 
 
 def _ask_again(unraisable: "sys.UnraisableHookArgs") -> None:

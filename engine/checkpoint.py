@@ -7,6 +7,7 @@ or steps done, rank), so the two counters say it all, for any number of ranks.
 """
 
 import argparse
+import contextlib
 import lzma
 import os
 import re
@@ -15,7 +16,7 @@ import tarfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -172,10 +173,14 @@ def read_file(path: Path, *, else_is: str) -> object:
         return _read_safetensors(path)
     try:
         # torch's warnings are for its callers. Namespace: what torchvision's own training saves beside the weights.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([argparse.Namespace]),
+            _name_in_utf_8(path) as name,
+        ):
             warnings.simplefilter("ignore")
             # Files of torch before 1.6, as torchvision's of its VGGs are, are no zip files and cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK"))
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK"))
     except Exception as error:  # torch.load raises whatever it stumbles over
         if isinstance(error, OSError) and is_storage_trouble(error):
             raise Unreachable(f"cannot be read ({error.strerror})") from error
@@ -185,6 +190,18 @@ def read_file(path: Path, *, else_is: str) -> object:
                 "alone"
             ) from error
         raise ValueError(_other_kind(path, start) or f"damaged, or not {else_is}") from error
+
+
+@contextlib.contextmanager
+def _name_in_utf_8(path: Path) -> Iterator[str]:
+    """The path as torch can take it: a name that is not UTF-8 by the number of the open file."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        yield str(path)
 
 
 def is_own(content: object) -> bool:
@@ -221,7 +238,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             f"it is a safetensors file; pip install safetensors, and give it as torchvision:{path}"
         ) from error
     try:
-        return load_file(path)
+        with _name_in_utf_8(path) as name:
+            return load_file(name)
     except OSError as error:
         raise Unreachable(f"cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:

@@ -275,6 +275,17 @@ def test_names_of_any_bytes_are_kept(tmp_path):
     assert load(path).classes == names
 
 
+def test_a_folder_of_any_bytes_keeps_its_run(tmp_path):
+    """torch takes names in UTF-8 only: each checkpoint there was "damaged", and no run went on."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    path = save(make(7), folder, is_best=True, keep=2)
+    newest = newest_good(folder)
+    assert newest
+    assert load(path).steps == 7
+    assert torch.equal(load(path).model["features.0.weight"], make().model["features.0.weight"])
+
+
 def test_every_entry_has_a_form():
     assert checkpoints._FORMS.keys() == {field.name for field in dataclasses.fields(Checkpoint)}
 

@@ -141,18 +141,36 @@ import time
 class Loud:
     def __del__(self):
         print("waiting", flush=True)
-        time.sleep(0.5)
+        time.sleep(1)
 while True:
     Loud()
 """
 
 
-@pytest.mark.parametrize("body", [IN_C, SWALLOWED, IN_A_DESTRUCTOR])
+@pytest.mark.parametrize("body", [IN_C, SWALLOWED, IN_A_DESTRUCTOR], ids=["in C", "swallowed", "in a destructor"])
 def test_ctrl_c_ends_who_does_not_hear_it(tmp_path, body):
     arguments = script(tmp_path, body + "\nreturn 0", "import common.process as p; p._SECONDS_TO_UNWIND = 0.5")
     child = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout
     assert child.stdout.readline() == "waiting\n"
+    time.sleep(0.3)  # it is where it waits
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=20)
+    assert (child.returncode, said) == (130, "interrupted\n")
+
+
+def test_the_third_ctrl_c_ends_who_handles_it_otherwise_and_does_not_come_to_it(tmp_path):
+    """As a training that wants to save first, while it waits for other ranks in C++."""
+    own = "import signal\nsignal.signal(signal.SIGINT, lambda *_: None)"
+    arguments = script(tmp_path, own + IN_C + "\nreturn 0", "import common.process as p; p._SECONDS_OF_ONE = 0.2")
+    child = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout
+    assert child.stdout.readline() == "waiting\n"
+    time.sleep(0.3)
+    for _ in range(2):
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert child.poll() is None
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=20)
     assert (child.returncode, said) == (130, "interrupted\n")
