@@ -100,13 +100,13 @@ def table(names: Sequence[str], runs: Sequence[Run]) -> str:
 
 
 def _said(value: object) -> str:
-    return "–" if value is None else printable(str(value))
+    return "–" if value is None else str(value)
 
 
 def compare(folders: Sequence[Path], out: Path) -> dict:
     """Print the table, draw the picture, return both's contents. Raises UserError."""
     runs = [read_run(folder) for folder in folders]
-    names = [printable(name) for name in short_names(folders)]
+    names = short_names(folders)
     flags = differing_flags(runs)
     show(table(names, runs))
     legend = [

@@ -23,7 +23,7 @@ _LINES_OF_LEGEND = 12
 def draw_curves(out: Path) -> Path:
     """Plot one run into its folder. Returns the PNG's path. Raises UserError where there are no figures to draw."""
     path = out / "curves.png"
-    draw_runs([read_run(out)], [printable(str(out))], path)
+    draw_runs([read_run(out)], [str(out)], path)
     return path
 
 
