@@ -114,8 +114,8 @@ class TrainingFlags:
     label_smoothing: float = 0.0
     """Share of the target that goes to all classes alike, in [0, 1). Validation does without it."""
     ema: float = 0.0
-    """Decay of a moving average of the weights over the steps, in [0, 1), as 0.9999; 0: none is kept. It is what is
-    validated, and what other programs take from a checkpoint."""
+    """Decay of a moving average of the weights over the steps, in [0, 1), as 0.9999, less in the first steps; 0: none is kept.
+    It is what is validated, and what other programs take from a checkpoint."""
     schedule: Literal["plateau", "step", "cosine"] = "plateau"
     """plateau: the paper's, lr / 10 when validation top-1 stops improving, three times, then stop. step: lr / 10 every
     STEP_EPOCHS. cosine: linear warm-up, then a half cosine to 0. (digits: cosine)"""

@@ -24,6 +24,10 @@ def data_parallel(model: nn.Module, ranks: Ranks, *, accumulates: bool, grad_com
         # reducing (pull request 187732).
         static_graph=not accumulates,
     )
+    # Buffers are sent at the construction, and averaged after each step: there is nothing more to send. And a forward pass in
+    # which no rank waits for another lets one that has no images give the step up (engine/preemption.py). Set here, since the
+    # argument has other names in other versions of torch.
+    parallel.broadcast_buffers = False
     if grad_compression == "bf16":
         parallel.register_comm_hook(None, default_hooks.bf16_compress_hook)
     elif grad_compression == "fp16":

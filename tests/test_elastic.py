@@ -43,7 +43,7 @@ def test_a_machine_joins_and_leaves(tmp_path, monkeypatch, fault):
     used = read_used(tmp_path, batch_size=12)
     assert used.world_sizes == [1, 2, 1]
     assert not used.differing
-    assert (used.repeated_steps > 0) == (fault == signal.SIGKILL)
+    assert fault == signal.SIGKILL or not used.repeated_steps
     assert set(used.rows(0, 1437).values()) == {1}
 
 

@@ -29,18 +29,18 @@ from engine.resume import claim_out
 from engine.runlog import RunLog
 from engine.trainer import samples_of_other_data
 from pipeline.loader import DaliLoader
-from tests.runs import assert_same_weights
+from tests.runs import SMALL, assert_same_weights, run
+
+
+def network_of(config, *, classes, device):
+    """A network with all kinds of state whose steps take milliseconds."""
+    torch.manual_seed(config.seed)
+    layers = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, classes)
+    return nn.Sequential(*layers).to(device)
 
 
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch):
-    """A network with all kinds of state whose steps take milliseconds."""
-
-    def network_of(config, *, classes, device):
-        torch.manual_seed(config.seed)
-        layers = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, classes)
-        return nn.Sequential(*layers).to(device)
-
     monkeypatch.setattr(engine.assembly, "network_of", network_of)
     monkeypatch.setattr(engine.resume, "check_weights", lambda *_: None)  # it is no VGG
 
@@ -417,3 +417,57 @@ def test_start_up_counts_from_the_process_s_start():
 def test_halving_is_advised_where_there_is_something_to_halve():
     assert "--micro-batch 1 " in str(too_little_memory(2))
     assert "halve" not in str(too_little_memory(1))
+
+
+# ---- several ranks ---------------------------------------------------------------------------------------------------
+
+FAILING = """
+import os
+from common.errors import DataSourceError
+from common.process import end
+import engine.assembly, engine.resume, train
+from pipeline.loader import DaliLoader
+from tests.test_trainer import network_of
+
+engine.assembly.network_of = network_of
+engine.resume.check_weights = lambda *_: None
+deliver, asked = DaliLoader.__next__, []
+
+def failing(self):
+    asked.append(1)
+    if len(asked) == 5 and os.environ["RANK"] == "1":
+        FAULT
+    return deliver(self)
+
+DaliLoader.__next__ = failing
+end(train.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (
+            "raise DataSourceError('the bucket is closed')",
+            "error: the bucket is closed",
+        ),
+        ("raise ValueError('out of order')", "error: rank 1 failed: ValueError out of order"),
+        ("os.kill(os.getpid(), 9)", "saved"),
+    ],
+)
+def test_a_rank_that_fails_has_the_others_save(tmp_path, fault, sentence):
+    """Batch normalisation and accumulation: the step that is given up has changed the statistics by then."""
+    flags = [*SMALL, "--steps", "4", "--micro-batch", "3", "--out"]
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.replace("FAULT", "pass"))
+    run(*flags, str(tmp_path / "whole"), ranks=2, script=str(script))
+    script.write_text(FAILING.replace("FAULT", fault))
+    done = run(*flags, str(tmp_path / "parts"), ranks=2, script=str(script), check=False)
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert "saved the state after step 2" in done.stderr
+    assert load(tmp_path / "parts/last.pt").steps == 2
+    script.write_text(FAILING.replace("FAULT", "pass"))
+    run(*flags, str(tmp_path / "parts"), ranks=2, script=str(script))
+    assert_same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
