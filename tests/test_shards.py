@@ -239,15 +239,14 @@ def test_a_storage_that_fails_for_a_moment_is_read_again(tmp_path, monkeypatch, 
     assert said == f"warning: {tmp_path}/file: cannot be read ({os.strerror(error)}); trying again for up to 60 s\n"
 
 
-@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
-def test_a_storage_that_goes_on_failing_ends_the_run_and_costs_no_image(own_copy, tmp_path, monkeypatch, capsys, error):
+def test_a_storage_that_goes_on_failing_ends_the_run_and_costs_no_image(own_copy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.5)
     before = {path.name: path.read_bytes() for path in own_copy.iterdir()}
-    failing_preadv(monkeypatch, error, times=10**9)
+    failing_preadv(monkeypatch, errno.EIO, times=10**9)
     assert train.main([*TRAIN, "--data", str(own_copy), "--steps", "1", "--out", str(tmp_path / "out")]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: {own_copy}/train-00000")
-    assert f"cannot be read ({os.strerror(error)}); once it can" in last
+    assert "cannot be read (Input/output error); once it can" in last
     assert {path.name: path.read_bytes() for path in own_copy.iterdir()} == before, "nothing in quarantine.tsv"
 
 
