@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.files import replacing
+from common.files import half_written, remove_own, replacing
+from common.lock import FolderLock
 from common.progress import printable, say
 from pipeline.scan import SPLITS, Scan
-from pipeline.tables import FileTable
+from pipeline.tables import TABLE_NAMES, FileTable
 
 QUARANTINE = "quarantine.tsv"
 
 _DESCRIPTION = "manifest.json"
 _VERSION = 3
-_TABLE_NAME = re.compile(rf"({'|'.join(SPLITS)})-[0-9a-f]{{32}}\.npy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,30 +173,33 @@ def fingerprint_of(classes: list[str], tables: dict[str, np.ndarray]) -> str:
 
 
 def write_manifest(folder: Path, found: Scan, *, verified: bool) -> None:
-    """Write all files, manifest.json last, so that a manifest is there as a whole or not at all. Raises OSError."""
+    """Write all files, manifest.json last, so that a manifest is there as a whole or not at all.
+
+    Raises OSError; UserError where another scan has been writing there for long.
+    """
     fingerprint = fingerprint_of(found.classes, found.tables)
     table_names = {split: f"{split}-{fingerprint}.npy" for split in SPLITS}
-    for split in SPLITS:
-        with replacing(folder / table_names[split]) as file:
-            np.save(file, found.tables[split])
-    description = {
-        "version": _VERSION,
-        "fingerprint": fingerprint,
-        "verified": "decode" if verified else None,
-        "classes": found.classes,
-        "images": {split: len(found.tables[split]) for split in SPLITS},
-        "quarantined": len(found.quarantine),
-        "val_lost": found.val_lost,
-        "tables": table_names,
-        "written": {split: os.stat(folder / table_names[split]).st_mtime_ns for split in SPLITS},
-        "folders": found.folders,
-        "quarantine": write_quarantine(folder, found.quarantine),
-    }
-    with replacing(folder / _DESCRIPTION) as file:
-        file.write(json.dumps({**description, "digest": _digest_of(description)}).encode())
-    for stale in folder.glob("*.npy"):
-        if _TABLE_NAME.fullmatch(stale.name) and stale.name not in table_names.values():
-            stale.unlink(missing_ok=True)
+    with FolderLock(folder) as lock:
+        lock.take()  # another scan that ends now would remove these tables as old ones
+        for split in SPLITS:
+            with replacing(folder / table_names[split]) as file:
+                np.save(file, found.tables[split])
+        description = {
+            "version": _VERSION,
+            "fingerprint": fingerprint,
+            "verified": "decode" if verified else None,
+            "classes": found.classes,
+            "images": {split: len(found.tables[split]) for split in SPLITS},
+            "quarantined": len(found.quarantine),
+            "val_lost": found.val_lost,
+            "tables": table_names,
+            "written": {split: os.stat(folder / table_names[split]).st_mtime_ns for split in SPLITS},
+            "folders": found.folders,
+            "quarantine": write_quarantine(folder, found.quarantine),
+        }
+        with replacing(folder / _DESCRIPTION) as file:
+            file.write(json.dumps({**description, "digest": _digest_of(description)}).encode())
+        remove_own(folder, f"{TABLE_NAMES}|{half_written(TABLE_NAMES)}", but=table_names.values())
 
 
 def read_scan(folder: Path) -> Scan:

@@ -17,7 +17,10 @@ from common.files import half_written, remove_own
 from common.lock import FolderLock
 from engine.checkpoint import load
 from engine.runlog import RunLog
+from pipeline import manifest_files
+from pipeline.manifest import open_manifest
 from pipeline.tables import TABLE_NAMES
+from tests.images import photo_folder
 from tests.mounts import remount, small_disk
 from tests.runs import ROOT, SMALL, assert_same_weights
 
@@ -179,6 +182,28 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     with FolderLock(tmp_path) as first, FolderLock(tmp_path) as second:
         first.take()
         second.take()
+
+
+def test_two_scans_of_one_folder(tmp_path, monkeypatch):
+    """The one that is writing is waited for: else the first to end would remove the other's tables as old ones."""
+    monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0.2)
+    folder = photo_folder(tmp_path / "photos")
+    first, refused = open_manifest(folder), []
+    write_quarantine = manifest_files.write_quarantine
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(manifest_files, "write_quarantine", write_quarantine)
+        with pytest.raises(UserError, match=rf"pid {os.getpid()}, host .* is writing to {first.folder}; end it first"):
+            open_manifest(folder, rescan=True)
+        refused.append(True)
+        return write_quarantine(*arguments)
+
+    monkeypatch.setattr(manifest_files, "write_quarantine", meanwhile)
+    (folder / "train/class0/000.JPEG").unlink()
+    assert len(open_manifest(folder).train) == len(first.train) - 1
+    assert refused
+    names = {path.name for path in first.folder.iterdir()}
+    assert len(names) == 5, "two tables, their description, the quarantine, the lock"
 
 
 # ---- links -------------------------------------------------------------------------------------------------------
