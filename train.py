@@ -63,8 +63,8 @@ def train(config: Config) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """Parse, train, print the results.
 
-    Returns the exit code: 0, 1 (the run failed), 2 (something given is wrong), 75 (stopped by SIGTERM or SIGUSR1, its state
-    saved: start the same command again), 130 (Ctrl-C).
+    Returns the exit code: 0, 1 (the run failed), 2 (something given is wrong), 75 (stopped by a signal, its state saved, or
+    nothing new yet: start the same command again), 130 (Ctrl-C).
     """
     end_with_torchrun()
     share_one_heap()
