@@ -331,6 +331,17 @@ def test_a_damaged_manifest_is_made_anew_with_a_word(folder, capsys, damage):
     assert read_quarantine(first.folder) == [("train/class0/bad.jpg", "empty file")]
 
 
+def test_a_manifest_of_an_earlier_version_is_made_anew(folder, capsys):
+    """What a scan leaves out has changed since."""
+    first = open_manifest(folder)
+    edit(first.folder, lambda description: description.update(version=2))
+    capsys.readouterr()
+    assert open_manifest(folder).fingerprint == first.fingerprint
+    said = capsys.readouterr().err
+    assert "scanning" in said
+    assert "damaged" not in said
+
+
 def test_tables_that_were_copied_are_used(folder, monkeypatch):
     first = open_manifest(folder)
     os.utime(table_of(first.folder))
