@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.tables import TABLE_NAMES, FileTable
 QUARANTINE = "quarantine.tsv"
 
 _DESCRIPTION = "manifest.json"
+_SECONDS_TO_WRITE = 1.0
 _VERSION = 3
 
 
@@ -46,20 +48,27 @@ class Manifest:
 
 def find_manifest(root: Path, folder: Path, *, check_changes: bool) -> Manifest | None:
     """Open the manifest in a folder; None where there is none or, if changes are to be checked, no current and whole one."""
+    for pause in (_SECONDS_TO_WRITE, 0.0):
+        try:
+            return _open(root, folder, check_changes=check_changes)
+        except (OSError, ValueError, RecursionError):
+            time.sleep(pause)  # another process may be about to replace the last of its files
+    say(f"the manifest in {folder} is damaged and not used")
+    return None
+
+
+def _open(root: Path, folder: Path, *, check_changes: bool) -> Manifest | None:
+    """See find_manifest. Raises OSError, ValueError or RecursionError where the manifest is not as it was written."""
     try:
         content = (folder / _DESCRIPTION).read_bytes()
     except OSError:
         return None
-    try:
-        description = _parsed(content)
-        if description is None or (check_changes and _is_changed(root, description["folders"])):
-            return None
-        tables = _open_tables(folder, description)
-        if check_changes:
-            _check_quarantine(folder, description)
-    except (OSError, ValueError, RecursionError):
-        say(f"the manifest in {folder} is damaged and not used")
+    description = _parsed(content)
+    if description is None or (check_changes and _is_changed(root, description["folders"])):
         return None
+    tables = _open_tables(folder, description)
+    if check_changes:
+        _check_quarantine(folder, description)
     return Manifest(
         root=root,
         folder=folder,

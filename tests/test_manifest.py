@@ -14,7 +14,7 @@ from PIL import Image
 
 import predict
 from common.errors import UserError
-from pipeline import headers, scan, storage
+from pipeline import headers, manifest_files, scan, storage
 from pipeline import manifest as manifests
 from pipeline.headers import Header, read_header
 from pipeline.manifest import open_manifest
@@ -313,7 +313,8 @@ KEYS = ("version", "classes", "fingerprint", "val_lost", "quarantined", "tables"
 
 
 @pytest.mark.parametrize("damage", [*DAMAGE, *KEYS])
-def test_a_damaged_manifest_is_made_anew_with_a_word(folder, capsys, damage):
+def test_a_damaged_manifest_is_made_anew_with_a_word(folder, capsys, monkeypatch, damage):
+    monkeypatch.setattr(manifest_files, "_SECONDS_TO_WRITE", 0.0)
     (folder / "train/class0/bad.jpg").write_bytes(b"")
     first = open_manifest(folder)
     capsys.readouterr()
@@ -340,6 +341,16 @@ def test_a_manifest_of_an_earlier_version_is_made_anew(folder, capsys):
     said = capsys.readouterr().err
     assert "scanning" in said
     assert "damaged" not in said
+
+
+def test_a_manifest_that_is_just_being_replaced_is_waited_for(folder, monkeypatch):
+    first = open_manifest(folder)
+    list_of_bad = first.folder / "quarantine.tsv"
+    content = list_of_bad.read_bytes()
+    list_of_bad.write_bytes(b"path\treason\nanother\tone\n")
+    monkeypatch.setattr(manifest_files.time, "sleep", lambda _: list_of_bad.write_bytes(content))
+    monkeypatch.setattr(manifests, "scan", lambda root: pytest.fail("scanned again"))
+    assert open_manifest(folder).fingerprint == first.fingerprint
 
 
 def test_tables_that_were_copied_are_used(folder, monkeypatch):
