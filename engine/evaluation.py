@@ -43,8 +43,8 @@ def evaluate(
 ) -> Accuracy | None:
     """Run `steps` batches of this rank's loader through the model; count on the device, add up over ranks, divide once.
 
-    Rows with PADDING_LABEL count for nothing, those with LOST_LABEL as wrong. The model is in training mode again
-    afterwards. One device sync, at the end.
+    Rows with PADDING_LABEL count for nothing, those with LOST_LABEL as wrong, as do those whose logits are not all finite. The
+    model is in training mode again afterwards. One device sync, at the end.
     lost_before: images of the set that are in no batch because they cannot be decoded; they count as wrong, too.
     confusion: int64 [classes, classes] of zeros on the device: becomes the number of images of each class (row) that were
     taken for each class (column), on every rank; those that cannot be decoded are in none.
@@ -60,7 +60,8 @@ def evaluate(
         logits = logits.float()
         targets = labels.clamp(min=PADDING_LABEL)  # for the loss, a lost image is padding
         likeliest = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        best = likeliest == labels[:, None]
+        # An answer that is not finite is right for no class: of NaN, topk takes whichever it likes.
+        best = (likeliest == labels[:, None]) & logits.isfinite().all(dim=1, keepdim=True)
         if confusion is not None:
             places = labels.clamp(min=0) * len(confusion) + likeliest[:, 0]
             confusion.view(-1).index_add_(0, places, (labels >= 0).long())

@@ -91,3 +91,19 @@ def test_an_evaluation_that_is_stopped_has_no_result():
     assert evaluate(model, batches, 9, ranks=RANKS, precision=Precision("fp32", "cpu"), stop=stop) is None
     assert len(model.modes) == 3
     assert model.training
+
+
+def test_an_answer_that_is_not_finite_is_wrong_and_shows_in_the_loss():
+    """Of NaN, topk takes whichever class it likes: it would be right for some."""
+    logits = torch.full((10, 10), torch.nan)
+    logits[9] = torch.arange(10)
+    accuracy = evaluate(
+        Lookup([logits]),
+        iter([(torch.zeros(10, 1), torch.arange(10))]),
+        1,
+        ranks=RANKS,
+        precision=Precision("fp32", "cpu"),
+    )
+    assert accuracy
+    assert (accuracy.top1, accuracy.top5, accuracy.lost) == (0.1, 0.1, 0)
+    assert np.isnan(accuracy.loss)
