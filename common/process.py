@@ -33,9 +33,8 @@ _FEWEST_COLUMNS = 40
 """What help and error frames are laid out for; on fewer, tyro does not come to an end."""
 _OF_A_NAME = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS,
-    errno.EEXIST, errno.ENXIO,
+    errno.EEXIST,
 }  # fmt: skip
-"""Errors of a file that whoever named it can mend by naming another."""
 
 
 # ---- a process's first and last lines ----------------------------------------------------------------------------
@@ -157,12 +156,17 @@ def _as_sentence(error: BaseException) -> UserError | TrainingError | None:
         reason = error.strerror or str(error) or type(error).__name__
         if isinstance(error.filename, str | bytes):
             name = os.fsdecode(error.filename)
-            if error.errno in _OF_A_NAME:
+            if is_of_a_name(error):
                 return UserError(f"{name}: {reason}; mend that, or name another")
             return TrainingError(f"{name}: {reason}")
         place = traceback.extract_tb(error.__traceback__)[-1]
         return TrainingError(f"the system refuses: {reason} (in {Path(place.filename).name}, line {place.lineno})")
     return None
+
+
+def is_of_a_name(error: OSError) -> bool:
+    """Whether whoever named the file can mend it, by another name or by a permission, and the disk is not at fault."""
+    return error.errno in _OF_A_NAME
 
 
 def _flushed(code: int) -> int:

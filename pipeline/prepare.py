@@ -39,7 +39,7 @@ from common.errors import TrainingError, UserError
 from common.files import DAMAGED_FILE, half_written, remove_own, replacing
 from common.flags import FlagParser
 from common.lock import FolderLock
-from common.process import end, run_program
+from common.process import end, is_of_a_name, run_program
 from common.progress import printable, say, track
 from common.ranks import Ranks, first_then_others, ranks_of_this_run, wait_for_all
 from pipeline import draws
@@ -392,6 +392,8 @@ def _run(argv: list[str] | None) -> int:
     except OSError as error:
         place = error.filename or arguments.destination
         reason = error.strerror or error
+        if is_of_a_name(error) and Path(place).is_relative_to(arguments.destination):
+            raise UserError(f"{place}: cannot be written ({reason}); choose another folder") from error
         raise TrainingError(f"{place}: {reason}; when that is mended, the same command goes on") from error
     return 0
 

@@ -339,6 +339,16 @@ def test_errors_of_files_and_memory_are_sentences(tmp_path, capsys, action, code
     assert words in error
 
 
+@pytest.mark.parametrize("below", ["file/below", "a" * 300])
+def test_a_destination_that_cannot_be_made_is_the_users(tmp_path, capsys, below):
+    from pipeline.prepare import main
+
+    data = photo_folder(tmp_path / "data", train=1, val=1)
+    (tmp_path / "file").touch()
+    assert main([str(data), str(tmp_path / below)]) == 2
+    assert ": cannot be written (" in capsys.readouterr().err
+
+
 def test_faults_of_a_program_keep_their_traceback():
     with pytest.raises(KeyError):
         run_program(lambda: dict[str, int]()["x"])
