@@ -89,13 +89,14 @@ def test_three_ranks_count_as_one_does(damaged, tmp_path):
 
 
 def test_a_list_that_cannot_be_written_is_warned_of_once_and_ends_nothing(damaged, capsys):
-    (damaged / ".vgg-manifest/quarantine.tsv").unlink()
-    (damaged / ".vgg-manifest/quarantine.tsv").mkdir()  # in the way, since permissions do not stop root
     ranks = Ranks(
         rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), patient_group=None
     )
     config = parse_args([*FLAGS, "--data", str(damaged), "--max-bad-images", "9"])
-    batches = open_data(config, ranks, Precision("fp32", "cpu")).train_batches(0)
+    data = open_data(config, ranks, Precision("fp32", "cpu"))
+    (damaged / ".vgg-manifest/quarantine.tsv").unlink()
+    (damaged / ".vgg-manifest/quarantine.tsv").mkdir()  # in the way, since permissions do not stop root
+    batches = data.train_batches(0)
     for _ in range(8):
         next(batches)
     output = capsys.readouterr().err
