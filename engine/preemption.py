@@ -18,6 +18,9 @@ from common.errors import EXIT_STOPPED, TrainingError
 from common.process import is_first_rank
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import Work
+
     from common.ranks import Ranks
     from pipeline.loader import Batch
 
@@ -37,6 +40,9 @@ class StopRequests:
     def __init__(self) -> None:
         self._ranks: Ranks | None = None
         self._asked, self._agreed = False, False
+        self._failure: Exception | None = None
+        # Under way: int32 [2], how many ranks were asked for a stop, and how many have failed.
+        self._message: tuple[Work, Tensor] | None = None
         self._interrupted_at: float | None = None
         self._writing, self._interrupted_again = False, False
         self.failed_together = False
@@ -99,36 +105,47 @@ class StopRequests:
             signal.signal(signal.SIGINT, before)
 
     def agreed(self) -> bool:
-        """Whether to stop here: the same answer on all ranks.
+        """Whether to stop here: the same answer on all ranks, about what was asked by the time of the last tell_others().
 
-        With several ranks, the answer is about what was asked by the time of the last share_failure().
+        Raises as hear_others does.
         """
+        self.hear_others()
         return self._agreed if self._ranks and self._ranks.patient_group else self._asked
 
-    def share_failure(self, failure: Exception | None) -> None:
-        """Tell the other ranks whether this one cannot go on; every rank must call this equally often.
-
-        Raises the failure or, where it is another rank's, TrainingError with its sentence.
+    def tell_others(self, failure: Exception | None) -> None:
+        """Begin to tell the other ranks whether this one cannot go on; every rank must call this equally often, and then
+        hear_others(). What lies between the two hides the time that the message takes.
         """
-        ranks = self._ranks
-        if ranks is None or ranks.patient_group is None:
-            if failure:
-                raise failure
+        self._failure = failure
+        if self._ranks and self._ranks.patient_group:
+            import torch
+            import torch.distributed as dist
+
+            counts = torch.tensor([self._asked, failure is not None], dtype=torch.int32)
+            self._message = dist.all_reduce(counts, group=self._ranks.patient_group, async_op=True), counts
+
+    def hear_others(self) -> None:
+        """Wait for what all ranks have begun to tell, if anything. Raises this rank's failure or, where it is another rank's,
+        TrainingError with its sentence.
+        """
+        failure, self._failure = self._failure, None
+        failed = int(failure is not None)
+        if self._message:
+            work, counts = self._message
+            work.wait()
+            asked, failed = counts.tolist()
+            self._message, self._agreed = None, asked > 0
+        if not failed:
             return
-        import torch
-        import torch.distributed as dist
+        if self._ranks and self._ranks.patient_group:
+            from common.ranks import gather
 
-        from common.ranks import gather
-
-        counts = torch.tensor([self._asked, failure is not None], dtype=torch.int32)
-        dist.all_reduce(counts, group=ranks.patient_group)
-        asked, failed = counts.tolist()
-        self._agreed = asked > 0
-        if failed:
-            reasons = gather(failure and str(_told(failure, ranks.rank)), ranks)
+            reasons = gather(failure and str(_told(failure, self._ranks.rank)), self._ranks)
             self.failed_together = True
             reason = next(filter(None, reasons))
             raise failure or TrainingError(f"{reason}")
+        assert failure
+        raise failure
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -158,7 +175,7 @@ class StopRequests:
 
 
 class SharedBatches:
-    """An iterator of batches that all ranks get or none: where one cannot have its next, all raise, before gradients travel."""
+    """An iterator of batches that all ranks get or none: where one cannot have its next, all of them raise in hear_others()."""
 
     def __init__(self, batches: Iterator["Batch"], requests: StopRequests, *, passes: int) -> None:
         """passes: batches that make a step; the ranks talk to each other at the last of them."""
@@ -172,11 +189,12 @@ class SharedBatches:
         try:
             batch = next(self._batches)
         except Exception as error:
-            self._requests.share_failure(error)
+            self._requests.tell_others(error)
+            self._requests.hear_others()
             raise
         self._taken += 1
         if self._taken % self._passes == 0:
-            self._requests.share_failure(None)
+            self._requests.tell_others(None)
         return batch
 
 

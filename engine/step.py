@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -52,18 +52,25 @@ class TrainStep:
         self._buffers_before = [buffer.clone() for buffer in self._buffers]
         self._phase = _BETWEEN_STEPS
 
-    def __call__(self, batches: Iterator[Batch]) -> Tensor:
-        """Take `passes` micro-batches and update the weights. Returns this rank's mean loss, a scalar on the device."""
+    def __call__(self, batches: Iterator[Batch], *, before_gradients: Callable[[], None] = lambda: None) -> Tensor:
+        """Take `passes` micro-batches and update the weights. Returns this rank's mean loss, a scalar on the device.
+
+        before_gradients: called before the gradients travel to the other ranks; it raises where the step is to be given up.
+        """
         losses = []
         if self._buffers:
             torch._foreach_copy_(self._buffers_before, self._buffers)
         self._phase = _COMPUTING
         for number in range(1, self._passes + 1):
             images, labels = next(batches)
-            if number == self._passes and self._parallel and images.is_cuda:
-                self._phase = _UPDATING  # NCCL's work is queued ahead of the host: no way back, and perhaps no end
             with self._all_reduce(now=number == self._passes):
                 loss = self._loss(images, labels) / self._passes
+                if number == self._passes:
+                    before_gradients()
+                    if self._parallel and images.is_cuda:
+                        self._phase = (
+                            _UPDATING  # NCCL's work is queued ahead of the host: no way back, and perhaps no end
+                        )
                 self._scaler.scale(loss).backward()
             losses.append(loss.detach())
         self._phase = _UPDATING

@@ -124,7 +124,7 @@ class Trainer:
             while not (self._done() or self._stopped):
                 self._set_learning_rate()
                 torch.manual_seed(_step_seed(config.seed, self._steps, self._ranks.rank))  # of dropout
-                self._loss_sum += self._step(batches)
+                self._loss_sum += self._step(batches, before_gradients=requests.hear_others)
                 self._steps += 1
                 self._samples_seen += config.batch_size
                 if log:

@@ -60,5 +60,5 @@ def recorded(batches):
 
 pipeline.loader.collections = types.SimpleNamespace(deque=_Deque)  # type: ignore[assignment]
 Trainer.__init__ = init_and_open_file  # type: ignore[method-assign]
-TrainStep.__call__ = lambda self, batches: _step(self, recorded(batches))  # type: ignore[method-assign]
+TrainStep.__call__ = lambda self, batches, **others: _step(self, recorded(batches), **others)  # type: ignore
 sys.exit(train.main())

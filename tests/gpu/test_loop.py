@@ -23,9 +23,9 @@ def after_each_step(monkeypatch) -> Callable[[Callable[[int], None]], None]:
     def install(call: Callable[[int], None]) -> None:
         steps, one_step = 0, TrainStep.__call__
 
-        def step_and_call(self, batches):
+        def step_and_call(self, batches, **others):
             nonlocal steps
-            loss = one_step(self, batches)
+            loss = one_step(self, batches, **others)
             steps += 1
             call(steps)
             return loss
