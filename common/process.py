@@ -123,9 +123,8 @@ def run_program(body: Callable[[], int], *, interrupted: str | Callable[[], str]
                 raise
             code = 0
         except BaseException as error:
-            if (
-                isinstance(error, KeyboardInterrupt) or interrupts.asked
-            ):  # which libraries turn into errors of their own
+            # Which libraries turn into errors of their own.
+            if isinstance(error, KeyboardInterrupt) or interrupts.asked:
                 own = str(error) if isinstance(error, KeyboardInterrupt) else ""
                 if is_first_rank():
                     print(visible(own or interrupts.text()), file=sys.stderr, flush=True)
@@ -270,9 +269,8 @@ class _Interrupts:
             times, last = times + (now - last > _SECONDS_OF_ONE), now
             if signal.getsignal(signal.SIGINT) == self._ask:
                 seconds = _SECONDS_TO_UNWIND
-            elif (
-                times > 2
-            ):  # somebody else handles it meanwhile, as a training that saves first, and does not come to it
+            elif times > 2:
+                # Somebody else handles it meanwhile, as a training that saves first, and does not come to it.
                 self._end()
 
 

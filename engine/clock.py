@@ -60,9 +60,8 @@ class Clock:
 
 def process_seconds() -> float:
     """Seconds since this process was started, to a hundredth."""
-    started = (
-        Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
-    )  # ticks since the machine's start: proc(5)
+    # Ticks since the machine's start: proc(5).
+    started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK")
 
 

@@ -68,9 +68,8 @@ class TrainStep:
                 if number == self._passes:
                     before_gradients()
                     if self._parallel and images.is_cuda:
-                        self._phase = (
-                            _UPDATING  # NCCL's work is queued ahead of the host: no way back, and perhaps no end
-                        )
+                        # NCCL's work is queued ahead of the host: no way back, and perhaps no end.
+                        self._phase = _UPDATING
                 self._scaler.scale(loss).backward()
             losses.append(loss.detach())
         self._phase = _UPDATING

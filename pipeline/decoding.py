@@ -15,9 +15,8 @@ from pipeline.recovery import each_alone, is_about_an_image
 from pipeline.tables import FileTable, ShardTable, Table
 
 _ROWS_A_BLOCK = 4096  # read out of the table in one go
-_PIXELS_A_BATCH = (
-    1 << 25
-)  # decoded and resized together: 100 MB. DALI holds a few batches; a larger image has one of its own
+# Decoded and resized together: 100 MB. DALI holds a few batches; a larger image has one of its own.
+_PIXELS_A_BATCH = 1 << 25
 _IMAGES_A_THREAD = 4  # in a batch, so that threads seldom wait for the one with the largest image
 _LEAST_IMAGES = 32  # in a batch, so that its fixed costs are small
 _PREFETCH = 2

@@ -31,31 +31,16 @@ IMAGE_EXTENSIONS = (
 # fmt: on
 """What files are called that say by their names that they are images, decoded here or not."""
 
+# fmt: off
 _FIRST_BYTES = (
-    *(
-        b"\xff\xd8\xff",
-        b"\x89PNG\r\n\x1a\n",
-        b"GIF8",
-        b"II*\0",
-        b"MM\0*",
-        b"II+\0",
-        b"MM\0+",
-    ),  # TIFF: raw photographs too
-    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a", b"II\xbc\x01"),
-    *(
-        b"8BPS",
-        b"qoif",
-        b"\x76\x2f\x31\x01",
-        b"#?RADIANCE",
-        b"DDS ",
-        b"icns",
-        b"FUJIFILMCCD-RAW",
-        b"IIU\0",
-        b"IIRO",
-        b"IIRS",
-    ),
-    *(b"SIMPLE  =", b"BPG\xfb", b"FLIF", b"\x8aMNG\r\n\x1a\n", b"\x8bJNG\r\n\x1a\n"),
+    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8",
+    b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",  # TIFF, raw photographs among them
+    b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a",  # JPEG 2000 and XL
+    b"II\xbc\x01", b"8BPS", b"qoif", b"\x76\x2f\x31\x01", b"#?RADIANCE", b"DDS ", b"icns",
+    b"FUJIFILMCCD-RAW", b"IIU\0", b"IIRO", b"IIRS",  # other raw photographs
+    b"SIMPLE  =", b"BPG\xfb", b"FLIF", b"\x8aMNG\r\n\x1a\n", b"\x8bJNG\r\n\x1a\n",
 )
+# fmt: on
 _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1", b"crx ")
 """Of the kinds of ISO's media files that hold images: AVIF, HEIC, Canon's raw photographs."""
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
@@ -70,18 +55,8 @@ _OTHER_JPEG_PROCESSES = {
     **dict.fromkeys((0xC9, 0xCA), "arithmetic coding"),
 }
 _ODD_JPEG_PROCESS = re.compile(b"\xff[" + bytes(_OTHER_JPEG_PROCESSES) + b"]")
-_TIFF_COMPRESSIONS = {
-    1,
-    2,
-    3,
-    4,
-    5,
-    7,
-    8,
-    32773,
-    32946,
-    50000,
-}  # none, fax, LZW, JPEG, deflate, PackBits, deflate, zstd
+# None, fax (2–4), LZW, JPEG, deflate, PackBits, deflate, zstd.
+_TIFF_COMPRESSIONS = {1, 2, 3, 4, 5, 7, 8, 32773, 32946, 50000}
 _TIFF_KINDS = {  # photometric interpretation, samples, bits of each
     *((0, 1, bits) for bits in (1, 8)),  # grey, 0 is white
     *((1, 1, bits) for bits in (1, 8, 12, 16)),  # grey, 0 is black

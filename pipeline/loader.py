@@ -154,9 +154,8 @@ class SyntheticLoader:
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         dtype = torch.float16 if half else torch.float32
-        images = (
-            torch.randn(batch_size, 3, crop, crop, generator=generator) * 64.0
-        )  # grey levels, about as in photographs
+        # In grey levels, about as in photographs.
+        images = torch.randn(batch_size, 3, crop, crop, generator=generator) * 64.0
         if pad_channels:
             images = F.pad(images, (0, 0, 0, 0, 0, 1))
         self._batch = (

@@ -146,9 +146,8 @@ def _begin(source: Path, destination: Path, settings: Settings, lock: FolderLock
                 raise UserError(f"{destination}: is not empty; give a new folder for the prepared data")
             unfinished.mkdir(exist_ok=True)
             lock.take()
-            if (
-                not is_complete(destination) and not (unfinished / _JOB).exists()
-            ):  # others may have come before the lock
+            # Others may have come before the lock.
+            if not is_complete(destination) and not (unfinished / _JOB).exists():
                 with replacing(unfinished / _JOB) as file:
                     file.write(json.dumps(job).encode())
             remove_own(

@@ -137,9 +137,8 @@ def _run_and_record(point: Point, path: Path, python: str, name: str, *, keep: b
 def _run(point: Point, python: str, output: Path, log: Path) -> Ended:
     """Run it to its end, with its stdout and stderr in these files. A signal to this process is handed on, and waited for."""
     if point.program == THROUGHPUT:
-        shutil.rmtree(
-            point.out, ignore_errors=True
-        )  # of a run that was killed: it refuses a folder that holds a report
+        # Of a run that was killed: it refuses a folder that holds a report.
+        shutil.rmtree(point.out, ignore_errors=True)
     signals: list[int] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:

@@ -189,9 +189,8 @@ def jpeg(
     head += b"\xff\xdb\0\x43\0" + bytes([8] * 64)
     components = b"".join(bytes((ids[n], x << 4 | y, 0)) for n, (x, y) in enumerate(sampling))
     head += struct.pack(">BBHBHHB", 0xFF, process, 8 + 3 * count, bits, height, width, count) + components
-    head += b"\xff\xc4\0\x1f\0" + bytes(
-        [0, 0, 0, 12, *[0] * 12, *range(12)]
-    )  # codes of 4 bits for the sizes of differences
+    # Codes of 4 bits for the sizes of differences.
+    head += b"\xff\xc4\0\x1f\0" + bytes([0, 0, 0, 12, *[0] * 12, *range(12)])
     head += b"\xff\xc4\0\x14\x10" + bytes([1, *[0] * 15, 0])  # one code, of one bit: end of block
     levels = []
     for plane, (x, y) in enumerate(sampling):
