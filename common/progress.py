@@ -1,5 +1,6 @@
 """What a person sees while something long runs: a bar on a terminal, a plain line now and then otherwise. All on stderr."""
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,12 @@ def say(message: str) -> None:
     """
     tqdm.write(_lines(message), file=sys.stderr)
     sys.stderr.flush()
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """The same, but only the first time that this process says it."""
+    say(message)
 
 
 def show(text: str = "") -> None:

@@ -1,7 +1,6 @@
 """From --data to loaders: the one place where the configuration meets the pipeline."""
 
 import contextlib
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import TrainingError, UserError
-from common.progress import printable, say
+from common.progress import printable, say, say_once
 from common.ranks import Ranks, first_then_others
 from engine.checkpoint import Checkpoint
 from engine.config import DIGITS, SYNTHETIC, Config
@@ -277,13 +276,8 @@ class Data:
         try:
             add_to_quarantine(self.manifest.folder, self.manifest.root, news)
         except OSError as error:
-            _warn_once(f"warning: {self.manifest.folder / QUARANTINE} cannot be added to ({error.strerror})")
+            say_once(f"warning: {self.manifest.folder / QUARANTINE} cannot be added to ({error.strerror})")
         check_lost(len(bad_rows), self.max_lost(len(plan.table)), self.manifest.folder)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    say(message)
 
 
 def check_lost(lost: int, limit: int, manifest_folder: Path) -> None:

@@ -1,6 +1,5 @@
 """What a run has left of its figures: metrics.jsonl and config.yaml, of a finished run or of one that goes on."""
 
-import functools
 import json
 import math
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import yaml
 from common.errors import UserError
 from common.files import replacing
 from common.flat_yaml import read_flat_yaml
-from common.progress import printable, say
+from common.progress import printable, say_once
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
@@ -72,7 +71,7 @@ def read_records(path: Path) -> list[dict]:
             elif record is None and line.endswith(b"\n"):
                 damaged += 1
     if damaged:
-        _warn_once(path, damaged)
+        say_once(f"warning: {printable(str(path))}: damaged lines are left out: {damaged}")
     return records
 
 
@@ -139,8 +138,3 @@ def _is_number(value: object) -> bool:
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) < 2**63
     return isinstance(value, float)
-
-
-@functools.cache
-def _warn_once(path: Path, damaged: int) -> None:
-    say(f"warning: {printable(str(path))}: damaged lines are left out: {damaged}")

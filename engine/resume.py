@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import half_written, remove_own
 from common.lock import FolderLock
 from common.progress import say
 from common.ranks import Ranks, first_then_others
@@ -25,14 +26,11 @@ _FREE_SETTINGS = {
     "read_threads", "read_ahead", "log_every", "checkpoint_minutes", "keep", "max_bad_images", "allow_changed_data",
     "compile", "compile_mode", "pad_channels", "weights", "init_from", "wandb", "inspect",
 }  # fmt: skip
-
-
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 # What a run writes into OUT, and nothing else is touched there; .lock, which stays, left out.
 _NAMES = re.compile(
     r"last\.pt|best\.pt|step-\d{8,}\.pt|config\.yaml|metrics\.jsonl|curves\.png|inspect\.png|tensorboard|wandb|wandb-id"
 )
-_UNFINISHED = re.compile(rf"\.({_NAMES.pattern})\.\w+\.tmp")
 
 
 def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoint | None:
@@ -134,9 +132,7 @@ def claim_out(config: Config, checkpoint: Checkpoint | None, lock: FolderLock) -
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.take()
-        for unfinished in out.iterdir():  # of a run that was killed while it wrote a checkpoint
-            if _UNFINISHED.fullmatch(unfinished.name):
-                unfinished.unlink()
+        remove_own(out, half_written(_NAMES.pattern))  # of a run that was killed while it wrote a checkpoint
         goes_on = checkpoint and (config.resume == "auto" or os.path.samefile(Path(config.resume).parent, out))
         if not _is_of_a_run(out / CONFIG):
             raise UserError(

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from common.files import open_own
 from common.progress import printable, say
 from engine.config import Config
 from engine.confusion import draw_confusion
@@ -224,8 +225,8 @@ class _Lines:
     def write(self, line: str) -> None:
         """Raises OSError; the line is kept."""
         self._waiting += f"{line}\n".encode()
-        if self._descriptor is None:  # not through a link: it might lead anywhere
-            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        if self._descriptor is None:
+            self._descriptor = open_own(self._path, os.O_WRONLY | os.O_APPEND)
         while self._waiting:
             self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.files import half_written, remove_own, replacing
+from common.files import half_written, open_own, remove_own, replacing
 from common.lock import FolderLock
 from common.progress import printable, say
 from pipeline.scan import SPLITS, Scan
@@ -148,8 +148,7 @@ def add_to_quarantine(folder: Path, root: str | Path, reasons: dict[str, str]) -
     """
     beginning = f"{root if '://' in str(root) else os.path.abspath(root)}/"
     lines = [f"{printable(name.removeprefix(beginning))}\t{printable(reason)}\n" for name, reason in reasons.items()]
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW  # a link would lead to somebody else's file
-    with os.fdopen(os.open(folder / QUARANTINE, flags, 0o666), "ab") as file:
+    with os.fdopen(open_own(folder / QUARANTINE, os.O_WRONLY | os.O_APPEND), "ab") as file:
         file.write("".join(lines).encode())  # whole lines at once: other ranks append too
 
 
