@@ -28,7 +28,7 @@ from common.errors import TrainingError, UserError
 from common.files import is_storage_trouble, link_over, replacing
 from common.progress import printable, say
 from model.vgg import CONFIGURATIONS, STRIDE
-from model.weights import is_finite
+from model.weights import is_finite, is_plain
 from pipeline.plan import IMAGENET_COLOUR_SHIFT
 
 LAST, BEST = "last.pt", "best.pt"
@@ -286,7 +286,7 @@ def _read(path: Path) -> Checkpoint:
     checkpoint = Checkpoint(**content)
     for what, state in (("model", checkpoint.model), ("ema", checkpoint.ema or {})):
         for name, value in state.items():
-            if value.layout != torch.strided or not is_finite(value):
+            if not is_finite(value):
                 raise ValueError(f"its tensor {what}.{name} holds values that are not finite (NaN or infinity)")
     return checkpoint
 
@@ -305,7 +305,7 @@ def _are_three(value: Any, holds: Callable[[Any], bool]) -> bool:
 
 def _is_state(value: object) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in value.items()
+        isinstance(name, str) and isinstance(weight, Tensor) and is_plain(weight) for name, weight in value.items()
     )
 
 
@@ -336,7 +336,7 @@ _FORMS: dict[str, tuple[Callable, str]] = {
         lambda value: _are_three(value, lambda mean: _is_number(mean) and 0 <= mean <= 255),
         "a list of three numbers in 0–255",
     ),
-    "model": (lambda value: _is_state(value) and value, "a state dict"),
+    "model": (lambda value: _is_state(value) and value, "a state dict of dense tensors"),
     "optimizer": (lambda value: isinstance(value, dict), "a state dict"),
     "scaler": (lambda value: isinstance(value, dict), "a state dict"),
     "steps": (_is_count, "a number from 0 on"),
@@ -356,7 +356,7 @@ _FORMS: dict[str, tuple[Callable, str]] = {
         lambda value: _are_three(value, lambda row: _are_three(row, _is_number)),
         "a list of three lists of three numbers",
     ),
-    "ema": (lambda value: value is None or _is_state(value), "a state dict"),
+    "ema": (lambda value: value is None or _is_state(value), "a state dict of dense tensors"),
 }
 
 

@@ -18,7 +18,7 @@ from engine.config import Config, save_config, to_dict
 from engine.data import Data
 from engine.networks import check_weights, differing_classes
 from engine.records import CONFIG
-from model.weights import is_finite
+from model.weights import is_finite, is_plain
 
 # Settings that say how a run is carried out, not what it computes: free to change between a run and its resumption.
 _FREE_SETTINGS = {
@@ -91,7 +91,7 @@ def _check_optimizer(checkpoint: Checkpoint, path: Path) -> None:
         if momentum is None:  # of a run without momentum
             continue
         fits = number in range(len(shapes)) and isinstance(momentum, Tensor) and momentum.shape == shapes[number]
-        if not fits or not is_finite(momentum):
+        if not fits or not is_plain(momentum) or not is_finite(momentum):
             raise UserError(f"checkpoint {path}: its entry optimizer has a momentum that is not finite or does not fit")
     scaler = checkpoint.scaler
     if scaler and (_SCALER - scaler.keys() or not all(isinstance(value, int | float) for value in scaler.values())):

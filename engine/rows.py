@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
-from common.files import replacing
+from common.files import DAMAGED_FILE, replacing
 from common.ranks import Ranks
 
 
@@ -26,8 +26,8 @@ class Block(NamedTuple):
 def open_rows(path: Path, shape: tuple[int, int], dtype: type) -> np.ndarray | None:
     """An array that was written before, memory-mapped; None where there is none of this shape and dtype."""
     try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # not there, or not what write_rows has written
+        array = np.lib.format.open_memmap(path, mode="r")  # not np.load, which opens archives too
+    except DAMAGED_FILE:  # not there, or not what write_rows has written
         return None
     return array if array.shape == shape and array.dtype == dtype else None
 

@@ -110,7 +110,7 @@ def as_float32(state: State) -> dict[str, Tensor]:
 
 
 def _single(name: str, value: Tensor) -> Tensor:
-    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+    if not _is_dense(value):
         raise ValueError(
             f"its tensor {name} is sparse, quantised or without values; save the dense floating-point weights"
         )
@@ -129,8 +129,17 @@ def _single(name: str, value: Tensor) -> Tensor:
     return single
 
 
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor is dense and holds floating-point numbers of 16 bits or more, or counts: what networks are made of."""
+    return _is_dense(value) and value.dtype in (*_DTYPES, torch.int64)
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_quantized and not value.is_meta
+
+
 def is_finite(value: Tensor) -> bool:
-    """Whether all of a tensor's numbers are finite. Waits for its device."""
+    """Whether all numbers of a plain tensor are finite. Waits for its device."""
     # A sum is finite only where all that is added up is; it takes a thirtieth of the time of isfinite().all().
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 

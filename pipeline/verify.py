@@ -3,6 +3,7 @@
 What has been decoded is noted beside the manifest every few seconds: interrupted at any moment, it goes on from there.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from types import FrameType
 import numpy as np
 
 from common.errors import UserError
-from common.files import replacing
+from common.files import DAMAGED_FILE, replacing
 from common.process import usable_cores
 from common.progress import printable, say, track
 from pipeline.decoding import decode_whole
@@ -140,13 +141,19 @@ def _write_without_bad_rows(manifest: Manifest, progress: _Progress) -> Manifest
 
 
 def _load(manifest: Manifest) -> _Progress:
-    try:
+    images = {"train": len(manifest.train), "val": len(manifest.val)}
+    with contextlib.suppress(*DAMAGED_FILE):  # none, or none that can be read: from the start
         noted = json.loads((manifest.folder / PROGRESS).read_text())
-        if noted["fingerprint"] == manifest.fingerprint:
-            bad = {split: {int(row): reason for row, reason in noted["bad"][split].items()} for split in SPLITS}
-            return _Progress(manifest.fingerprint, noted["done"], bad)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # none, or none that can be read: from the start
+        done = {split: noted["done"][split] for split in SPLITS}
+        bad = {split: {int(row): str(reason) for row, reason in noted["bad"][split].items()} for split in SPLITS}
+        can_be = all(
+            type(done[split]) is int
+            and 0 <= done[split] <= images[split]
+            and all(0 <= row < done[split] for row in bad[split])
+            for split in SPLITS
+        )
+        if noted["fingerprint"] == manifest.fingerprint and can_be:
+            return _Progress(manifest.fingerprint, done, bad)
     return _Progress(manifest.fingerprint, dict.fromkeys(SPLITS, 0), {split: {} for split in SPLITS})
 
 

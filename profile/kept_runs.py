@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from machine import ROOT
 
 from common.errors import TrainingError, UserError
-from common.files import replacing
+from common.files import DAMAGED_FILE, replacing
 from common.progress import say
 from engine.records import METRICS, read_records
 
@@ -29,7 +29,7 @@ def kept(out: Path, flags: list[str], make: Callable[[], dict]) -> dict:
         try:
             found = json.loads(path.read_text())
             earlier = list(map(str, found["flags"]))
-        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        except DAMAGED_FILE as error:
             raise UserError(
                 f"{path}: is not a result of an earlier start; remove it, or choose another --out"
             ) from error

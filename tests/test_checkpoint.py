@@ -200,6 +200,9 @@ def test_of_a_runs_folder_the_file_to_give_is_named(tmp_path):
         ("model", torch.ones(3), "its entry model is not a state dict"),
         ("model", {}, "its entry model is not a state dict"),
         ("model", {"features.0.weight": 1}, "its entry model is not a state dict"),
+        ("model", {"a": torch.empty(3, device="meta")}, "its entry model is not a state dict of dense tensors"),
+        ("model", {"a": torch.ones(3).to(torch.float8_e4m3fn)}, "its entry model is not a state dict of dense tensors"),
+        ("ema", {"a": torch.ones(3).to_sparse()}, "its entry ema is not a state dict of dense tensors"),
         (
             "model",
             {"a": torch.ones(1), "b": torch.tensor([1, torch.inf])},

@@ -1,5 +1,6 @@
 """evaluate.py and features.py as a user starts them: figures on several ranks, fusion, posteriors used again, tables."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ import features
 from engine.checkpoint import Checkpoint, load, save
 from engine.networks import Network
 from engine.posteriors import LOST, POSTERIOR_SCALE
+from engine.rows import open_rows
 from model.vgg import build
 from model.weights import to_torchvision
 from pipeline.manifest import open_manifest
@@ -226,6 +228,18 @@ def test_posteriors_of_an_earlier_version_are_computed_anew(tmp_path, folder, tw
     assert again["images_per_second"]
     assert {**again, "images_per_second": 0} == {**first, "images_per_second": 0}
     assert np.array_equal(np.load(path), posteriors)
+
+
+def test_a_file_that_holds_no_rows_is_none(tmp_path):
+    path = tmp_path / "rows.npy"
+    contents = io.BytesIO(), io.BytesIO(), io.BytesIO(b"PK"), io.BytesIO()
+    np.savez(contents[0], rows=np.zeros((2, 3), np.float16))  # an archive, which np.load opens
+    np.save(contents[1], np.array([[{}]]), allow_pickle=True)
+    for content in contents:
+        path.write_bytes(content.getvalue())
+        assert open_rows(path, (2, 3), np.float16) is None
+    np.save(path, np.zeros((2, 3), np.float16))
+    assert open_rows(path, (2, 3), np.float16) is not None
 
 
 def test_an_overflow_in_float16_says_so(tmp_path, folder, two, capsys):

@@ -385,6 +385,12 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(content, tmp_path, chan
             "its entry optimizer has a momentum that is not finite or does not fit",
         ),
         (
+            lambda content: content["optimizer"]["state"][0].update(
+                momentum_buffer=content["model"]["features.0.weight"].to(torch.float8_e4m3fn)
+            ),
+            "its entry optimizer has a momentum that is not finite or does not fit",
+        ),
+        (
             lambda content: content.update(scaler={"scale": 1.0}),
             "its entry scaler is not the state of a gradient scaler",
         ),

@@ -182,10 +182,19 @@ def test_interrupted_after_any_image_it_goes_on_there(folder, capsys, monkeypatc
     assert (result["train"], result["val"], result["quarantined"]) == (12, 6, 7)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"fingerprint": "another", "done": {}}', "[1]", "null"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", '{"fingerprint": "another", "done": {}}', "[1]", "null", "[" * 100_000),
+        '{"fingerprint": "FINGERPRINT", "done": {"train": "1", "val": 0}, "bad": {"train": {}, "val": {}}}',
+        '{"fingerprint": "FINGERPRINT", "done": {"train": 99, "val": 0}, "bad": {"train": {}, "val": {}}}',
+        '{"fingerprint": "FINGERPRINT", "done": {"train": 1, "val": 0}, "bad": {"train": {"99": "x"}, "val": {}}}',
+        '{"fingerprint": "FINGERPRINT", "done": {"train": 1}, "bad": {"train": {}, "val": {}}}',
+    ],
+)
 def test_progress_that_means_nothing_here_is_not_used(folder, content):
     scanned = open_manifest(folder)
-    (scanned.folder / PROGRESS).write_text(content)
+    (scanned.folder / PROGRESS).write_text(content.replace("FINGERPRINT", scanned.fingerprint))
     assert len(verify.verify(scanned).train) == 12
 
 
