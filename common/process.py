@@ -84,9 +84,9 @@ class _Descriptor(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            written = super().write(data)
-            if written is not None:
-                return written
+            while (written := super().write(data)) is None:  # it is full, and does not block
+                select.select([], [self], [])
+            return written
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
         except OSError as error:

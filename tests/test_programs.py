@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,25 @@ def test_a_closed_stderr_is_not_a_file_that_is_opened_later(tmp_path):
     )
     assert run(["bash", "-c", f"{arguments[0]} {arguments[1]} 2>&-"]).returncode == 0
     assert (tmp_path / "data").read_text() == ""
+
+
+def test_a_stdout_that_does_not_block_loses_nothing():
+    """As some terminals and parents make theirs: what it has no room for was dropped."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def read() -> bytes:
+        time.sleep(0.2)  # until then, the pipe is full
+        with os.fdopen(reading, "rb") as reader:
+            return reader.read()
+
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(read)
+        stream = process._text(writing, None)
+        stream.write("x" * 1_000_000)
+        stream.flush()
+        os.close(writing)
+        assert len(received.result()) == 1_000_000
 
 
 def test_the_exit_code_outlives_a_reader_that_leaves(tmp_path):
