@@ -210,8 +210,18 @@ def _jpeg_segments(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
 
 
 def _png_fault(file: BinaryIO, image: "Image.Image") -> str:
-    file.seek(12)
-    return "" if file.read(4) == b"IHDR" else "Apple's changes, which only its own decoder reads"
+    position, is_animated = 8, False
+    while True:
+        file.seek(position)
+        start = file.read(8)
+        length, kind = int.from_bytes(start[:4], "big"), start[4:]
+        if position == 8 and kind != b"IHDR":
+            return "Apple's changes, which only its own decoder reads"
+        if kind in (b"IDAT", b"fcTL", b""):
+            # The picture that PIL shows belongs to an animation if this is said before it. Else DALI shows another one.
+            return "a picture that is not part of its animation" if is_animated and kind == b"IDAT" else ""
+        is_animated |= kind == b"acTL"
+        position += 12 + length
 
 
 def _bmp_fault(file: BinaryIO, image: "Image.Image") -> str:

@@ -435,6 +435,9 @@ MISREAD = {
         f"tiff with orientation {orientation}": bad(tiff(_RGB, 2, t274=(3, [orientation])))
         for orientation in range(2, 9)
     },
+    "png whose picture is not in its animation": bad(
+        encoded(photo(), "PNG", save_all=True, default_image=True, append_images=[photo(mode="L").convert("RGB")] * 2)
+    ),
     "png of Apple's": bad(PNG[:8] + png_chunk(b"CgBI", b"\x50\0\x20\x02") + PNG[8:]),
     "bmp of 16 bits": bad(bmp(_RGB_555, 16, _SIZE)),
     "bmp of 16 bits in fields": bad(
