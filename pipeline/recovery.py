@@ -1,5 +1,6 @@
 """Which images of a batch DALI cannot decode. Its own message names a file only sometimes, and its pipeline is then lost."""
 
+import contextlib
 import functools
 import os
 import stat
@@ -117,14 +118,28 @@ def _trouble_with(path: str) -> StorageTrouble | None:
     except OSError as error:
         if os.path.exists(path) and not os.path.isfile(path):
             return None  # a socket, say
-        class_folder = os.path.dirname(path)
-        # A file or a class that somebody removed leaves the folder above the class where it is; an unmounted disk does not.
-        is_alone = os.access(os.path.dirname(class_folder), os.X_OK) and (
-            os.access(class_folder, os.X_OK) or not os.path.exists(class_folder)
-        )
-        if is_storage_trouble(error) or not is_alone:
+        if is_storage_trouble(error) or not _fails_alone(path):
             return StorageTrouble(error.strerror or str(error), may_pass=True)
     return None
+
+
+def _fails_alone(path: str) -> bool:
+    """Whether a file is gone or shut by itself or with its class, as somebody removes them, and not with the disk of many.
+
+    An unmounted disk takes the folder above the class with it or, where it was mounted lower, leaves an empty folder. A link
+    that leads to it stays, without what it leads to.
+    """
+    folder = os.path.dirname(path)
+    above = os.path.dirname(folder)
+    if not os.path.lexists(folder):
+        folder = above
+    elif os.path.islink(path):
+        folder = os.path.dirname(os.path.realpath(path))
+    if not all(os.access(needed, os.X_OK) for needed in (above, folder)):
+        return False
+    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:  # it may be entered, but not listed
+        return any(True for _ in entries)
+    return True
 
 
 def _pipeline_over(inputs: Sequence[tuple], make_pipeline: Callable[[Callable[[], tuple]], Pipeline]) -> Pipeline:

@@ -219,6 +219,48 @@ def test_a_data_folder_that_stays_away_ends_the_run_and_loses_no_image(photos, m
         list(itertools.islice(loader, 8))
 
 
+def _class_by_link(folder: Path) -> Path:
+    disk = folder.rename(folder.parents[2] / "disk")
+    folder.symlink_to(disk)
+    return disk
+
+
+def _images_by_links(folder: Path) -> Path:
+    disk = _class_by_link(folder)
+    folder.unlink()
+    folder.mkdir()
+    for image in disk.iterdir():
+        (folder / image.name).symlink_to(image)
+    return disk
+
+
+def _emptied(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("place", "leave"),
+    [
+        (lambda folder: folder.parent, _emptied),
+        (lambda folder: folder, _emptied),
+        (_class_by_link, _emptied),
+        (_class_by_link, shutil.rmtree),
+        (_images_by_links, _emptied),
+        (_images_by_links, shutil.rmtree),
+    ],
+)
+def test_a_disk_that_holds_a_part_of_the_data_may_leave_too(photos, monkeypatch, place, leave):
+    """A split's own disk, a class's, or one to which links lead: gone, or an empty folder where it was mounted."""
+    folder, plan = photos
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.3)
+    disk = place(folder / "train/class0")
+    loader = make_loader(plan)
+    leave(disk)
+    with pytest.raises(DataSourceError, match="cannot be read"):
+        list(itertools.islice(loader, 8))
+
+
 @pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
 def test_a_file_that_the_disk_does_not_give_is_not_lost(photos, monkeypatch, error):
     """DALI says only that it failed; read again, the file says why: first by this errno, then it is there."""
