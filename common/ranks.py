@@ -59,7 +59,8 @@ def ranks_of_this_run(device: str) -> Iterator[Ranks]:
     """Join the process group that torchrun describes in the environment; without torchrun, one rank and no group.
 
     device: "auto", "cuda" or "cpu". Raises UserError: cuda without a GPU, fewer GPUs than processes on this machine, half of
-    what a launcher says. LostRankError: another rank has left while this one waited for it.
+    what a launcher says. TrainingError: the ranks do not find each other. LostRankError: another rank has left while this one
+    waited for it.
 
     After an error the group stays as it is: to take it apart, others would have to come out of the collective operation that
     they are in. The process is to tell its error and to leave (common/process.py).
@@ -74,15 +75,21 @@ def ranks_of_this_run(device: str) -> Iterator[Ranks]:
         on_gpu = own_device.type == "cuda"
         if local_world_size == world_size:  # one machine: nobody else needs to reach gloo's ports
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=_store_of_this_start(rank, world_size),
-            rank=rank,
-            world_size=world_size,
-            timeout=_PATIENCE_IN_COLLECTIVES,
-            device_id=own_device if on_gpu else None,
-        )
-        patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]  # not for members
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=_store_of_this_start(rank, world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=_PATIENCE_IN_COLLECTIVES,
+                device_id=own_device if on_gpu else None,
+            )
+            patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]  # not for members
+        except RuntimeError as error:
+            raise TrainingError(
+                f"the ranks cannot connect to each other ({_in_a_line(error)}); check GLOO_SOCKET_IFNAME and "
+                "NCCL_SOCKET_IFNAME, and that no firewall stands between the machines"
+            ) from error
     try:
         yield Ranks(
             rank=rank,
@@ -94,13 +101,16 @@ def ranks_of_this_run(device: str) -> Iterator[Ranks]:
         )
     except RuntimeError as error:
         if launch and _is_of_a_lost_rank(error):
-            reason = " ".join(str(error).split())[:300]
             raise LostRankError(
-                f"the ranks have lost each other ({reason}); the first one to leave has said why"
+                f"the ranks have lost each other ({_in_a_line(error)}); the first one to leave has said why"
             ) from error
         raise
     if launch:
         dist.destroy_process_group()
+
+
+def _in_a_line(error: RuntimeError) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _is_of_a_lost_rank(error: RuntimeError) -> bool:
@@ -128,9 +138,8 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
             raise TrainingError(
                 f"nobody answers at {address}, where the ranks meet: torchrun is gone, start it again"
             ) from error
-        reason = " ".join(str(error).split())[:200]
         raise TrainingError(
-            f"the ranks cannot meet at {address} ({reason}); check MASTER_ADDR and MASTER_PORT"
+            f"the ranks cannot meet at {address} ({_in_a_line(error)}); check MASTER_ADDR and MASTER_PORT"
         ) from error
     store.set_timeout(_PATIENCE_IN_COLLECTIVES)  # of what is asked later
     name = uuid.uuid4().hex

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import TrainingError
 from common.ranks import ranks_of_this_run
 from tests.runs import ROOT, SMALL, environment, free_port, kill_all, results_of_output, wait_for
 from tests.used import read_used
@@ -177,7 +178,8 @@ def test_ranks_of_one_machine_meet_where_no_other_machine_comes(monkeypatch):
         assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
         assert listening() - {"::", "0.0.0.0"} == {"127.0.0.1"}  # the store, which is torch's
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")  # what is given stays
-    with pytest.raises(RuntimeError, match="no-such-interface"), ranks_of_this_run("cpu"):
+    said = r"cannot connect to each other \(.*no-such-interface.*\); check GLOO_SOCKET_IFNAME"
+    with pytest.raises(TrainingError, match=said), ranks_of_this_run("cpu"):
         pass
 
 
