@@ -1,6 +1,6 @@
 """Every command that README.md, CONTRIBUTING.md and docs/ show is run as it stands, or says what it needs.
 
-What is skipped is listed at the end of pytest's output, with the reason.
+A long one that several pages show runs once. What is skipped is listed at the end of pytest's output, with the reason.
 """
 
 import pytest
@@ -16,8 +16,12 @@ QUICK_SECONDS = 120
 SLOW_SECONDS = 1800
 
 
+def _without_comment(command: Command) -> str:
+    return command.text.split(" #")[0].strip()
+
+
 def _reason_to_skip(command: Command) -> str:
-    if command.text.split("#")[0].strip() in CHECKS:
+    if _without_comment(command) in CHECKS:
         return "is a check itself"
     return f"needs {command.needs}" if command.needs else ""
 
@@ -25,9 +29,15 @@ def _reason_to_skip(command: Command) -> str:
 def _parameters() -> list:
     """Of each block, what can be run, in one test, and what cannot, in one for each reason."""
     parameters = []
+    shown: set[str] = set()  # what takes long, on the pages before
     for block in all_blocks():
         name, reasons = f"{block.page}:{block.line}", [_reason_to_skip(command) for command in block.commands]
-        run = [command for command, reason in zip(block.commands, reasons, strict=True) if not reason]
+        run = [
+            command
+            for command, reason in zip(block.commands, reasons, strict=True)
+            if not reason and _without_comment(command) not in shown
+        ]
+        shown.update(_without_comment(command) for command in run if command.takes)
         if run:
             marks = [pytest.mark.slow] if any(command.takes for command in run) else []
             parameters.append(pytest.param(run, id=name, marks=marks))
