@@ -1,12 +1,17 @@
 """Runs of train.py as a user starts them."""
 
+import atexit
 import contextlib
+import functools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,24 +19,79 @@ import torch
 from engine.checkpoint import load
 
 ROOT = Path(__file__).parent.parent
+_LIMIT_SECONDS = 280
 # Small enough that a step takes a tenth of a second; momentum, decay and dropout as in the paper.
 SMALL = ["--arch", "A", "--data", "digits", "--batch-size", "12", "--schedule", "step", "--log-every", "1"]
 
 
 def run(*flags: str, ranks: int = 0, script: str = "train.py", check: bool = True) -> subprocess.CompletedProcess:
-    """Run train.py (ranks=0) or torchrun train.py, in the repository."""
-    launcher = [sys.executable, *(one_machine(ranks) if ranks else [])]
-    done = subprocess.run(
-        [*launcher, script, *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=280,
-        check=False,
-    )
+    """Run train.py in the repository: as python does (ranks=0), or as so many ranks on this machine."""
+    environments = [environment()]
+    if Path("/dev/nvidiactl").exists():  # CUDA does not survive a fork
+        launcher = [sys.executable, *(one_machine(ranks) if ranks else [])]
+        command = [*launcher, script, *flags]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env=environments[0], timeout=_LIMIT_SECONDS, check=False
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done
+    if ranks:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        meeting |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        environments = [
+            {**environment(), **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)
+        ]
+    done = _warm().run(script, flags, environments)
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+class _Warm:
+    """tests/warm.py, which starts programs without their imports."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "tests/warm.py"],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        atexit.register(self._end)
+
+    def run(
+        self, program: str, flags: Sequence[str], environments: Sequence[dict[str, str]]
+    ) -> subprocess.CompletedProcess:
+        assert self._process.stdin
+        assert self._process.stdout
+        with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
+            request = {
+                "program": program,
+                "flags": flags,
+                "folder": str(ROOT),
+                "environments": environments,
+                "stdout": stdout.name,
+                "stderr": stderr.name,
+            }
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            if not select.select([self._process.stdout], [], [], _LIMIT_SECONDS)[0]:
+                self._end()
+                _warm.cache_clear()
+                raise AssertionError(f"not done after {_LIMIT_SECONDS} s:\n{stderr.read()}")
+            code = int(self._process.stdout.readline())
+            return subprocess.CompletedProcess([program, *flags], code, stdout.read(), stderr.read())
+
+    def _end(self) -> None:
+        """Its programs end with it."""
+        self._process.kill()
+        self._process.communicate()
+
+
+@functools.cache
+def _warm() -> _Warm:
+    """One for all tests of this process."""
+    return _Warm()
 
 
 def start(*flags: str, torchrun: list[str] | None = None, script: str = "train.py") -> subprocess.Popen:
