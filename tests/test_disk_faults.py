@@ -95,7 +95,7 @@ def test_a_read_only_disk(tmp_path, capsys):
             assert f"--out {disk / out}: cannot be written (Read-only file system); choose another folder" in error
 
 
-@pytest.mark.parametrize(("moment", "survivor"), [("replace", 1), ("link", 2)])
+@pytest.mark.parametrize(("moment", "survivor"), [pytest.param("replace", 1, marks=pytest.mark.slow), ("link", 2)])
 def test_killed_between_writing_and_renaming_or_linking(whole, tmp_path, moment, survivor):
     """In the second checkpoint, kill -9 before last.pt is replaced, or after that and before it gets its number."""
     code = f"""
@@ -120,6 +120,7 @@ train.main(sys.argv[1:])
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(whole, tmp_path, capsys):
     flags = [*FLAGS, "--out", str(tmp_path)]
     assert train.main([*flags, "--steps", "2"]) == 0

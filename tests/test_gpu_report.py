@@ -242,6 +242,7 @@ def test_compare_steps_runs_on_a_cpu(monkeypatch):
     assert (result["device"], result["precision"], result["batch_size"]) == ("cpu", "fp32", 2)
 
 
+@pytest.mark.slow
 def test_compare_inputs_runs_on_a_cpu(tmp_path, monkeypatch):
     import compare_inputs
     import compare_loaders

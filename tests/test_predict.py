@@ -172,6 +172,7 @@ def test_a_network_with_nan_in_it_is_refused_by_the_tensors_name(network, images
     )
 
 
+@pytest.mark.slow
 def test_a_pipe_that_closes_ends_it_without_a_traceback(network, images):
     flags = ["--checkpoint", str(network[1]), "--scale", "40", str(images)]
     with subprocess.Popen(

@@ -49,7 +49,8 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_exactly(uninterrupted, t
     assert_same_weights(uninterrupted(ranks) / "last.pt", tmp_path / "last.pt")
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGKILL])
 def test_torchrun_restarts_ranks_that_stopped_or_were_killed(uninterrupted, tmp_path, number):
     flags = [*SMALL, "--steps", "8", "--checkpoint-minutes", "0", "--out", str(tmp_path)]
     process = start(*flags, torchrun=one_machine(2, restarts=1))

@@ -64,6 +64,7 @@ def test_loader_memory(tmp_path):
     assert (tmp_path / "memory.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_step_overhead():
     flags = ["--crop", "32", "--train-scale", "32", "--batch-size", "2"]
     result = run_script("step_overhead", "script._STEPS_A_TURN = 2; script._TURNS = 4", *flags)
@@ -71,6 +72,7 @@ def test_step_overhead():
     assert 0.2 < result["trainer_to_bare"] < 5
 
 
+@pytest.mark.slow
 def test_sampler_overhead(tmp_path, monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", str(compile_stub(tmp_path)))
     settings = "script._TURN_SECONDS = 0.1; script._BATCH_SIZE = 2; script._CROP = 32; script._CLASSES = 10"

@@ -80,6 +80,7 @@ def reproduce(*flags: str, **variables: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_dry_run_prints_commands_that_train_py_takes(tmp_path):
     done = reproduce("--dry-run", DATA="digits", OUT=str(tmp_path / "a b"))
     assert done.returncode == 0, done.stderr

@@ -42,6 +42,7 @@ def damaged(scanned, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_training_and_validation_go_on_without_them(damaged, tmp_path):
     results = {}
     for ranks in (0, 2):

@@ -120,6 +120,7 @@ class Steps:
             self.cpu_seconds = min(self.cpu_seconds, (process_time() - cpu_began) / torch.get_num_threads())
 
 
+@pytest.mark.slow
 def test_no_step_of_this_machine_is_faster_than_its_floor(monkeypatch):
     """Steps that computing limits, and steps that weights and optimizer limit.
 

@@ -289,7 +289,7 @@ def test_fewer_files_may_be_open_than_there_are_shards(tmp_path):
 # ---- runs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["global", "window"])
+@pytest.mark.parametrize("order", [pytest.param("global", marks=pytest.mark.slow), "window"])
 def test_a_run_goes_on_bit_exactly_in_the_middle_of_an_epoch_and_a_window(folder, tmp_path, order):
     flags = [*TRAIN, "--data", str(folder), "--order", order, "--window-shards", "3"]
     assert train.main([*flags, "--steps", "5", "--out", str(tmp_path / "whole")]) == 0
@@ -298,6 +298,7 @@ def test_a_run_goes_on_bit_exactly_in_the_middle_of_an_epoch_and_a_window(folder
     assert_same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_validate_on_prepared_data(folder, tmp_path):
     flags = [*TRAIN, "--data", str(folder), "--order", "window", "--epochs", "1"]
     done = run(*flags, "--out", str(tmp_path / "two"), ranks=2)
@@ -590,7 +591,7 @@ def enlarge(folder: Path, count: int, order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["global", "window"])
-@pytest.mark.parametrize("count", [1_281_167, 1_000_000_000])
+@pytest.mark.parametrize("count", [pytest.param(1_281_167, marks=pytest.mark.slow), 1_000_000_000])
 def test_start_up_memory_and_cost_do_not_grow_with_the_index(own_copy, count, order):
     """Under 3 s from opening the index to the first batch, under 300 MB above the imports, for a billion rows too."""
     enlarge(own_copy, count, order)

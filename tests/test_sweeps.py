@@ -135,6 +135,7 @@ def test_run_whose_row_was_not_written_any_more(folder):
     assert len(read_rows(folder / "lr.csv")) == 1
 
 
+@pytest.mark.slow
 def test_two_sweeps_share_the_runs(folder):
     both = [
         subprocess.Popen(["sweeps/lr.sh"], cwd=ROOT, env=variables(folder, LRS="0.7 0.01"), stdout=subprocess.DEVNULL)

@@ -117,6 +117,7 @@ def test_mistakes_are_told_in_a_sentence(flags, words, capsys):
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_synthetic_data_has_only_the_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(peaks, "_MEASURE_SECONDS", 0.05)
     flags = [

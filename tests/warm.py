@@ -1,8 +1,8 @@
 """Programs that start at once: python tests/warm.py has imported what they need, and forks for each that it is asked for.
 
 To import torch and DALI takes a program longer than what most tests have it do. It reads one line of JSON for each start, and
-answers with the exit code: of the one process, or 1 if one of several ranks failed, as torchrun has it. The ranks find each
-other by the environment that they are given.
+answers with the exit code: of the process or, of several ranks, of the first one that failed, after which the others are ended.
+The ranks find each other by the environment that they are given.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ def _exit_code(processes: Sequence[int]) -> int:
         if time.monotonic() > deadline:
             _send(signal.SIGKILL, running)
         time.sleep(0.01)
-    return 1 if failed and len(processes) > 1 else failed
+    return failed
 
 
 def _send(number: int, processes: set[int]) -> None:
