@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 
     begin()
 
-import contextlib
 import io
 import json
 import time
@@ -68,7 +67,7 @@ class Statistics:
 def find_statistics(data: Manifest | Prepared) -> Statistics | None:
     """The statistics of a data set; None where nobody has computed them, or they are another's, with a note.
 
-    Raises UserError where the file is damaged.
+    Raises UserError where the file is damaged, or cannot be read.
     """
     content = _read(data)
     if content is None:
@@ -201,11 +200,10 @@ def _read(data: Manifest | Prepared) -> bytes | None:
         pass
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable, or remove it") from error
-    if isinstance(data, Prepared):  # in a bucket, copied there with the shards
+    if isinstance(data, Prepared) and STATISTICS in data.train.storage.sizes():  # in a bucket, copied there with the shards
         content = io.BytesIO()
-        with contextlib.suppress(UserError):
-            data.train.storage.copy(STATISTICS, content, _MOST_BYTES)
-            return content.getvalue()
+        data.train.storage.copy(STATISTICS, content, _MOST_BYTES)
+        return content.getvalue()
     return None
 
 

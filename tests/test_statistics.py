@@ -229,3 +229,20 @@ def test_statistics_that_cannot_be_opened_are_said_in_a_sentence(photos, tmp_pat
     (tmp_path / STATISTICS).mkdir()
     with pytest.raises(UserError, match=r"statistics.json: cannot be read \(Is a directory\)"):
         find_statistics(dataclasses.replace(open_manifest(photos), folder=tmp_path))
+
+
+def test_statistics_that_a_bucket_does_not_give_are_not_taken_for_none(photos, tmp_path, monkeypatch):
+    """Else the run would go on with ImageNet's mean, and nobody would hear of it."""
+    prepared = tmp_path / "prepared"
+    assert prepare.main([str(photos), str(prepared), "--short-side", "64"]) == 0
+    data = open_prepared(str(prepared))
+    storage = data.train.storage
+
+    def refuse(*_: object) -> None:
+        raise UserError(f"{STATISTICS}: cannot be read (AccessDenied)")
+
+    monkeypatch.setattr(storage, "copy", refuse)
+    assert find_statistics(data) is None, "there are none, and nobody asks for them"
+    monkeypatch.setattr(storage, "sizes", lambda: {STATISTICS: 900})
+    with pytest.raises(UserError, match=r"statistics.json: cannot be read \(AccessDenied\)"):
+        find_statistics(data)
