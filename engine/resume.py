@@ -158,7 +158,7 @@ def _move_aside(out: Path) -> None:
     earlier = [entry for entry in out.iterdir() if _NAMES.fullmatch(entry.name)]
     if not earlier:
         return
-    aside = next(out / f"earlier-{n}" for n in range(1, 10**6) if not (out / f"earlier-{n}").exists())
+    aside = next(out / f"earlier-{n}" for n in range(1, 10**6) if not os.path.lexists(out / f"earlier-{n}"))
     aside.mkdir()
     for entry in earlier:
         entry.rename(aside / entry.name)

@@ -360,10 +360,11 @@ def test_only_what_a_run_writes_is_moved_aside(folder, tmp_path, capsys):
         (tmp_path / name).write_text(name)
     (tmp_path / "best.pt.bak").write_text("x")
     (tmp_path / ".last.pt.abc_1234.tmp").write_text("half of one")
+    (tmp_path / "earlier-1").symlink_to("nowhere")
     with FolderLock(tmp_path) as lock:
         claim_out(dataclasses.replace(parse_args(flags), resume="never"), None, lock)
-    assert {path.name for path in tmp_path.iterdir()} == {*foreign, "earlier-1", ".lock", "config.yaml"}
-    assert {path.name for path in (tmp_path / "earlier-1").iterdir()} == left
+    assert {path.name for path in tmp_path.iterdir()} == {*foreign, "earlier-1", "earlier-2", ".lock", "config.yaml"}
+    assert {path.name for path in (tmp_path / "earlier-2").iterdir()} == left
     assert (target / "precious").read_text() == "x"
     (tmp_path / "config.yaml").write_text("lr: 1\narch: mine\n")
     assert train.main([*flags, "--resume", "never"]) == 2
