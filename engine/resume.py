@@ -19,6 +19,7 @@ from engine.data import Data
 from engine.networks import check_weights, differing_classes
 from engine.records import CONFIG
 from model.weights import is_finite, is_plain
+from pipeline.scan import SPLITS
 
 # Settings that say how a run is carried out, not what it computes: free to change between a run and its resumption.
 _FREE_SETTINGS = {
@@ -165,7 +166,19 @@ def _move_aside(out: Path) -> None:
     say(f"the earlier run in {out} is now in {aside}")
 
 
+def _check_apart(config: Config) -> None:
+    """Raise UserError where a run's files would lie among the images, or --resume never would move the images away."""
+    data, out = (Path(os.path.realpath(path)) for path in (config.data, config.out))
+    among = any(out.is_relative_to(os.path.realpath(data / split)) for split in SPLITS)
+    if among or (data != out and data.is_relative_to(out) and _NAMES.fullmatch(data.relative_to(out).parts[0])):
+        raise UserError(
+            f"--out {config.out}: what a run writes there and the images of --data {config.data} would be taken for each "
+            "other; choose another folder"
+        )
+
+
 def _find(config: Config, lock: FolderLock) -> Path | None:
+    _check_apart(config)
     nearest = next(folder for folder in (config.out, *config.out.absolute().parents) if folder.exists())
     try:
         descriptor, probe = tempfile.mkstemp(dir=nearest, prefix=".probe.")

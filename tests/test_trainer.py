@@ -372,6 +372,15 @@ def test_only_what_a_run_writes_is_moved_aside(folder, tmp_path, capsys):
     assert (tmp_path / "config.yaml").read_text() == "lr: 1\narch: mine\n"
 
 
+@pytest.mark.parametrize("out", ["{data}/train", "{data}/val/class0/run", "{data}/.."])
+def test_a_run_does_not_write_among_the_images_nor_moves_them(tmp_path, capsys, out):
+    data = write_images(tmp_path / "tensorboard", ["class0", "class1"], 2)
+    before = sorted(tmp_path.rglob("*"))
+    assert train.main(flags_of(data, Path(out.format(data=data)), "--resume", "never")) == 2
+    assert "would be taken for each other; choose another folder" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
