@@ -200,7 +200,9 @@ def _read(data: Manifest | Prepared) -> bytes | None:
         pass
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable, or remove it") from error
-    if isinstance(data, Prepared) and STATISTICS in data.train.storage.sizes():  # in a bucket, copied there with the shards
+    if (
+        isinstance(data, Prepared) and STATISTICS in data.train.storage.sizes()
+    ):  # in a bucket, copied there with the shards
         content = io.BytesIO()
         data.train.storage.copy(STATISTICS, content, _MOST_BYTES)
         return content.getvalue()
