@@ -7,6 +7,7 @@ run_program().
 import errno
 import io
 import os
+import re
 import select
 import shutil
 import signal
@@ -354,7 +355,7 @@ def ignored_of_launch() -> list[str]:
 
 def _number(name: str, least: int) -> int:
     text = os.environ.get(name) or str(least)
-    if not (text.isascii() and text.isdecimal()) or int(text) < least:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:  # more digits are none of torch's numbers
         raise UserError(f"{name}={text}: must be a whole number from {least} on; mend how the ranks are launched")
     return int(text)
 

@@ -7,12 +7,11 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.errors import UserError
 from common.files import replacing
+from common.flags import FlagParser
 from common.process import end, run_program
 from common.progress import printable
 from engine.records import Run, read_run
@@ -79,12 +78,12 @@ def draw_runs(runs: Sequence[Run], names: Sequence[str], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
-
     def work() -> int:
-        if len(arguments) != 1:
-            raise UserError("give one folder of a run: python -m engine.curves runs/D-imagenet")
-        print(json.dumps({"curves": str(draw_curves(Path(arguments[0])))}))
+        parser = FlagParser(
+            prog="python -m engine.curves", description="Draw a run's curves.png from its metrics.jsonl."
+        )
+        parser.add_argument("run", metavar="RUN", type=Path, help="the --out of train.py")
+        print(json.dumps({"curves": str(draw_curves(parser.parse_args(argv).run))}))
         return 0
 
     return run_program(work)

@@ -46,6 +46,11 @@ def test_two_runs(tmp_path, capsys):
 
 def test_a_line_that_is_just_being_written_does_not_count(tmp_path, capsys):
     run = write_run(tmp_path / "run", losses=[2.0, 1.0], top1=[], cut=True)
+    assert curves.main(["--help"]) == 0
+    assert "RUN" in capsys.readouterr().out
+    assert curves.main([]) == 2
+    assert curves.main([str(run), str(run)]) == 2
+    assert "--help lists the flags" in capsys.readouterr().err
     assert curves.main([str(run)]) == 0
     assert json.loads(capsys.readouterr().out) == {"curves": str(run / "curves.png")}
     assert compare_runs.figures_of(compare_runs.read_run(run))["train_loss"] == 2.0

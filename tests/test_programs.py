@@ -415,6 +415,7 @@ def test_launchers_are_understood(monkeypatch, variables, launch):
         ({**WHOLE, "MASTER_PORT": ""}, "without MASTER_PORT:"),
         ({**WHOLE, "RANK": "2"}, "RANK=2 but WORLD_SIZE=2"),
         ({**WHOLE, "RANK": "-1"}, "RANK=-1: must be a whole number from 0 on"),
+        ({**WHOLE, "WORLD_SIZE": "9" * 20}, "WORLD_SIZE=99999999999999999999: must be a whole number"),
         ({**WHOLE, "WORLD_SIZE": "two"}, "WORLD_SIZE=two: must be a whole number from 1 on"),
         ({**WHOLE, "LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5: must be a whole number from 0 on"),
         ({**WHOLE, "MASTER_PORT": "70000"}, "MASTER_PORT=70000: must be in 1–65535"),
