@@ -30,24 +30,33 @@ class _Batch(NamedTuple):
     """[n, …]: where the images' bytes lie, as the kind of table has it."""
     sizes: np.ndarray
     """int64 [n, 2]: as in the table."""
+    windows: np.ndarray
+    """int64 [n, 2, 2]: where what is decoded of each begins, and its size."""
     targets: np.ndarray
     """int64 [n, 2]: after the resize."""
 
 
 def decode_whole(
-    table: FileTable | ShardTable, rows: np.ndarray, *, sizes: np.ndarray | None = None, threads: int
+    table: FileTable | ShardTable,
+    rows: np.ndarray,
+    *,
+    windows: np.ndarray | None = None,
+    sizes: np.ndarray | None = None,
+    threads: int,
 ) -> Iterator[tuple[np.ndarray | None, str]]:
     """Decode the whole images of these rows (int64 [n]), in order, as training does on the CPU.
 
-    sizes: int64 [n, 2], what each is resized to, with training's filter; None leaves them as they are. An image that has
-    its size already comes through bit-identically. threads: of the decoder; the result does not depend on them.
+    windows: int64 [n, 2, 2], the part of each that is decoded, by its first pixel and its size; None: all of it. For most
+    formats the decoder holds the whole image meanwhile, but gives out no second copy. sizes: int64 [n, 2], what each is resized
+    to, with training's filter; None leaves them as they are. An image that has its size already comes through bit-identically.
+    threads: of the decoder; the result does not depend on them.
     Yields (uint8 [height, width, 3], "") or (None, why it cannot be decoded). The arrays are the caller's to keep. Raises
     DataSourceError where the storage of files or shards fails, for a minute.
     """
     fetch = None if isinstance(table, FileTable) else ShardReader(table, threads=None, batches_ahead=_PREFETCH).fetch
     images_a_batch = max(_LEAST_IMAGES, _IMAGES_A_THREAD * threads)
     make_pipeline = functools.partial(_pipeline, from_files=isinstance(table, FileTable), resized=sizes is not None)
-    waiting = fetched(_batches(table, rows, sizes, images_a_batch), fetch)
+    waiting = fetched(_batches(table, rows, windows, sizes, images_a_batch), fetch)
     in_flight: deque[Fetched[_Batch]] = deque()
     given_back: deque[Fetched[_Batch]] = deque()
 
@@ -100,8 +109,9 @@ def each_in_order(
 
 def _inputs(batch: _Batch, encoded: np.ndarray, which: slice = slice(None), *, resized: bool) -> tuple[np.ndarray, ...]:
     """What the DALI graph takes."""
-    inputs = encoded[which], batch.sizes[which].astype(np.int32), batch.targets[which].astype(np.float32)
-    return inputs if resized else inputs[:2]
+    windows = batch.windows[which].astype(np.int32)
+    inputs = encoded[which], windows[:, 0].copy(), windows[:, 1].copy(), batch.targets[which].astype(np.float32)
+    return inputs if resized else inputs[:3]
 
 
 def _one_by_one(
@@ -117,12 +127,15 @@ def _one_by_one(
             yield from _results(outputs, batch.sizes[index : index + 1])
 
 
-def _batches(table: Table, rows: np.ndarray, sizes: np.ndarray | None, most: int) -> Iterator[_Batch]:
+def _batches(
+    table: Table, rows: np.ndarray, windows: np.ndarray | None, sizes: np.ndarray | None, most: int
+) -> Iterator[_Batch]:
     """The rows in batches of at most so many images and, unless it is one, of at most _PIXELS_A_BATCH."""
     for block in range(0, len(rows), _ROWS_A_BLOCK):
         chosen = slice(block, block + _ROWS_A_BLOCK)
         source, _, own_sizes = table.read(rows[chosen])
-        whole = _Batch(source, own_sizes, own_sizes if sizes is None else sizes[chosen])
+        parts = np.stack((np.zeros_like(own_sizes), own_sizes), axis=1) if windows is None else windows[chosen]
+        whole = _Batch(source, own_sizes, parts, parts[:, 1] if sizes is None else sizes[chosen])
         pixels = np.cumsum(whole.sizes.prod(axis=1) + whole.targets.prod(axis=1))
         first = before = 0
         while first < len(pixels):
@@ -146,15 +159,16 @@ def _pipeline(
         exec_dynamic=True,
     )
     with pipeline:
-        dtypes = [types.UINT8, types.INT32, types.FLOAT][: 3 if resized else 2]
-        encoded, sizes, *targets = fn.external_source(source, num_outputs=len(dtypes), batch=True, dtype=dtypes)
+        dtypes = [types.UINT8, types.INT32, types.INT32, types.FLOAT][: 4 if resized else 3]
+        encoded, starts, sizes, *targets = fn.external_source(source, num_outputs=len(dtypes), batch=True, dtype=dtypes)
         files = read_files(encoded) if from_files else encoded
         shapes = fn.peek_image_shape(files, adjust_orientation=False, dtype=types.INT32)
-        # A file that was replaced by a far larger image is not decoded beyond the size that is in the table.
+        # A file that was replaced by a far larger image is not decoded beyond the size that is in the table, nor beyond its own.
+        starts = math.min(starts, shapes[:2] - 1)
         images = fn.decoders.image_slice(
             files,
-            start=np.zeros(2, dtype=np.int32),
-            shape=math.min(sizes, shapes[:2]),
+            start=starts,
+            shape=math.min(sizes, shapes[:2] - starts),
             axes=[0, 1],
             output_type=types.RGB,
             adjust_orientation=False,  # these as in training: see graphs.py

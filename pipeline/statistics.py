@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
     begin()
 
 import io
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -35,6 +36,9 @@ from pipeline.tables import FileTable, ShardTable
 
 STATISTICS = "statistics.json"
 
+_ROWS_A_BLOCK = 1 << 16
+# Of an image, decoded at a time: the decoder holds all of it, and what it gives out a second time.
+_PIXELS_A_STRIP = 1 << 25
 _PIXELS_A_BLOCK = 1 << 17
 _MOST_BYTES = 1 << 20  # of statistics.json
 
@@ -145,14 +149,32 @@ def _all_moments(table: FileTable | ShardTable, threads: int) -> Iterator[np.nda
     # Here, because DALI takes long to import, and training imports this file.
     from pipeline.decoding import decode_whole, each_in_order
 
-    decoded = decode_whole(table, np.arange(len(table)), threads=threads)
-    with ThreadPoolExecutor(threads) as pool:  # NumPy lets go of the interpreter meanwhile
-        for moments, _ in each_in_order(pool, lambda image: (_moments(image), ""), decoded, ahead=4 * threads):
-            yield moments
+    for first in range(0, len(table), _ROWS_A_BLOCK):
+        rows, windows = _strips(table, np.arange(first, min(first + _ROWS_A_BLOCK, len(table))))
+        decoded = decode_whole(table, rows, windows=windows, threads=threads)
+        with ThreadPoolExecutor(threads) as pool:  # NumPy lets go of the interpreter meanwhile
+            sums = each_in_order(pool, lambda strip: (_sums(strip), ""), decoded, ahead=4 * threads)
+            for _, strips in itertools.groupby(zip(rows.tolist(), sums, strict=True), key=lambda pair: pair[0]):
+                of_strips = [of_strip for _, (of_strip, _) in strips]
+                decodable = [of_strip for of_strip in of_strips if of_strip is not None]
+                total = np.sum(decodable, axis=0)
+                yield total / total[0, 0] if len(decodable) == len(of_strips) else None
 
 
-def _moments(image: np.ndarray) -> np.ndarray:
-    """uint8 [height, width, 3] → the means over the pixels of all products of (1, R, G, B), float64 [4, 4].
+def _strips(table: FileTable | ShardTable, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What is decoded at a time: rows, those of large images several times, and a window of each, int64 [n, 2, 2]."""
+    sizes = table.read(rows).sizes
+    counts = np.minimum(-(-sizes.prod(axis=1) // _PIXELS_A_STRIP), sizes[:, 0])
+    image = np.repeat(np.arange(len(rows)), counts)
+    number = np.arange(len(image)) - np.repeat(np.cumsum(counts) - counts, counts)
+    heights, widths = sizes[image].T
+    tops, ends = (heights * which // counts[image] for which in (number, number + 1))
+    begins, extents = np.stack((tops, np.zeros_like(tops)), axis=1), np.stack((ends - tops, widths), axis=1)
+    return rows[image], np.stack((begins, extents), axis=1)
+
+
+def _sums(image: np.ndarray) -> np.ndarray:
+    """uint8 [height, width, 3] → the sums over the pixels of all products of (1, R, G, B), float64 [4, 4].
 
     Sums of products of bytes are integers, exact in float64 in any order, up to images of 10¹¹ pixels: so they are summed
     up in blocks, whose float64 copies take little memory.
@@ -164,7 +186,7 @@ def _moments(image: np.ndarray) -> np.ndarray:
         some = pixels[first : first + _PIXELS_A_BLOCK]
         block[1:, : len(some)] = some.T
         total += block[:, : len(some)] @ block[:, : len(some)].T
-    return total / len(pixels)
+    return total
 
 
 def _from_moments(moments: np.ndarray, *, images: int, fingerprint: str) -> Statistics:

@@ -91,7 +91,7 @@ def test_batches_hold_few_images_and_few_pixels_and_every_row_once(table, monkey
     monkeypatch.setattr(decoding, "_PIXELS_A_BATCH", 400_000)
     monkeypatch.setattr(decoding, "_ROWS_A_BLOCK", 9)
     rows = np.arange(len(table))[::-1]
-    batches = list(decoding._batches(table, rows, None, 6))
+    batches = list(decoding._batches(table, rows, None, None, 6))
     assert np.array_equal(np.concatenate([batch.source for batch in batches]), table.read(rows).source)
     for batch in batches:
         assert 1 <= len(batch.source) <= 6
