@@ -32,6 +32,7 @@ _SECONDS_OF_ONE = 1.0
 """Between two Ctrl-C that are meant as two: torchrun passes on to its ranks what they have got from the terminal already."""
 _FEWEST_COLUMNS = 40
 """What help and error frames are laid out for; on fewer, tyro does not come to an end."""
+_NO_MORE = re.compile("can't start new thread|failed to map segment|[Cc]annot allocate memory")
 _OF_A_NAME = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS,
     errno.EEXIST,
@@ -116,6 +117,15 @@ def run_program(body: Callable[[], int], *, interrupted: str | Callable[[], str]
     and are raised.
     """
     _set_surroundings()
+    try:
+        return _run(body, interrupted)
+    except RuntimeError as error:  # of the thread that watches for Ctrl-C
+        if told := _as_sentence(error):
+            return _tell(told)
+        raise
+
+
+def _run(body: Callable[[], int], interrupted: str | Callable[[], str]) -> int:
     with _Interrupts(interrupted) as interrupts:
         try:
             code = body()
@@ -152,6 +162,10 @@ def _as_sentence(error: BaseException) -> UserError | TrainingError | None:
         return error
     if isinstance(error, MemoryError):
         return TrainingError(f"this machine's memory is used up ({error or 'no more is given'}); end other programs")
+    if isinstance(error, RuntimeError | ImportError) and _NO_MORE.search(str(error)):
+        return TrainingError(
+            f"the system gives this process no more memory or threads ({error}); raise its limits (ulimit -v, ulimit -u)"
+        )
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
         if isinstance(error.filename, str | bytes):
@@ -225,11 +239,13 @@ class _Interrupts:
         )
         if self._installed:
             self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
             self._watcher = threading.Thread(target=self._watch, name="interrupts", daemon=True)
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            self._watcher.start()  # with no signal for it: else it would get those that this thread holds back
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            try:
+                self._watcher.start()  # with no signal for it: else it would get those that this thread holds back
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
             signal.signal(signal.SIGINT, self._ask)
             _Interrupts.current = self
         return self

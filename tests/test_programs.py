@@ -6,6 +6,7 @@ import pwd
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -357,6 +358,25 @@ def test_errors_of_files_and_memory_are_sentences(tmp_path, capsys, action, code
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert words in error
+
+
+def test_limits_of_memory_and_threads_are_sentences(capsys, monkeypatch):
+    """ulimit -v, under which torch's libraries do not load, and ulimit -u, under which no thread starts, not even the first."""
+
+    def import_torch() -> int:
+        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
+    assert run_program(import_torch) == 1
+    assert "no more memory or threads (libtorch_cpu.so: failed to map segment" in capsys.readouterr().err
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert run_program(lambda: 0) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the system gives this process no more memory or threads (can't start new thread)")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("below", ["file/below", "a" * 300])
