@@ -48,8 +48,10 @@ class TrainStep:
         # images, and the ranks agree on them whenever they validate or save.
         self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._parallel = model if isinstance(model, DistributedDataParallel) else None
-        self._buffers = list(model.buffers())
-        self._buffers_before = [buffer.clone() for buffer in self._buffers]
+        counters = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]
+        # Of one type each, so that one kernel copies all of them.
+        self._buffers = [buffers for buffers in (self._statistics, counters) if buffers]
+        self._buffers_before = [[buffer.clone() for buffer in buffers] for buffers in self._buffers]
         self._phase = _BETWEEN_STEPS
 
     def __call__(self, batches: Iterator[Batch], *, before_gradients: Callable[[], None] = lambda: None) -> Tensor:
@@ -58,8 +60,8 @@ class TrainStep:
         before_gradients: called before the gradients travel to the other ranks; it raises where the step is to be given up.
         """
         losses = []
-        if self._buffers:
-            torch._foreach_copy_(self._buffers_before, self._buffers)
+        for before, buffers in zip(self._buffers_before, self._buffers, strict=True):
+            torch._foreach_copy_(before, buffers)
         self._phase = _COMPUTING
         for number in range(1, self._passes + 1):
             images, labels = next(batches)
@@ -88,8 +90,8 @@ class TrainStep:
         if self._phase == _COMPUTING:
             self._optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
-                    buffer.copy_(before)
+                for buffers, before in zip(self._buffers, self._buffers_before, strict=True):
+                    torch._foreach_copy_(buffers, before)
             self._phase = _BETWEEN_STEPS
         return self._phase == _BETWEEN_STEPS
 

@@ -239,7 +239,9 @@ class Trainer:
         """found: images lost, added up over ranks, of which several may have found the same one."""
         manifest, limit = self._data.manifest, self._data.max_lost(self._data.train_images)
         if manifest and found > limit:
-            check_lost(len(union_over_ranks(self._data.bad_rows, self._ranks)), limit, manifest.folder)
+            lost = len(union_over_ranks(self._data.bad_rows, self._ranks))
+            self._requests.failed_together = lost > limit  # so that the others wait for rank 0 to save
+            check_lost(lost, limit, manifest.folder)
 
     def _validate(self) -> tuple[Accuracy | None, Tensor | None]:
         """Validate. Returns the result, and which classes were taken for which, where they are few.
