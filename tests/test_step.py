@@ -54,6 +54,20 @@ def test_steps_equal_the_papers_update_in_float64():
         assert error < 1e-4
 
 
+def test_a_step_that_is_given_up_leaves_nothing_behind():
+    """Its second pass gets no images: the statistics of batch normalisation, which the first has moved, are put back."""
+    model, step = make(FP32, passes=2, batch_norm=True)
+    batch = make_batch(4)
+    step(iter([batch, batch]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(StopIteration):
+        step(iter([batch]))
+    assert not torch.equal(model.state_dict()["features.1.running_mean"], before["features.1.running_mean"])
+    assert step.give_up()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
+
+
 def test_accumulated_passes_equal_one_large_pass():
     images, labels = make_batch(8)
     whole_model, whole = make(FP32)
