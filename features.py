@@ -21,7 +21,7 @@ def write(flags: FeatureFlags) -> dict:
     import numpy as np
 
     from common.files import replacing
-    from common.progress import say
+    from common.progress import printable, say
     from common.ranks import first_then_others, ranks_of_this_run
     from engine.data import open_data
     from engine.features import WIDTH, svm_accuracy, write_features
@@ -58,7 +58,8 @@ def write(flags: FeatureFlags) -> dict:
                 with replacing(flags.output / f"{split}-labels.npy") as file:
                     np.save(file, labels[split])
             with replacing(flags.output / "classes.txt") as file:
-                file.write("".join(f"{name}\n" for name in data.classes).encode(errors="surrogateescape"))
+                names = (printable(name) if "\n" in name else name for name in data.classes)  # a line each
+                file.write("".join(f"{name}\n" for name in names).encode(errors="surrogateescape"))
             results = {
                 "checkpoint": flags.checkpoint,
                 "scales": list(scales),

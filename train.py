@@ -16,48 +16,50 @@ from engine.config import Config, parse_args
 from engine.preemption import StopRequests
 
 
-def train(config: Config) -> dict:
-    """Run a configuration to its end. Returns the results, on every rank. Raises UserError, TrainingError."""
-    with StopRequests() as requests:  # from here on: what follows takes its time before there is anything to save
-        # Imports here, not above: --help and mistyped flags answer without waiting for torch.
-        if config.inspect:
-            from engine.inspection import inspect
+def train(config: Config, requests: StopRequests) -> dict:
+    """Run a configuration to its end. Returns the results, on every rank. Raises UserError, TrainingError.
 
-            return inspect(config)
-        from common.lock import FolderLock
-        from common.progress import say
-        from common.ranks import first_then_others, ranks_of_this_run
-        from engine.assembly import network_of
-        from engine.data import open_data
-        from engine.networks import initial_network, start_from
-        from engine.precision import choose_precision, set_numerics
-        from engine.resume import check_same_data, claim_out, open_checkpoint
-        from engine.trainer import Trainer
+    requests: entered.
+    """
+    # Imports here, not above: --help and mistyped flags answer without waiting for torch.
+    if config.inspect:
+        from engine.inspection import inspect
 
-        with ranks_of_this_run(config.device) as ranks, FolderLock(config.out) as lock:
-            set_numerics(deterministic=config.deterministic)
-            precision = choose_precision(config.precision, ranks.device)
-            checkpoint = open_checkpoint(config, ranks, lock)
-            initial = None if checkpoint else initial_network(config)
-            data = open_data(config, ranks, precision, checkpoint=checkpoint, initial=initial)
-            if checkpoint:
-                check_same_data(checkpoint, data, allow_changed=config.allow_changed_data)
-            model = network_of(config, classes=len(data.classes), device=ranks.device)
-            if initial:
-                done = start_from(initial, model, config, data.classes)
-                if ranks.is_main:
-                    say(done)
-            first_then_others(ranks, lambda: claim_out(config, checkpoint, lock), lambda _: None)
-            trainer = Trainer(
-                config,
-                ranks=ranks,
-                precision=precision,
-                data=data,
-                model=model,
-                checkpoint=checkpoint,
-                requests=requests,
-            )
-            return trainer.fit()
+        return inspect(config)
+    from common.lock import FolderLock
+    from common.progress import say
+    from common.ranks import first_then_others, ranks_of_this_run
+    from engine.assembly import network_of
+    from engine.data import open_data
+    from engine.networks import initial_network, start_from
+    from engine.precision import choose_precision, set_numerics
+    from engine.resume import check_same_data, claim_out, open_checkpoint
+    from engine.trainer import Trainer
+
+    with ranks_of_this_run(config.device) as ranks, FolderLock(config.out) as lock:
+        set_numerics(deterministic=config.deterministic)
+        precision = choose_precision(config.precision, ranks.device)
+        checkpoint = open_checkpoint(config, ranks, lock)
+        initial = None if checkpoint else initial_network(config)
+        data = open_data(config, ranks, precision, checkpoint=checkpoint, initial=initial)
+        if checkpoint:
+            check_same_data(checkpoint, data, allow_changed=config.allow_changed_data)
+        model = network_of(config, classes=len(data.classes), device=ranks.device)
+        if initial:
+            done = start_from(initial, model, config, data.classes)
+            if ranks.is_main:
+                say(done)
+        first_then_others(ranks, lambda: claim_out(config, checkpoint, lock), lambda _: None)
+        trainer = Trainer(
+            config,
+            ranks=ranks,
+            precision=precision,
+            data=data,
+            model=model,
+            checkpoint=checkpoint,
+            requests=requests,
+        )
+        return trainer.fit()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,8 +74,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         nonlocal config
-        config = parse_args(argv)
-        results = train(config)
+        with StopRequests() as requests:  # from here on: what follows takes its time before there is anything to save
+            config = parse_args(argv)
+            results = train(config, requests)
         if is_first_rank():
             print(json.dumps(results), flush=True)
         return EXIT_STOPPED if results["stopped"] else 0

@@ -298,6 +298,9 @@ def _is_installed(package: str) -> bool:
 
 def check(config: Config) -> None:
     """Raise UserError for values that no world size and no machine could make good."""
+    for name, value in vars(config).items():
+        if isinstance(value, int) and abs(value) >= 2**63 and name != "seed":
+            raise UserError(f"--{name.replace('_', '-')}: must be in (-2^63, 2^63)")
     try:
         lowest, highest = config.scale
     except ValueError:

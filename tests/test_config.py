@@ -91,6 +91,7 @@ def test_scales(scale, train, validation):
         (["--crop", "0"], "multiple of 32"),
         (["--lr", "fast"], "--lr"),
         (["--lr", "nan"], "--lr nan: must be above 0"),
+        (["--epochs", "9" * 400], r"--epochs: must be in \(-2\^63, 2\^63\)"),
         (["--learning-rate", "1"], "Unrecognized options: --learning-rate"),
         (["--train-scale", "large"], "--train-scale large: give one number"),
         (["--train-scale", "512-256"], "must not exceed"),
