@@ -68,7 +68,9 @@ def test_each_part_gets_its_own_time(passes):
             ("optimizer", OPTIMIZER),
             ("rest", 0),
         ):
-            assert planted <= lap[part] < planted + 0.03 * passes, part
+            assert planted <= lap[part], part
+            # The least of them: in a single lap, other work of the machine may come between.
+            assert min(lap[part] for lap in taken) < planted + 0.03 * passes, part
     assert laps.take() == []
 
 

@@ -90,6 +90,7 @@ def test_batches_from_a_bucket_are_those_from_the_folder(folder, bucket, window_
         assert torch.equal(here, there)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_from_a_bucket(bucket, tmp_path):
     done = run(*FLAGS, "--data", URL, "--steps", "2", "--out", str(tmp_path / "bucket"), ranks=2)
     assert results_of(done)["steps"] == 2
