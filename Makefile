@@ -39,10 +39,10 @@ pictures: $(VENV)/installed
 
 ifeq ($(origin PYTHON),file)
 gpu-report: $(VENV)/installed-dev
-	$(BIN)/python profile/gpu_report.py $${DATA:+--data "$$DATA"}
+	$(BIN)/python -m benchmarks.gpu_report $${DATA:+--data "$$DATA"}
 else
 gpu-report:
-	$(PYTHON) profile/gpu_report.py $${DATA:+--data "$$DATA"}
+	$(PYTHON) -m benchmarks.gpu_report $${DATA:+--data "$$DATA"}
 endif
 
 clean:

@@ -32,11 +32,9 @@ def environment(stub: Path, **settings: str) -> dict[str, str]:
 
 
 def run_python(code: str, env: dict[str, str]) -> dict:
-    """Run code that prints a line of JSON, last; what it says. The code finds profile/'s modules, NvmlSampler, sleep and now."""
+    """Run code that prints a line of JSON, last; what it says. The code finds our modules, NvmlSampler, sleep and now."""
     begin = (
-        "import json, os, sys; sys.path.insert(0, 'profile')\n"
-        "from time import perf_counter as now, sleep\n"
-        "from nvml_sampler import NvmlSampler\n"
+        "import json, os, sys\nfrom time import perf_counter as now, sleep\nfrom perf.nvml_sampler import NvmlSampler\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", begin + code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False

@@ -5,11 +5,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "profile"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import throughput
 import torch
 
+from perf import throughput
 from pipeline.storage import FolderStorage
 
 

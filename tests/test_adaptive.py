@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from adaptive import Limits, measure, rate
-from laps import Laps
 
 from common.ranks import Ranks
+from perf.adaptive import Limits, measure, rate
+from perf.laps import Laps
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), patient_group=None)
 
@@ -21,8 +21,8 @@ class Step:
         self.now, self.taken, self._seconds = 1000.0, 0, seconds
         for module in ("adaptive", "laps"):
             monkeypatch.setattr(f"{module}.perf_counter", lambda: self.now)
-        monkeypatch.setattr("adaptive.process_time", lambda: 2 * self.now)
-        monkeypatch.setattr("adaptive.busy_seconds", lambda: 5 * self.now)
+        monkeypatch.setattr("perf.adaptive.process_time", lambda: 2 * self.now)
+        monkeypatch.setattr("perf.adaptive.busy_seconds", lambda: 5 * self.now)
 
     def __call__(self) -> None:
         self.now += self._seconds(self.taken)
@@ -116,7 +116,7 @@ def test_a_busy_neighbour_is_seen():
 def test_rates_of_ranks_are_added_and_the_slowest_is_named(monkeypatch):
     timing = time_it(Step(monkeypatch, lambda n: 0.01))
     slower = [0.04] * len(timing.laps)
-    monkeypatch.setattr("adaptive.gather", lambda own, ranks: [own, (slower, 0.03)])
+    monkeypatch.setattr("perf.adaptive.gather", lambda own, ranks: [own, (slower, 0.03)])
     figures = rate(timing, images=8, ranks=ALONE)
     assert figures["images_per_second"]["median"] == pytest.approx(8 / 0.01 + 8 / 0.04)
     assert figures["images_per_second_per_rank"] == pytest.approx(8 / 0.04)

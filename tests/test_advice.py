@@ -8,21 +8,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import compare_evaluation
-import compare_steps
-import kept_runs
-import limited_links
-import loader_parts
 import pytest
-import sweep
 import torch
-from sweep_point import Point
 
+from benchmarks import evaluation as compare_evaluation
+from benchmarks import kept_runs, limited_links
+from benchmarks import steps as compare_steps
 from common.errors import TrainingError, UserError
 from common.ranks import Ranks
 from engine import data, evaluator
 from engine.config import parse_args
 from engine.resume import check_same_data
+from perf import loader_parts, sweep
+from perf.sweep_point import Point
 from pipeline import manifest, scan
 from pipeline.loader import DaliLoader
 from pipeline.prepared import Prepared

@@ -1,5 +1,6 @@
 import pytest
-from ceiling import SHARED_CORES, ceiling
+
+from perf.ceiling import SHARED_CORES, ceiling
 
 
 def stage(images_per_second: float, cpu_seconds: float = 0.0, *, batch: int = 100, ranks: int = 1) -> dict:

@@ -3,7 +3,8 @@
 import random
 
 import pytest
-from coordinate_search import Coordinate, TimeUp, beats_spread, climb, paired_gains
+
+from perf.coordinate_search import Coordinate, TimeUp, beats_spread, climb, paired_gains
 
 THREADS, PREFETCH, MODE = (1, 2, 3, 4, 6, 8), (1, 2, 4), ("a", "b")
 COORDINATES = [

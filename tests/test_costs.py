@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from costs import LayerCost, Work, decoded_pixels, gradient_bytes, layer_costs, optimizer_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.vgg import CONFIGURATIONS, VGG
+from perf.costs import LayerCost, Work, decoded_pixels, gradient_bytes, layer_costs, optimizer_bytes
 from pipeline.draws import PURPOSE_GEOMETRY, uniforms
 from pipeline.plan import rescaled_sizes, source_windows
 
@@ -109,7 +109,7 @@ def test_an_unknown_layer_is_refused(monkeypatch):
             super().__init__(arch, **settings)
             self.features.append(torch.nn.Sigmoid())
 
-    monkeypatch.setattr("costs.VGG", Wider)
+    monkeypatch.setattr("perf.costs.VGG", Wider)
     with pytest.raises(NotImplementedError, match=r"Sigmoid \(features\.\d+\)"):
         layer_costs("A", classes=10, crop=32, batch=1, bytes_per_value=4)
 

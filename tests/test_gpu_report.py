@@ -6,16 +6,15 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import gpu_report
-import gpu_table
 import numpy as np
 import pytest
 import torch
-from gpu_report import Run, execute, plan
-from gpu_results import of_inputs, of_loaders, of_steps, of_tests, of_throughput
-from gpu_table import BEGIN, END, rewrite_table, section
-from photographs import photograph_folder
 
+from benchmarks import gpu_report, gpu_table
+from benchmarks.gpu_report import Run, execute, plan
+from benchmarks.gpu_results import of_inputs, of_loaders, of_steps, of_tests, of_throughput
+from benchmarks.gpu_table import BEGIN, END, rewrite_table, section
+from benchmarks.photographs import photograph_folder
 from common.errors import UserError
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
@@ -85,11 +84,11 @@ def test_the_plan_is_all_that_waits_for_a_gpu(tmp_path, capsys):
     assert f"--data {tmp_path / 'images'}" in captured.err
 
 
-@pytest.mark.parametrize("script", ["throughput", "compare_inputs", "compare_steps"])
+@pytest.mark.parametrize("script", ["profile/throughput.py", "benchmarks.inputs", "benchmarks.steps"])
 def test_the_planned_flags_are_known(tmp_path, script):
     for run in plan(tmp_path, tmp_path / "work")[0]:
-        if run.command[0] == f"profile/{script}.py":
-            flags = [*run.command[1:], "--micro-batch", "32"]
+        if script in run.command[:2]:
+            flags = [*run.command[run.command.index(script) + 1 :], "--micro-batch", "32"]
             assert parse_args(flags).device == "cuda"
 
 
@@ -244,8 +243,8 @@ def test_compare_steps_runs_on_a_cpu(monkeypatch):
 
 @pytest.mark.slow
 def test_compare_inputs_runs_on_a_cpu(tmp_path, monkeypatch):
-    import compare_inputs
-    import compare_loaders
+    from benchmarks import inputs as compare_inputs
+    from benchmarks import loaders as compare_loaders
 
     monkeypatch.setattr(compare_loaders, "_BATCHES_NOT_COUNTED", 1)
     monkeypatch.setattr(compare_inputs, "_PAUSE_SECONDS", 0.0)
@@ -264,7 +263,7 @@ def test_compare_inputs_runs_on_a_cpu(tmp_path, monkeypatch):
 
 
 def test_on_a_gpu_every_decoder_is_compared():
-    from compare_inputs import decoders
+    from benchmarks.inputs import decoders
 
     with ranks_of_this_run("cpu") as ranks:
         changed = decoders(parse_args(["--prefetch", "3"]), replace(ranks, device=torch.device("cuda", 0)))
@@ -278,7 +277,7 @@ def test_on_a_gpu_every_decoder_is_compared():
 
 @pytest.mark.parametrize("data", ["synthetic", "digits"])
 def test_inputs_are_compared_over_a_folder(data, capsys):
-    import compare_inputs
+    from benchmarks import inputs as compare_inputs
 
     assert compare_inputs.main(["--data", data]) == 2
     assert "give a folder of photographs" in capsys.readouterr().err

@@ -5,11 +5,11 @@ import time
 
 import pytest
 import torch
-from laps import Laps, MarkedBatches, MarkedPrecision
 from torch import nn
 
 from engine.precision import Precision, choose_precision
 from engine.step import TrainStep
+from perf.laps import Laps, MarkedBatches, MarkedPrecision
 
 CPU = torch.device("cpu")
 WAIT, FORWARD, BACKWARD, OPTIMIZER = 0.04, 0.08, 0.12, 0.16

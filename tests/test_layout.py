@@ -15,7 +15,9 @@ ALLOWED = {
     "pipeline": {"common"},
     "model": {"common"},
     "engine": {"common", "pipeline", "model"},
-    "profile": {"common", "pipeline", "model", "engine"},
+    "perf": {"common", "pipeline", "model", "engine"},
+    "benchmarks": {"common", "pipeline", "model", "engine", "perf"},
+    "profile": {"common", "perf"},
 }
 PROGRAMS = ("train", "evaluate", "features", "export", "predict")
 OWN = {*ALLOWED, *PROGRAMS}

@@ -5,7 +5,6 @@ import itertools
 
 import numpy as np
 import pytest
-from loader_parts import decoding_alone, reading_alone
 from PIL import Image
 
 from common.errors import UserError
@@ -13,6 +12,7 @@ from common.ranks import ranks_of_this_run
 from engine.config import parse_args
 from engine.data import Data, default_threads, open_data
 from engine.precision import Precision
+from perf.loader_parts import decoding_alone, reading_alone
 from pipeline.manifest import open_manifest
 from pipeline.plan import Samples
 from pipeline.prepare import Settings, prepare

@@ -199,7 +199,7 @@ print(json.dumps([sampler.report(), sampler.report(end - 0.2, end)]))
 def test_a_driver_that_hangs_does_not_hold_up_the_program(stub):
     """Eight GPUs with a PCIe reading of 2 s: entering, leaving and reporting take only their patience."""
     code = """
-import nvml_sampler; nvml_sampler._PATIENCE_SECONDS = 0.2
+from perf import nvml_sampler; nvml_sampler._PATIENCE_SECONDS = 0.2
 began = now()
 with NvmlSampler(interval_seconds=0.02) as sampler:
     pass
@@ -320,7 +320,7 @@ def test_uuids_of_a_torch_device():
     code = """
 import torch
 from types import SimpleNamespace
-from nvml_sampler import uuids_of
+from perf.nvml_sampler import uuids_of
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(uuid=f"uuid of {device}")
 print(json.dumps([uuids_of(torch.device("cpu")), uuids_of(torch.device("cuda", 1))]))
 """

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
-from order_statistics import median_interval, summarise
 from scipy.stats import binom
+
+from perf.order_statistics import median_interval, summarise
 
 
 @pytest.mark.parametrize("count", [*range(1, 60), 100, 999, 1000, 1001, 5000, 20_000])

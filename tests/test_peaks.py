@@ -2,11 +2,12 @@
 
 from time import perf_counter
 
-import peaks
 import pytest
 import torch
-from cards import CARDS, find_card
-from peaks import Peaks, measure_peaks, peaks_here, peaks_of
+
+from perf import peaks
+from perf.cards import CARDS, find_card
+from perf.peaks import Peaks, measure_peaks, peaks_here, peaks_of
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_script(name: str, settings: str, *flags: str) -> dict:
-    """Run profile/NAME.py with some of its constants set to less, so that it is quick; the JSON of its last line."""
-    code = f"import sys; sys.path.insert(0, 'profile'); import {name} as script; {settings}; sys.exit(script.main(sys.argv[1:]))"
+    """Run a module with some of its constants set to less, so that it is quick; the JSON of its last line."""
+    code = f"import sys; import {name} as script; {settings}; sys.exit(script.main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", code, *flags],
         cwd=ROOT,
@@ -33,7 +33,7 @@ def run_script(name: str, settings: str, *flags: str) -> dict:
 def test_compare_loaders(tmp_path):
     folder = photo_folder(tmp_path, train=10, val=2)
     flags = ["--data", str(folder), "--batch-size", "2", "--rounds", "2", "--batches", "2", "--threads", "1"]
-    result = run_script("compare_loaders", "script._PAUSE_SECONDS = 0.0; script._BATCHES_NOT_COUNTED = 1", *flags)
+    result = run_script("benchmarks.loaders", "script._PAUSE_SECONDS = 0.0; script._BATCHES_NOT_COUNTED = 1", *flags)
     assert set(result["scales"]) == {"S=256", "S in [256;512]"}
     assert set(result["scales"]["S=256"]) >= set(result["scales"]["S in [256;512]"])
     for loaders in result["scales"].values():
@@ -49,7 +49,7 @@ def test_compare_loaders(tmp_path):
 def test_soak():
     """A rank is killed, and torchrun restarts all; torchrun is killed, whose ranks stop by themselves, and started again."""
     flags = ["--faults", "2", "--kinds", "rank", "torchrun", "--epochs", "1", "--batch-size", "48"]
-    result = run_script("soak", "pass", *flags)
+    result = run_script("tests.soak", "pass", *flags)
     assert result["faults"] == {"rank": 1, "torchrun": 1, "stop": 0, "size": 0, "file": 0}
     assert (result["steps"], result["starts_of_torchrun"], result["torchrun_gave_up"]) == (30, 2, 0)
     assert (result["rows_not_used_once"], result["images_changed_in_repeated_steps"], result["exact"]) == (0, 0, True)
@@ -58,7 +58,7 @@ def test_soak():
 def test_loader_memory(tmp_path):
     folder = photo_folder(tmp_path / "photos", train=10, val=2)
     flags = ["--data", str(folder), "--epochs", "3", "--batch-size", "5", "--plot", str(tmp_path / "memory.png")]
-    result = run_script("loader_memory", "pass", *flags)
+    result = run_script("benchmarks.memory", "pass", *flags)
     assert len(result["resident_mib"]) == 3
     assert 50 < min(result["resident_mib"]) <= max(result["resident_mib"]) < 10_000
     assert (tmp_path / "memory.png").stat().st_size > 1000
@@ -67,7 +67,7 @@ def test_loader_memory(tmp_path):
 @pytest.mark.slow
 def test_step_overhead():
     flags = ["--crop", "32", "--train-scale", "32", "--batch-size", "2"]
-    result = run_script("step_overhead", "script._STEPS_A_TURN = 2; script._TURNS = 4", *flags)
+    result = run_script("benchmarks.step_overhead", "script._STEPS_A_TURN = 2; script._TURNS = 4", *flags)
     assert result["turns"] == 4
     assert 0.2 < result["trainer_to_bare"] < 5
 
@@ -76,7 +76,7 @@ def test_step_overhead():
 def test_sampler_overhead(tmp_path, monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", str(compile_stub(tmp_path)))
     settings = "script._TURN_SECONDS = 0.1; script._BATCH_SIZE = 2; script._CROP = 32; script._CLASSES = 10"
-    result = run_script("sampler_overhead", settings, "--pairs", "6", "--interval-ms", "10")
+    result = run_script("benchmarks.sampler_overhead", settings, "--pairs", "6", "--interval-ms", "10")
     assert result["samples"] >= 7
     for clock in ("seconds", "core_seconds"):
         ratio = result[f"{clock}_with_to_without"]

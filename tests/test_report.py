@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare_reports import compare, comparison, comparison_tables, differences
 from PIL import Image
-from report import main, print_report, write_report
-from report_format import check_report
 
 from common.errors import UserError
+from perf.compare_reports import compare, comparison, comparison_tables, differences
+from perf.report_format import check_report
+from perf.show import main, print_report, write_report
 from tests.made_up_report import cpu_report, gpu_report, summary
 
 ROOT = Path(__file__).parent.parent

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 
 import pytest
-from compare_reports import compare
-from report import PICTURES
-from report_format import check_report
-from report_page import page
-from report_words import number, stage_table, with_prefix
 
+from perf.compare_reports import compare
+from perf.report_format import check_report
+from perf.report_page import page
+from perf.report_words import number, stage_table, with_prefix
+from perf.show import PICTURES
 from tests.made_up_report import cpu_report, gpu_report
 
 

@@ -4,20 +4,20 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from compare_reports import compare, comparison
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
-from plot_roofline import roofline
-from plot_style import spread_out
-from plot_telemetry import telemetry
-from plot_timeline import timeline
-from plot_waterfall import waterfall
-from report import PICTURES
 from scipy.optimize import minimize
 
+from perf.compare_reports import compare, comparison
+from perf.plot_roofline import roofline
+from perf.plot_style import spread_out
+from perf.plot_telemetry import telemetry
+from perf.plot_timeline import timeline
+from perf.plot_waterfall import waterfall
+from perf.show import PICTURES
 from tests.made_up_report import cpu_report, gpu_report, summary
 
 

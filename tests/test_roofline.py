@@ -5,18 +5,18 @@ import json
 import math
 from time import perf_counter, process_time
 
-import peaks as peaks_module
 import pytest
-import roofline as script
 import torch
-from all_reduce import Links
-from floor import Job
-from peaks import Peaks, measure_peaks
-from roofline import Measured, links_of, main, roofline
 
 from engine.precision import Precision, set_numerics
 from engine.step import TrainStep
 from model.vgg import build
+from perf import peaks as peaks_module
+from perf import roofline as script
+from perf.all_reduce import Links
+from perf.floor import Job
+from perf.peaks import Peaks, measure_peaks
+from perf.roofline import Measured, links_of, main, roofline
 
 CPU = torch.device("cpu")
 H100 = Peaks(name="H100", source="table", flops_per_second=989.4e12, bytes_per_second=3.35e12, watts=700)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.distributed as dist
-from all_reduce import Links, all_reduce_seconds
-from costs import layer_costs
-from scaling import ComputeTimes, LayerBackward, all_reduce_beside, buckets, predict
 
 from common.errors import UserError
+from perf.all_reduce import Links, all_reduce_seconds
+from perf.costs import layer_costs
+from perf.scaling import ComputeTimes, LayerBackward, all_reduce_beside, buckets, predict
 
 LINKS = Links(peer_bytes_per_second=100e9, network_bytes_per_second=10e9, gpus_per_node=8, latency_seconds=5e-6)
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from plot_sweep import Point, efficiency, plot_sweep
-from report import main as report
-from sweep_point import cause_in
-from sweep_report import independent, sweep_table, varying
-from sweep_table import add_row, read_rows
 
 from common.errors import UserError
+from perf.plot_sweep import Point, efficiency, plot_sweep
+from perf.show import main as report
+from perf.sweep_point import cause_in
+from perf.sweep_report import independent, sweep_table, varying
+from perf.sweep_table import add_row, read_rows
 from tests.runs import ROOT, environment
 
 # Stands for Python in the runs alone. Learning rate 0.5 fails; 0.7 goes on until there is a file "go", or SIGTERM comes.
@@ -273,7 +273,7 @@ def test_make_does_not_run_the_name_of_a_folder(folder):
             text=True,
             check=True,
         ).stdout
-        assert shown.splitlines() == ["profile/gpu_report.py", "--data", data]
+        assert shown.splitlines() == ["-m", "benchmarks.gpu_report", "--data", data]
     assert not (folder / "mark").exists()
 
 

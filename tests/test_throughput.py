@@ -3,11 +3,10 @@
 import json
 import math
 
-import peaks
 import pytest
-import throughput
 import torch
 
+from perf import peaks, throughput
 from tests.runs import run
 
 SMALL = ["--arch", "A", "--data", "digits", "--batch-size", "4", "--steps", "5", "--seconds", "60"]

@@ -6,16 +6,16 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-import throughput
 import yaml
-from adaptive import Limits
-from trials import Job, Outcome, Trials
-from tuning import Search, coordinates, in_words
-from tuning_output import sentences, write_recipe
 
 from common.errors import TrainingError, UserError
 from common.ranks import ranks_of_this_run
 from engine.config import Config, parse_args
+from perf import throughput
+from perf.adaptive import Limits
+from perf.trials import Job, Outcome, Trials
+from perf.tuning import Search, coordinates, in_words
+from perf.tuning_output import sentences, write_recipe
 from tests import made_up_worker
 from tests.runs import results_of, run
 
@@ -238,7 +238,7 @@ def test_mistakes_are_told_in_a_sentence(flags, words, capsys):
 
 
 def test_the_process_of_the_trials_may_fail(monkeypatch):
-    monkeypatch.setattr("trials.serve", made_up_worker.serve)
+    monkeypatch.setattr("perf.trials.serve", made_up_worker.serve)
     with ranks_of_this_run("cpu") as ranks:
         trials = Trials(Config(), ranks, Limits(seconds=1, steps=None))
         try:

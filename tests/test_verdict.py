@@ -4,9 +4,9 @@ import copy
 import shlex
 
 import pytest
-from verdict import judge
 
 from engine.config import parse_args
+from perf.verdict import judge
 from tests.made_up_report import cpu_report, gpu_report, rate, summary
 
 

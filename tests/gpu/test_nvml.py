@@ -4,8 +4,8 @@ from time import monotonic, perf_counter, sleep
 
 import pytest
 import torch
-from nvml_sampler import NvmlSampler, uuids_of
 
+from perf.nvml_sampler import NvmlSampler, uuids_of
 from tests.gpu.device import DEVICE
 
 pytestmark = pytest.mark.gpu

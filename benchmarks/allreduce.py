@@ -1,0 +1,150 @@
+"""python -m benchmarks.allreduce --ranks 2 3: the model of all-reduce (all_reduce.py) against gloo, over limited links.
+
+Each rank runs in a network namespace of its own, whose link to the others tc limits to --mbits-per-second. The prediction is
+a ring's, gloo's algorithm, with that bandwidth less the packets' headers; the latency is that of an all-reduce of 4 bytes.
+Needs Linux, iproute2 and root.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from time import perf_counter
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.limited_links import INTERFACE, PAYLOAD_SHARE, Machine, limited_machines
+from common.errors import TrainingError, UserError
+from common.flags import FlagParser
+from common.process import end, run_program
+from perf.all_reduce import Links, all_reduce_seconds
+
+_FLOAT_BYTES = 4
+_PORT = 29400  # any: no one else is in the namespace
+_TIMES = {"small": 20, "large": 5}
+_PATIENCE_SECONDS = 240
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    parser = FlagParser(
+        prog="python -m benchmarks.allreduce", description="Predicted and measured all-reduce over limited links."
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3], help="numbers of ranks to try")
+    parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 4, 16], help="sizes to try")
+    parser.add_argument("--mbits-per-second", type=float, default=100, help="of each link, in each direction")
+    arguments = parser.parse_args(argv)
+    if min(arguments.ranks) < 2 or min(arguments.megabytes) <= 0 or arguments.mbits_per_second <= 0:
+        raise UserError("give --ranks of 2 or more, and --megabytes and --mbits-per-second above 0")
+    rows = [row for ranks in arguments.ranks for row in check(ranks, arguments)]
+    print_rows(rows, arguments.mbits_per_second)
+    largest = max(abs(row["measured_over_predicted"] - 1) for row in rows)
+    print(json.dumps({"mbits_per_second": arguments.mbits_per_second, "rows": rows, "largest_error": largest}))
+    return 0
+
+
+def check(ranks: int, arguments: argparse.Namespace) -> list[dict]:
+    """Predicted and measured seconds of each size."""
+    sizes = [int(megabytes * 1e6) // _FLOAT_BYTES * _FLOAT_BYTES for megabytes in arguments.megabytes]
+    with limited_machines(ranks, mbits_per_second=arguments.mbits_per_second) as machines:
+        smallest_seconds, *measured = measure(machines, [_FLOAT_BYTES, *sizes])
+    bytes_per_second = arguments.mbits_per_second * 1e6 / 8 * PAYLOAD_SHARE
+    links = Links(
+        peer_bytes_per_second=bytes_per_second,
+        network_bytes_per_second=bytes_per_second,
+        gpus_per_node=1,
+        latency_seconds=smallest_seconds / (2 * (ranks - 1)),
+    )
+    rows = []
+    for size, seconds in zip(sizes, measured, strict=True):
+        predicted = all_reduce_seconds(size, ranks=ranks, links=links, algorithm="ring")
+        rows.append(
+            {
+                "ranks": ranks,
+                "bytes": size,
+                "latency_seconds": links.latency_seconds,
+                "predicted_seconds": predicted,
+                "measured_seconds": seconds,
+                "measured_over_predicted": seconds / predicted,
+            }
+        )
+    return rows
+
+
+def measure(machines: list[Machine], sizes: list[int]) -> list[float]:
+    """Median seconds of an all-reduce of each size (bytes), one rank on each machine. Raises TrainingError: a rank failed."""
+    workers = []
+    for rank, machine in enumerate(machines):
+        variables = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(machines)),
+            "MASTER_ADDR": machines[0].address,
+            "MASTER_PORT": str(_PORT),
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+        }
+        code = f"from benchmarks import allreduce; allreduce.rank({sizes})"
+        workers.append(
+            subprocess.Popen(
+                machine.command(sys.executable, "-c", code),
+                env={**os.environ, **variables},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        answers = [worker.communicate(timeout=_PATIENCE_SECONDS) for worker in workers]
+    except subprocess.TimeoutExpired as error:
+        raise TrainingError(f"the ranks were not done after {_PATIENCE_SECONDS} s") from error
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, (_, complaint) in zip(workers, answers, strict=True):
+        if worker.returncode:
+            raise TrainingError(f"a rank failed: {complaint.strip().splitlines()[-1:]}")
+    return json.loads(answers[0][0].splitlines()[-1])
+
+
+def rank(sizes: list[int]) -> None:
+    """One rank: print the median seconds of each size as JSON. torchrun's variables say which one it is."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    print(json.dumps([_median_seconds(torch.ones(size // _FLOAT_BYTES)) for size in sizes]))
+    dist.destroy_process_group()
+
+
+def _median_seconds(values: torch.Tensor) -> float:
+    dist.all_reduce(values)  # opens the connections
+    seconds = []
+    for _ in range(_TIMES["small" if values.numel() == 1 else "large"]):
+        dist.barrier()
+        began = perf_counter()
+        dist.all_reduce(values)
+        seconds.append(perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def print_rows(rows: list[dict], mbits_per_second: float) -> None:
+    print(f"gloo over links of {mbits_per_second:,g} Mbit/s")
+    print(f"{'ranks':>6}{'MB':>8}{'latency, ms':>14}{'predicted, ms':>16}{'measured, ms':>16}{'ratio':>8}")
+    for row in rows:
+        print(
+            f"{row['ranks']:6}{row['bytes'] / 1e6:8.1f}{1e3 * row['latency_seconds']:14.3f}"
+            f"{1e3 * row['predicted_seconds']:16.2f}{1e3 * row['measured_seconds']:16.2f}"
+            f"{row['measured_over_predicted']:8.3f}"
+        )
+
+
+if __name__ == "__main__":
+    end(main)

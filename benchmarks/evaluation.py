@@ -1,0 +1,178 @@
+"""python -m benchmarks.evaluation [--data DIR]: what batching by size and a single decode are worth in evaluate.py.
+
+dense: a network's pass over whole images, batched by their size against one at a time. multicrop: the 25 crops of the grid cut
+from one decoded image, against a decode of each crop's window; without the network, whose work is the same in both. The two of
+a pair take turns, round after round. Figures are medians over rounds, with the lowest and the highest; the ratio is taken within
+a round.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
+import numpy as np
+import torch
+
+from benchmarks.loaders import median_and_range
+from benchmarks.photographs import photograph_folder
+from common.errors import UserError
+from common.files import cache_folder
+from common.flags import FlagParser
+from common.heap import share_one_heap
+from common.process import end, run_program, usable_cores
+from common.progress import say
+from common.ranks import ranks_of_this_run
+from engine.config import Config
+from engine.data import Data, open_data
+from engine.evaluator import posteriors_of
+from engine.precision import choose_precision
+from engine.protocols import grid_corners, grid_crops, mean_over_views, whole_image
+from model.dense import Dense
+from model.vgg import build
+from pipeline.loader import DaliLoader
+from pipeline.plan import Samples, rescaled_sizes, source_windows
+from pipeline.prepared import is_prepared
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    parser = FlagParser(prog="python -m benchmarks.evaluation", description="Compare ways of evaluating: images/s.")
+    parser.add_argument("--data", type=Path, help="folder with train/ and val/ (default: made from two photographs)")
+    parser.add_argument("--arch", default="A", help="network of the dense pass")
+    parser.add_argument("--dense-crop", type=int, default=32, help="its crop in pixels")
+    parser.add_argument("--crop", type=int, default=224, help="side of the multi-crop evaluation's crops in pixels")
+    parser.add_argument("--batch-size", type=int, default=128, help="images of the crop's size that are batched")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
+    share_one_heap()  # as evaluate.py does
+    arguments = parser.parse_args(argv)
+    if arguments.data and is_prepared(str(arguments.data)):
+        raise UserError(f"--data {arguments.data}: is prepared; give the folder of images that it was made from")
+    folder = arguments.data or photograph_folder(cache_folder() / "photographs-val-96", train=2, val=96)
+    with ranks_of_this_run(arguments.device) as ranks:
+        config = Config(data=str(folder), device=arguments.device)
+        data = open_data(config, ranks, choose_precision("auto", ranks.device))
+        results = {
+            "dense": compare(dense_passes(data, arguments), arguments.rounds, data.val_images),
+            "multicrop": compare(crop_passes(data, arguments), arguments.rounds, data.val_images),
+        }
+    for name, result in results.items():
+        for way in ("ours", "usual"):
+            print(f"{name:10} {way:6}" + "{:10,.1f} ({:,.1f}–{:,.1f}) images/s".format(*result[way]))
+        print(f"{name:10} {'times':6}" + "{:10.2f} ({:.2f}–{:.2f})".format(*result["times"]))
+    settings = {"images": data.val_images, "cores": usable_cores(), "device": arguments.device}
+    print(json.dumps({**settings, "arch": arguments.arch, "rounds": arguments.rounds, **results}))
+    return 0
+
+
+def compare(passes: dict[str, Callable[[], object]], rounds: int, images: int) -> dict:
+    """Images per second of "ours" and "usual", each [median, lowest, highest], and how many times as fast ours is."""
+    rates: dict[str, list[float]] = {name: [] for name in passes}
+    for number in range(rounds + 1):
+        for name, run in passes.items():
+            began = perf_counter()
+            run()
+            if number:  # the first round warms up
+                rates[name].append(images / (perf_counter() - began))
+        say(f"round {number} of {rounds}")
+    ratios = [ours / usual for ours, usual in zip(rates["ours"], rates["usual"], strict=True)]
+    return {
+        **{name: median_and_range(values, 2) for name, values in rates.items()},
+        "times": median_and_range(ratios, 3),
+    }
+
+
+def dense_passes(data: Data, arguments: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    """A dense pass with flips over all images: batched by size, and one image at a time."""
+    crop, device = arguments.dense_crop, data.ranks.device
+    data = at_scale(data, crop)
+    model = build(arguments.arch, classes=1000, crop=crop, dropout=0.5, init="xavier", device=device).eval()
+    compute = posteriors_of(Dense(model), data.precision)
+
+    def run(pixels: int) -> None:
+        for images, _ in data.whole_batches("val", pixels)[0]:
+            mean_over_views(compute, whole_image(images, crop), flip=True, pixels=pixels).cpu()
+
+    return {"ours": lambda: run(arguments.batch_size * crop**2), "usual": lambda: run(1)}
+
+
+def crop_passes(data: Data, arguments: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    """The crops of all images on the device: cut from whole images, and each decoded by itself."""
+    crop = arguments.crop
+    data = at_scale(data, crop)
+
+    def cut() -> None:
+        for images, _ in data.whole_batches("val", arguments.batch_size * crop**2)[0]:
+            for view in grid_crops(images, crop):
+                view.contiguous(memory_format=torch.channels_last).sum().item()
+
+    def decode_each() -> None:
+        for images, _ in each_crop(data, crop, arguments.batch_size):
+            images.sum().item()
+
+    return {"ours": cut, "usual": decode_each}
+
+
+def each_crop(data: Data, crop: int, batch_size: int) -> DaliLoader:
+    """Every crop of every image as a sample of its own, of which the window alone is decoded, as training does."""
+    assert data.manifest
+    table, folder = data.manifest.val, data.manifest.root
+    source, labels, sizes = table.read(np.arange(len(table)))
+    rescaled = rescaled_sizes(sizes, np.full(len(table), data.config.validation_scale))
+    corners = [
+        list(itertools.product(grid_corners(height, crop), grid_corners(width, crop)))
+        for height, width in rescaled.tolist()
+    ]
+    rows = np.repeat(np.arange(len(table)), len(corners[0]))
+    samples = Samples(
+        source=source[rows],
+        **source_windows(
+            sizes[rows], rescaled[rows], np.concatenate(corners), crop, flipped=np.zeros(len(rows), dtype=bool)
+        ),
+        mean=np.tile(np.asarray(data.mean_rgb, dtype=np.float32), (len(rows), 1)),
+        labels=labels[rows],
+        numbers=rows,
+        rows=rows,
+    )
+
+    def batches(skip: int) -> Iterator[Samples]:
+        for first in range(skip * batch_size, len(rows), batch_size):
+            yield samples.take(slice(first, first + batch_size))
+
+    def lose(*_) -> None:
+        raise UserError(
+            f"an image cannot be decoded; have python -m pipeline.manifest {folder} --verify decode leave it out"
+        )
+
+    return DaliLoader(
+        batches,
+        lose=lose,
+        batch_size=batch_size,
+        crop=crop,
+        device=data.ranks.device,
+        decoder=data.decoder,
+        half=data.precision.half_images,
+        threads=data.threads,
+        prefetch=data.config.prefetch,
+    )
+
+
+def at_scale(data: Data, crop: int) -> Data:
+    """The data set for a crop, at the paper's scale for it."""
+    return replace(data, config=replace(data.config, crop=crop, train_scale=str(256 * crop // 224)))
+
+
+if __name__ == "__main__":
+    end(main)

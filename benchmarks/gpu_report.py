@@ -1,0 +1,210 @@
+"""python -m benchmarks.gpu_report [--data DIR] [--dry-run]: everything that waits for a GPU to be measured, in one go.
+
+Runs, each in a process of its own: the tests in tests/gpu; throughput.py for A, D and E in bf16 and fp16, on noise and on
+images; compare_inputs.py for D; compare_loaders.py with the GPU's decoder; compare_steps.py against torchvision's and timm's
+networks. A run that fails is told of by name, and the others go on. Writes docs/gpu/<card>.json, and the table of all cards in
+docs/performance.md.
+
+Without --data, the images are pieces of scikit-learn's photographs. Nothing is downloaded.
+"""
+
+import importlib.util
+import itertools
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
+import torch
+
+from benchmarks.gpu_results import of_inputs, of_loaders, of_steps, of_tests, of_throughput
+from benchmarks.gpu_table import rewrite_table
+from benchmarks.photographs import photograph_folder
+from common.errors import UserError
+from common.files import replacing
+from common.flags import FlagParser
+from common.process import end, run_program
+from common.progress import say
+from common.ranks import ranks_of_this_run
+from perf.machine import ROOT, git_revision, hardware
+
+_ARCHS, _PRECISIONS = ("A", "D", "E"), ("bf16", "fp16")
+_AT_224 = ("--crop", "224", "--train-scale", "256", "--device", "cuda")
+_SIZES = (256, 128, 64, 32)
+"""Images at a time; the next one where the GPU's memory is too small."""
+_SECONDS_A_RUN = 1800
+_GENERATED = "generated photographs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A program to run."""
+
+    kind: str
+    """tests, throughput, inputs, loaders or steps."""
+    name: str
+    command: list[str]
+    """What follows the interpreter."""
+    size_flag: str | None = None
+    """The flag that takes one of _SIZES."""
+    report: Path | None = None
+    """The file with the results; None: the last line on stdout is them."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    parser = FlagParser(
+        prog="python -m benchmarks.gpu_report", description="Measure on a GPU what this project promises of one."
+    )
+    parser.add_argument("--data", type=Path, help="folder with train/<class>/* and val/<class>/*; default: made up")
+    parser.add_argument("--work", type=Path, default=Path("runs/gpu-report"), help="folder for what the runs leave")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder with performance.md and gpu/")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    arguments = parser.parse_args(argv)
+    folder = arguments.work.resolve()  # the runs start in the repository
+    work = folder / f"{datetime.now():%Y%m%d-%H%M%S}"
+    data = arguments.data.resolve() if arguments.data else folder / "photographs"
+    runs, left_out = plan(data, work)
+    if arguments.dry_run:
+        for run in runs:
+            say(" ".join(["python", *_command(run, _SIZES[0])]))
+        print(json.dumps({"runs": [run.name for run in runs], "left_out": left_out}))
+        return 0
+    if not torch.cuda.is_available():
+        raise UserError("no GPU: torch finds none here; check the driver with nvidia-smi, or see --dry-run")
+    if arguments.data is None:
+        photograph_folder(data)
+    report = measure(runs, left_out, work)
+    report["data"] = data.name if arguments.data else _GENERATED
+    path = write(report, arguments.docs)
+    print(
+        json.dumps({"program": "gpu_report", "card": report["card"], "failed": report["failed"], "report": str(path)})
+    )
+    return 1 if report["failed"] or report["tests"] is None or report["tests"]["failed"] else 0
+
+
+def plan(data: Path, work: Path) -> tuple[list[Run], dict[str, str]]:
+    """The runs in order, and by name what is left out because it is not installed."""
+    runs: list[Run] = []
+    left_out = {}
+    if importlib.util.find_spec("pytest"):
+        results = work / "tests.xml"
+        command = ["-m", "pytest", "tests/gpu", "-q", "-rs", f"--junitxml={results}"]
+        runs.append(Run(kind="tests", name="tests/gpu", command=command, report=results))
+    else:
+        left_out["tests/gpu"] = "pytest is not installed"
+    for arch, precision, images in itertools.product(_ARCHS, _PRECISIONS, ("noise", "images")):
+        out = work / f"{arch}-{precision}-{images}"
+        source = "synthetic" if images == "noise" else str(data)
+        command = ["profile/throughput.py", *_AT_224, "--arch", arch, "--precision", precision, "--data", source]
+        command += ["--batch-size", str(_SIZES[0]), "--out", str(out)]
+        name = f"{arch} {precision}, {images}"
+        report = out / "report.json"
+        runs.append(Run(kind="throughput", name=name, command=command, size_flag="--micro-batch", report=report))
+    command = ["-m", "benchmarks.inputs", *_AT_224, "--arch", "D", "--precision", "bf16", "--data", str(data)]
+    command += ["--batch-size", str(_SIZES[0])]
+    runs.append(Run(kind="inputs", name="D bf16, inputs", command=command, size_flag="--micro-batch"))
+    for precision in _PRECISIONS:
+        command = ["-m", "benchmarks.steps", *_AT_224, "--arch", "D", "--precision", precision]
+        name = f"D {precision}, against others"
+        runs.append(Run(kind="steps", name=name, command=command, size_flag="--batch-size"))
+    if not importlib.util.find_spec("timm"):
+        left_out["timm"] = "it is not installed"
+    command = ["-m", "benchmarks.loaders", "--data", str(data), "--device", "cuda", "--batch-size", "128"]
+    runs.append(Run(kind="loaders", name="loaders", command=command))
+    return runs, left_out
+
+
+def measure(runs: list[Run], left_out: dict[str, str], work: Path) -> dict:
+    """Run everything. Returns the content of docs/gpu/<card>.json, less "data"."""
+    work.mkdir(parents=True)
+    with ranks_of_this_run("cuda") as ranks:
+        machine = hardware(ranks)
+    report: dict = {
+        "program": "gpu_report",
+        "format": 1,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_revision": git_revision(),
+        "card": machine["name"],
+        "hardware": machine,
+        "tests": None,
+        "throughput": {},
+        "inputs": {},
+        "steps": {},
+        "loaders": None,
+        "left_out": left_out,
+        "failed": {},
+    }
+    for number, run in enumerate(runs, start=1):
+        say(f"{number} of {len(runs)}: {run.name}")
+        result, reason = execute(run)
+        if result is None:
+            report["failed"][run.name] = reason
+            say(f"{run.name} failed: {reason}")
+        elif run.kind == "throughput":
+            report["throughput"][run.name] = of_throughput(json.loads(result))
+        elif run.kind == "inputs":
+            report["inputs"][run.name] = of_inputs(json.loads(result))
+        elif run.kind == "steps":
+            report["steps"][run.name] = of_steps(json.loads(result))
+        else:
+            report[run.kind] = of_tests(result) if run.kind == "tests" else of_loaders(json.loads(result))
+    return report
+
+
+def execute(run: Run) -> tuple[str | None, str]:
+    """Run it with the largest size that fits. Returns its results as text, or None and why there are none."""
+    reason = ""
+    for size in _SIZES if run.size_flag else _SIZES[:1]:
+        try:
+            done = subprocess.run(
+                [sys.executable, *_command(run, size)],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS_A_RUN,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return None, f"it took more than {_SECONDS_A_RUN // 60} minutes"
+        sys.stderr.write(done.stderr)
+        if run.report and run.report.exists():  # of tests that fail, too
+            return run.report.read_text(), ""
+        if done.returncode == 0 and not run.report:
+            return done.stdout.splitlines()[-1], ""
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}, and no word"])[-1]
+        if "memory is too small" not in done.stderr:
+            break
+    return None, reason
+
+
+def write(report: dict, docs: Path) -> Path:
+    """Write docs/gpu/<card>.json and the table of all cards. Returns the former's path. Raises UserError."""
+    path = docs / "gpu" / f"{re.sub('[^a-z0-9]+', '-', report['card'].lower()).strip('-')}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps(report, indent=1).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --docs") from error
+    rewrite_table(docs)
+    return path
+
+
+def _command(run: Run, size: int) -> list[str]:
+    return [*run.command, run.size_flag, str(size)] if run.size_flag else run.command
+
+
+if __name__ == "__main__":
+    end(main)

@@ -1,0 +1,157 @@
+"""python -m benchmarks.inputs --data DIR [flags of train.py]: how fast one training step is, by what feeds it.
+
+DIR holds train/<class>/* and val/<class>/*. The same network and step train on: a batch of noise that stays on the device,
+which nothing can beat; DIR's files; and what pipeline.prepare makes of them. On a GPU each of these is decoded by the GPU
+(as --hw-decoder-load has it, by its JPEG engine alone, and with a queue twice as deep) and by the CPU. Decoders and training
+share a GPU: one that is the faster alone may leave the step waiting.
+
+They take turns in one process, as in compare_loaders.py; ratios to noise are taken within a round.
+"""
+
+import argparse
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
+import torch
+
+from benchmarks.loaders import measure, median_and_range
+from benchmarks.steps import forever
+from common.errors import UserError
+from common.flags import FlagParser
+from common.heap import share_one_heap
+from common.process import end, run_program
+from common.ranks import Ranks, ranks_of_this_run
+from engine.assembly import assemble, network_of, too_little_memory
+from engine.config import DIGITS, SYNTHETIC, Config, parse_args
+from engine.data import Data, open_data
+from engine.precision import Precision, choose_precision, set_numerics
+from perf.stages import resident
+from pipeline.loader import Batch
+from pipeline.prepare import Settings, prepare
+from pipeline.prepared import is_prepared
+
+NOISE = "noise that stays there"
+_PAUSE_SECONDS = 0.5
+"""Long enough for queues of a few batches to fill up."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    parser = FlagParser(
+        prog="python -m benchmarks.inputs",
+        description="Compare what feeds a training step: images per second. It takes all flags of train.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each input")
+    parser.add_argument("--batches", type=int, default=20, help="steps counted in a turn")
+    try:
+        options, flags = parser.parse_known_args(argv)
+        config = parse_args(flags)
+        if config.data in (SYNTHETIC, DIGITS) or is_prepared(config.data):
+            raise UserError(f"--data {config.data}: give a folder of photographs; the rest is made from it")
+        share_one_heap()  # as train.py does
+        with ranks_of_this_run(config.device) as ranks, tempfile.TemporaryDirectory() as work:
+            if ranks.world_size > 1:
+                raise UserError("compare_inputs.py measures one rank; start it without torchrun")
+            result = compare(config, ranks, options, Path(work))
+    except torch.OutOfMemoryError as error:
+        raise too_little_memory(config.micro_batch or config.batch_size) from error
+    print(json.dumps(result))
+    return 0
+
+
+def compare(config: Config, ranks: Ranks, options: argparse.Namespace, work: Path) -> dict:
+    """Measure, print the table, return the figures. work: a folder for the prepared images."""
+    set_numerics(deterministic=config.deterministic)
+    precision = choose_precision(config.precision, ranks.device)
+    files = open_data(config, ranks, precision)
+    step = training_step(files, ranks, precision)
+    inputs = make_inputs(files, ranks, precision, work)
+    steps = {name: forever(functools.partial(step, batches)) for name, batches in inputs.items()}
+    options.device, options.batch_size = ranks.device.type, config.batch_size
+    summary = summarise(measure(steps, options, pause_seconds=_PAUSE_SECONDS))
+    print_table(f"{config.arch}, {precision.name}, {config.batch_size} images", summary)
+    return {
+        "arch": config.arch,
+        "data": config.data,
+        "device": ranks.device.type,
+        "precision": precision.name,
+        "crop": config.crop,
+        "batch_size": config.batch_size,
+        "threads": files.threads,
+        "rounds": options.rounds,
+        "inputs": summary,
+    }
+
+
+def training_step(data: Data, ranks: Ranks, precision: Precision) -> Callable[[Iterator[Batch]], object]:
+    """The trainer's own, compiled where it would be, for these classes. It leaves the weights as they are."""
+    config = data.config
+    model = network_of(config, classes=len(data.classes), device=ranks.device)
+    config = replace(config, lr=0.0)
+    step = assemble(config, ranks=ranks, precision=precision, micro_batch=data.micro_batch, model=model).step
+    step.warm_up(*next(resident(data)))
+    return step
+
+
+def make_inputs(files: Data, ranks: Ranks, precision: Precision, work: Path) -> dict[str, Iterator[Batch]]:
+    """Endless iterators of batches, by name."""
+    config, folder = files.config, work / "prepared"
+    low, high = config.scale
+    settings = Settings(short_side=f"{low}" if low == high else f"max:{high}", quality=90, shard_images=2048)
+    prepare(Path(config.data), folder, settings, threads=files.threads, ranks=ranks)
+    prepared = open_data(replace(config, data=str(folder)), ranks, precision)
+    inputs = {NOISE: resident(files)}
+    for kind, data in (("files", files), ("prepared", prepared)):
+        for name, changes in decoders(config, ranks).items():
+            inputs[f"{kind}, {name}"] = replace(data, config=replace(data.config, **changes)).train_batches(0)
+    return inputs
+
+
+def decoders(config: Config, ranks: Ranks) -> dict[str, dict]:
+    """What is changed in the configuration, by name."""
+    if ranks.device.type == "cpu":
+        return {"CPU": {"decoder": "cpu"}}
+    return {
+        "GPU": {"decoder": "gpu"},
+        "JPEG engine": {"decoder": "gpu", "hw_decoder_load": 1.0},
+        "GPU, deeper queue": {"decoder": "gpu", "prefetch": 2 * config.prefetch},
+        "CPU": {"decoder": "cpu"},
+    }
+
+
+def summarise(rates: dict[str, list[float]]) -> dict[str, dict]:
+    """Median, lowest and highest images per second of each input, and the share of noise's in the same round."""
+    return {
+        name: {
+            "images_per_second": median_and_range(values, digits=1),
+            "of noise": median_and_range(
+                [own / most for own, most in zip(values, rates[NOISE], strict=True)], digits=3
+            ),
+        }
+        for name, values in rates.items()
+    }
+
+
+def print_table(title: str, summary: dict[str, dict]) -> None:
+    print(f"\n{title:28}{'images/s':>24}{'of noise':>24}")
+    for name, row in summary.items():
+        rate = "{:,.0f} ({:,.0f}–{:,.0f})".format(*row["images_per_second"])
+        share = "{:.3f} ({:.3f}–{:.3f})".format(*row["of noise"])
+        print(f"{name:28}{rate:>24}{share:>24}")
+
+
+if __name__ == "__main__":
+    end(main)

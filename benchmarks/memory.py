@@ -1,0 +1,80 @@
+"""python -m benchmarks.memory --data DIR --epochs 20 --plot FILE.png: the loader's memory, epoch after epoch.
+
+DIR: prepared data, or a folder with train/<class>/* and val/<class>/*. The resident memory of the process is read after each
+epoch; the first one fills DALI's pools, so growth is counted from the second on.
+"""
+
+import json
+from pathlib import Path
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
+import torch
+
+from common.flags import FlagParser
+from common.heap import share_one_heap
+from common.process import end, run_program
+from common.progress import say
+from common.ranks import ranks_of_this_run
+from engine.config import parse_args
+from engine.data import open_data
+from engine.precision import choose_precision
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    parser = FlagParser(prog="python -m benchmarks.memory", description="The loader's resident memory over epochs.")
+    parser.add_argument("--data", required=True, help="prepared data, or a folder with train/ and val/")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--plot", type=Path, help="PNG to write")
+    arguments, flags = parser.parse_known_args(argv)
+    share_one_heap()  # as train.py does
+    config = parse_args(["--data", arguments.data, "--device", "cpu", *flags])
+    with ranks_of_this_run("cpu") as ranks:
+        data = open_data(config, ranks, choose_precision("fp32", torch.device("cpu")))
+        resident_mib = measure(data.train_batches(0), data.train_images, config.batch_size, arguments.epochs)
+    if arguments.plot:
+        plot(resident_mib, arguments.plot)
+    growth = (resident_mib[-1] - resident_mib[1]) / (len(resident_mib) - 2) if len(resident_mib) > 2 else 0.0
+    print(json.dumps({"resident_mib": resident_mib, "growth_mib_per_epoch": round(growth, 3)}))
+    return 0
+
+
+def measure(batches, images: int, batch_size: int, epochs: int) -> list[float]:
+    """Resident memory in MiB after each epoch."""
+    resident, seen = [], 0
+    for epoch in range(1, epochs + 1):
+        while seen < epoch * images:
+            next(batches)
+            seen += batch_size
+        resident.append(round(resident_now_mib(), 1))
+        say(f"epoch {epoch}: {resident[-1]:,.1f} MiB")
+    return resident
+
+
+def resident_now_mib() -> float:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+
+
+def plot(resident_mib: list[float], path: Path) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(resident_mib) + 1), resident_mib, marker="o")
+    axes.set(xlabel="epoch", ylabel="resident memory, MiB", ylim=(0, 1.15 * max(resident_mib)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    end(main)

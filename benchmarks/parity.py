@@ -1,0 +1,162 @@
+"""python -m benchmarks.parity --data DIR --out OUT [flags of train.py]: does this trainer learn what a plain loop learns?
+
+DIR holds train/<class>/* and val/<class>/*. Each seed is trained twice: by train.py, and by a loop over torchvision's
+ImageFolder and transforms (plain_loop.py) from the same initial weights, with the same hyper-parameters. What differs is what
+this project wrote itself: the order, the augmentation's draws, decoding and resizing by DALI, the step, the schedule, the
+validation. Compared are the validation results after the last epoch: means over seeds, their spread, and the 95 % confidence
+interval of the difference of means (Welch's t). The defaults are for a few thousand images of 32 pixels.
+
+A finished run is kept in OUT and not repeated; a run of train.py goes on where it was interrupted.
+"""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
+from scipy import stats
+
+from benchmarks.kept_runs import kept, run_trainer
+from benchmarks.plain_loop import train_plainly
+from common.errors import TrainingError, UserError
+from common.files import replacing
+from common.flags import FlagParser
+from common.process import end, run_program
+from engine import checkpoint
+from engine.config import parse_args
+from perf.plot_style import BLUE, VERMILION, new_figure, png
+
+OURS, PLAIN = "this trainer", "plain loop"
+_FOLDERS = {OURS: "ours", PLAIN: "plain"}
+_COLOURS = {OURS: BLUE, PLAIN: VERMILION}
+_DEFAULT_FLAGS = ["--arch", "A", "--crop", "32", "--train-scale", "36", "--batch-size", "50", "--epochs", "8"]
+_DEFAULT_FLAGS += ["--lr", "0.015", "--warmup-epochs", "1", "--checkpoint-minutes", "1", "--keep", "1"]
+# What the plain loop has no other of.
+_FIXED_FLAGS = ["--schedule", "cosine", "--precision", "fp32", "--no-compile"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    arguments, flags = _parser().parse_known_args(argv)
+    if arguments.seeds < 2:
+        raise UserError(f"--seeds {arguments.seeds}: must be at least 2, or there is no spread")
+    flags = [*_DEFAULT_FLAGS, *flags, "--data", str(arguments.data), *_FIXED_FLAGS]
+    parse_args(flags)  # what is wrong is said before hours have passed
+    histories: dict[str, list[list[dict]]] = {OURS: [], PLAIN: []}
+    for seed in range(arguments.seeds):
+        for name, run in train_both(arguments.out, [*flags, "--seed", str(seed)], seed).items():
+            if run["diverged_at"]:
+                raise TrainingError(f"seed {seed} diverged; choose a lower --lr and another --out")
+            histories[name].append(run["history"])
+    result = {"data": str(arguments.data), "flags": flags, "seeds": arguments.seeds, **compare(histories)}
+    picture = arguments.plot or arguments.out / "parity.png"
+    with replacing(picture) as file:
+        file.write(plot(histories, arguments.data.name))
+    print_table(result)
+    print(json.dumps({**result, "plot": str(picture)}))
+    return 0
+
+
+def train_both(out: Path, flags: list[str], seed: int) -> dict[str, dict]:
+    """The results of the two runs of a seed, by name."""
+    ours, plain = (out / f"{_FOLDERS[name]}-{seed}" for name in (OURS, PLAIN))
+    result = {OURS: kept(ours, flags, lambda: run_trainer(ours, flags))}
+
+    def plainly() -> dict:
+        used = checkpoint.load(ours / checkpoint.LAST)
+        return {"history": train_plainly(parse_args(flags), used.mean_rgb, used.colour_shift), "diverged_at": None}
+
+    return {**result, PLAIN: kept(plain, flags, plainly)}
+
+
+def compare(histories: dict[str, list[list[dict]]]) -> dict:
+    """The figures after the last epoch. histories: by name, then by seed, at least two, then by epoch."""
+    result: dict = {}
+    for measure in ("top1", "loss"):
+        values = {name: [run[-1][measure] for run in runs] for name, runs in histories.items()}
+        low, high = difference_interval(values[OURS], values[PLAIN])
+        result[measure] = {
+            **{
+                name: {"runs": runs, "mean": statistics.mean(runs), "standard_deviation": statistics.stdev(runs)}
+                for name, runs in values.items()
+            },
+            "difference": statistics.mean(values[OURS]) - statistics.mean(values[PLAIN]),
+            "difference_95": [low, high],
+            "equal_within_spread": low <= 0 <= high,
+        }
+    result["top1_by_epoch"] = {
+        name: [[entry["top1"] for entry in run] for run in runs] for name, runs in histories.items()
+    }
+    return result
+
+
+def difference_interval(one: list[float], other: list[float]) -> tuple[float, float]:
+    """95 % confidence interval of the difference of two means, each of two values or more with a variance of its own (Welch)."""
+    difference = statistics.mean(one) - statistics.mean(other)
+    of_one, of_other = (statistics.variance(values) / len(values) for values in (one, other))
+    if of_one + of_other == 0:
+        return difference, difference
+    freedom = (of_one + of_other) ** 2 / (of_one**2 / (len(one) - 1) + of_other**2 / (len(other) - 1))
+    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(of_one + of_other)
+    return difference - half, difference + half
+
+
+def print_table(result: dict) -> None:
+    for measure, title, unit in (("top1", "top-1 (%)", 100), ("loss", "loss (nats)", 1)):
+        print(f"validation {title} after the last epoch, seed by seed; mean ± standard deviation")
+        for name in (OURS, PLAIN):
+            row = result[measure][name]
+            runs = "  ".join(f"{unit * value:7.3f}" for value in row["runs"])
+            print(f"  {name:14}{runs}    {unit * row['mean']:.3f} ± {unit * row['standard_deviation']:.3f}")
+        low, high = result[measure]["difference_95"]
+        print(
+            f"  difference of means {unit * result[measure]['difference']:+.3f} ({unit * low:+.3f} … {unit * high:+.3f})"
+        )
+
+
+def plot(histories: dict[str, list[list[dict]]], data: str) -> bytes:
+    """A PNG: top-1 and loss over epochs, each run thin, the means bold."""
+    figure = new_figure(3.4, f"This trainer and a plain PyTorch loop, on {data}")
+    for axes, measure, label, unit in zip(
+        figure.subplots(1, 2),
+        ("top1", "loss"),
+        ("validation top-1 (%)", "validation loss (nats)"),
+        (100, 1),
+        strict=True,
+    ):
+        for name, runs in histories.items():
+            values = [[unit * entry[measure] for entry in run] for run in runs]
+            epochs = [entry["epoch"] for entry in runs[0]]
+            for run in values:
+                axes.plot(epochs, run, color=_COLOURS[name], alpha=0.35, linewidth=0.8)
+            means = [statistics.mean(column) for column in zip(*values, strict=True)]
+            axes.plot(epochs, means, "o-", color=_COLOURS[name], markersize=3, label=f"{name}, mean of {len(runs)}")
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return png(figure)
+
+
+def _parser() -> FlagParser:
+    parser = FlagParser(
+        prog="python -m benchmarks.parity",
+        description="Train with train.py and with a plain PyTorch loop, and compare. Other flags are train.py's.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* and val/<class>/*")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind, at least 2")
+    parser.add_argument("--plot", type=Path, help="PNG to write; default: OUT/parity.png")
+    return parser
+
+
+if __name__ == "__main__":
+    end(main)

@@ -1,0 +1,146 @@
+"""python -m benchmarks.steps [--arch D --precision bf16 --batch-size 128]: this project's training step against others'.
+
+Ours is the trainer's own, as the flags of train.py have it (compiled on a GPU). The others are torchvision's and, where it is
+installed, timm's network of the same configuration in channels_last under autocast, with torch's SGD, in the loop that
+everyone writes, eager and compiled. All take the same batch of noise, which stays on the device, and the same dropout. They
+take turns in one process, as in compare_loaders.py.
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Iterator
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from benchmarks.loaders import OURS, measure, print_table, summarise
+from common.errors import TrainingError, UserError
+from common.flags import FlagParser
+from common.process import end, run_program
+from common.progress import say
+from common.ranks import Ranks, ranks_of_this_run
+from engine.assembly import assemble, network_of
+from engine.config import SYNTHETIC, Config, parse_args
+from engine.data import open_data
+from engine.precision import Precision, choose_precision, set_numerics
+from pipeline.loader import Batch
+
+_NAMES = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
+"""Configurations that torchvision and timm have, too."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    parser = FlagParser(
+        prog="python -m benchmarks.steps",
+        description="Compare training steps: images per second. It takes all flags of train.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each step")
+    parser.add_argument("--batches", type=int, default=20, help="steps counted in a turn")
+    try:
+        options, flags = parser.parse_known_args(argv)
+        config = parse_args(["--batch-size", "128", *flags, "--data", SYNTHETIC])
+        if config.arch not in _NAMES:
+            raise UserError(f"--arch {config.arch}: nobody else has it; take one of {', '.join(_NAMES)}")
+        with ranks_of_this_run(config.device) as ranks:
+            result = compare(config, ranks, options)
+    except torch.OutOfMemoryError as error:
+        cure = "a smaller --batch-size" if config.batch_size > 1 else "a smaller --crop, or another GPU"
+        raise TrainingError(f"the GPU's memory is too small for all networks; take {cure}") from error
+    print(json.dumps(result))
+    return 0
+
+
+def compare(config: Config, ranks: Ranks, options: argparse.Namespace) -> dict:
+    """Measure, print the table, return the figures."""
+    set_numerics(deterministic=False)
+    precision = choose_precision(config.precision, ranks.device)
+    steps = make_steps(config, ranks, precision)
+    options.device, options.batch_size = ranks.device.type, config.batch_size
+    endless = {name: forever(step) for name, step in steps.items()}
+    summary = summarise(measure(endless, options, pause_seconds=0))  # they have no queue to fill
+    print_table(f"{config.arch}, {precision.name}", summary)
+    return {
+        "arch": config.arch,
+        "device": ranks.device.type,
+        "precision": precision.name,
+        "crop": config.crop,
+        "batch_size": config.batch_size,
+        "rounds": options.rounds,
+        "steps": summary,
+    }
+
+
+def make_steps(config: Config, ranks: Ranks, precision: Precision) -> dict[str, Callable[[], object]]:
+    """By name: a function that takes one training step on the resident batch."""
+    data = open_data(config, ranks, precision)
+    batches = data.train_batches(0)
+    classes = len(data.classes)
+    model = network_of(config, classes=classes, device=ranks.device)
+    parts = assemble(config, ranks=ranks, precision=precision, micro_batch=data.micro_batch, model=model)
+    parts.step.warm_up(*next(batches))
+    steps: dict[str, Callable[[], object]] = {OURS: lambda: parts.step(batches)}
+    images, labels = next(batches)
+    batch = images[:, :3].contiguous(memory_format=torch.channels_last), labels  # the others take no --pad-channels
+    for library, network in peers(config, classes).items():
+        network.to(ranks.device).to(memory_format=torch.channels_last)
+        step = usual_step(network, config, precision)
+        steps[f"{library}, eager"] = functools.partial(step, network, batch)
+        steps[f"{library}, compiled"] = functools.partial(step, torch.compile(network), batch)
+    return steps
+
+
+def peers(config: Config, classes: int) -> dict[str, nn.Module]:
+    """The same network by others, with fresh weights."""
+    name = _NAMES[config.arch] + "_bn" * config.batch_norm
+    networks: dict[str, nn.Module] = {
+        "torchvision": torchvision.models.get_model(name, num_classes=classes, dropout=config.dropout)
+    }
+    try:
+        import timm
+    except ImportError as error:
+        say(f"timm is left out: {error}")
+    else:
+        networks["timm"] = timm.create_model(name, num_classes=classes, drop_rate=config.dropout)
+    return networks
+
+
+def usual_step(network: nn.Module, config: Config, precision: Precision) -> Callable[[Callable, Batch], None]:
+    """The step that everyone writes; it is given the network or its compiled form."""
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    scaler = precision.grad_scaler()
+
+    def step(forward: Callable, batch: Batch) -> None:
+        images, labels = batch
+        with precision.autocast():
+            loss = F.cross_entropy(forward(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def forever(step: Callable[[], object]) -> Iterator:
+    """An iterator that takes a step each time."""
+    while True:
+        yield step()
+
+
+if __name__ == "__main__":
+    end(main)

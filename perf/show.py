@@ -1,0 +1,185 @@
+"""python profile/report.py REPORT.json [--out DIR]: the table, report.html and the pictures of a measured run.
+
+python profile/report.py A.json B.json: two runs against each other, a table and comparison.png. Both read the report.json that
+profile/throughput.py writes, and write into its folder (B's) unless --out names another.
+
+python profile/report.py SWEEP.csv: the table and the plots of a sweep, by the columns that vary in it.
+"""
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from common.errors import UserError
+from common.files import replacing
+from common.flags import FlagParser
+from common.process import run_program
+from common.progress import printable
+from perf.compare_reports import compare, comparison, comparison_tables, differences
+from perf.plot_roofline import roofline
+from perf.plot_style import png
+from perf.plot_sweep import plot_sweep
+from perf.plot_telemetry import telemetry
+from perf.plot_timeline import timeline
+from perf.plot_waterfall import waterfall
+from perf.report_format import check_report, find, read_report
+from perf.report_page import page
+from perf.report_words import (
+    ceiling_sentence,
+    flags_to_try,
+    part_table,
+    stage_table,
+    subject,
+    text_of,
+    verdict_evidence,
+    verdict_sentence,
+    warm_up_sentence,
+)
+from perf.sweep_report import by_program, sweep_table, varying
+from perf.sweep_table import ERROR, read_rows
+
+PAGE = "report.html"
+PICTURES = {"waterfall": waterfall, "timeline": timeline, "telemetry": telemetry, "roofline": roofline}
+COMPARISON = "comparison.png"
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    parser = FlagParser(
+        prog="python profile/report.py",
+        description="Show one report of profile/throughput.py, compare two, or show a sweep.",
+    )
+    parser.add_argument(
+        "reports",
+        type=Path,
+        nargs="+",
+        metavar="REPORT.json",
+        help="one to show, two to compare; or the CSV of a sweep",
+    )
+    parser.add_argument("--out", type=Path, help="folder to write to; default: that of the last report given")
+    arguments = parser.parse_args(argv)
+    out = arguments.out or arguments.reports[-1].parent
+    if any(path.suffix == ".csv" for path in arguments.reports):
+        if len(arguments.reports) > 1:
+            raise UserError(f"{len(arguments.reports)} files, a sweep among them; give a sweep's CSV file alone")
+        result = write_sweep(arguments.reports[0], out)
+        print(json.dumps(result))
+        return 0
+    if len(arguments.reports) > 2:
+        raise UserError(f"{len(arguments.reports)} reports; give one to show or two to compare")
+    reports = [read_report(path) for path in arguments.reports]
+    if len(reports) == 1:
+        result = write_report(reports[0], out)
+    else:
+        result = write_comparison(reports[0], reports[1], [str(path) for path in arguments.reports], out)
+    print(json.dumps(result))
+    return 0
+
+
+def write_report(report: dict, out: Path) -> dict:
+    """Print the table, write report.html and the pictures into a folder, which is made where it is missing.
+
+    report: of profile/throughput.py, as in its report.json. Returns {"bound": what limits the run, "page": path,
+    "pictures": {name: path, or None where there is nothing to draw}}. A picture of an earlier report for which this one has
+    nothing to draw is removed. Raises UserError: not a report, or the folder cannot be written; what was there is whole.
+    """
+    check_report(report, "the report")
+    pictures = {name: _drawn(draw(report)) for name, draw in PICTURES.items()}
+    drawn = {name: picture if isinstance(picture, bytes) else None for name, picture in pictures.items()}
+    _write({**{f"{name}.png": picture for name, picture in drawn.items()}, PAGE: page(report, pictures).encode()}, out)
+    print_report(report)
+    return {
+        "bound": find(report, "verdict.bound"),
+        "page": str(out / PAGE),
+        "pictures": {name: str(out / f"{name}.png") if drawn[name] else None for name in drawn},
+    }
+
+
+def write_comparison(a: dict, b: dict, names: list[str], out: Path) -> dict:
+    """Print the table of two reports and what differs, write the picture. Returns the figures. Raises UserError."""
+    rows, differing = compare(a, b), differences(a, b)
+    names = [printable(name) for name in names]
+    _write({COMPARISON: png(comparison(rows, names))}, out)
+    console = Console()
+    for letter, name, report in zip("AB", names, (a, b), strict=True):
+        console.print(Text(f"{letter}: {name}\n   {subject(report)}\n   {verdict_sentence(report)}"))
+    for header, lines in comparison_tables(rows):
+        console.print(_table("", header, lines))
+    if differing:
+        cells = [[printable(key), *map(text_of, values)] for key, values in differing.items()]
+        console.print(_table("What differs", ["", "A", "B"], cells))
+    else:
+        console.print("Configuration, hardware and code are the same.")
+    return {"rows": rows, "differences": differing, "picture": str(out / COMPARISON)}
+
+
+def write_sweep(path: Path, out: Path) -> dict:
+    """Print a table for each program of a sweep, write its plots. Returns the figures' paths. Raises UserError."""
+    rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{path}: no rows; run a sweep first, as sweeps/lr.sh")
+    groups = by_program(rows)
+    names = {program: f"{path.stem}-{Path(program).stem}.png" for program in groups}
+    figures = {program: plot_sweep(group, path.stem) for program, group in groups.items()}
+    _write({names[program]: png(figure) if figure else None for program, figure in figures.items()}, out)
+    console = Console()
+    for program, group in groups.items():
+        console.print(_table(f"{path.stem}: {program}", *sweep_table(group)))
+    failed = [row for row in rows if row[ERROR]]
+    if failed:
+        console.print(f"{len(failed)} of {len(rows)} runs failed.")
+    return {
+        "rows": len(rows),
+        "failed": len(failed),
+        "varies": {program: varying(group) for program, group in groups.items()},
+        "pictures": {program: str(out / names[program]) if figures[program] else None for program in groups},
+    }
+
+
+def print_report(report: dict) -> None:
+    """The verdict, then the tables, for people."""
+    console = Console()
+    console.print(Text(subject(report), style="dim"))
+    console.print(Text(verdict_sentence(report), style="bold"))
+    for name, value in verdict_evidence(report):
+        console.print(Text(f"  {name}: {value}"))
+    for place, (flags, why) in enumerate(flags_to_try(report), start=1):
+        console.print(Text.assemble(f"  {place}. ", (flags, "bold"), f"  {why}"))
+    console.print(_table("", *stage_table(report)))
+    console.print(_table("", *part_table(report)))
+    console.print(Text(ceiling_sentence(report)))
+    console.print(Text(warm_up_sentence(report)))
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for place, name in enumerate(header):
+        table.add_column(Text(name), justify="right" if place else "left", no_wrap=place < len(header) - 1)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _drawn(figure: Figure | str) -> bytes | str:
+    return figure if isinstance(figure, str) else png(figure)
+
+
+def _write(files: dict[str, bytes | None], out: Path) -> None:
+    """Each file whole or not at all; None: not to be there. Raises UserError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            if content is None:
+                (out / name).unlink(missing_ok=True)
+                continue
+            with replacing(out / name) as file:
+                file.write(content)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); name another folder") from error

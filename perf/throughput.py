@@ -1,0 +1,248 @@
+"""python profile/throughput.py [flags of train.py] [--seconds 12] [--trace] [--out DIR]: what limits a run, and what to change.
+
+Measures in one process, with the trainer's own loader and step: reading, decoding and the loader alone; the step alone on a
+batch that stays on the device, part by part; and both together, as in training. Compares them with each other and with the
+hardware's limit, and says what the bottleneck is. The same under torchrun, for all ranks together.
+
+Writes report.json, report.html and pictures into DIR, by default a new folder in runs/profile. docs/profiling.md says what
+each figure is. With --tune it searches for faster settings instead, and writes a recipe (perf/tuning.py).
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from common.errors import UserError
+from common.files import replacing
+from common.flags import FlagParser
+from common.orphans import end_with_torchrun
+from common.process import run_program
+from common.progress import say
+from common.ranks import Ranks, first_then_others, ranks_of_this_run
+from engine.assembly import too_little_memory
+from engine.config import Config, parse_args
+from perf.adaptive import Limits
+from perf.communication import all_reduce_alone
+from perf.findings import Findings, make_report
+from perf.launch import host_seconds
+from perf.nvml_sampler import NvmlSampler, uuids_of
+from perf.peaks import Peaks, peaks_here
+from perf.show import write_report
+from perf.stages import (
+    Bench,
+    assemble_step,
+    build_model,
+    open_bench,
+    resident,
+    time_decoding,
+    time_loader,
+    time_reading,
+    time_step_without_all_reduce,
+    training_batches,
+    training_step,
+)
+from perf.tuning import tune
+from perf.tuning_output import print_tuned, result, write_recipe
+
+REPORT, TRACE, RECIPE = "report.json", "trace.json", "recipe.yaml"
+_SECONDS_A_STAGE = 12.0
+_SECONDS_A_TRIAL = 1.0
+_SECONDS_OF_TUNING = 120.0
+_TRACED_STEPS = 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code, as train.py's."""
+    return run_program(lambda: _run(argv), interrupted="interrupted; there are no results")
+
+
+def _run(argv: list[str] | None) -> int:
+    end_with_torchrun()
+    config, options = parse(argv)
+    # To tune, processes of their own measure: this one leaves the GPU to them.
+    with ranks_of_this_run("cpu" if options.tune else config.device) as ranks:
+        first_then_others(ranks, lambda: claim(config.out, RECIPE if options.tune else REPORT), lambda _: None)
+        if options.tune:
+            limits = Limits(seconds=options.seconds, steps=config.steps, least_laps=1)
+            line = tuned_line(config, ranks, limits, options.tune_seconds, argv)
+        else:
+            limits = Limits(seconds=options.seconds, steps=config.steps)
+            report = profile(config, ranks, limits, trace=options.trace)
+            line = report and write(report, config.out)
+        if line:
+            print(json.dumps(line), flush=True)
+    return 0
+
+
+def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
+    """The configuration, and this program's own options. Raises UserError."""
+    parser = FlagParser(
+        prog="python profile/throughput.py",
+        description="Measure what limits a run. It takes all flags of train.py; --steps is the most of each stage.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"time limit of each stage, warm-up apart ({_SECONDS_A_STAGE:g}; with --tune {_SECONDS_A_TRIAL:g})",
+    )
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--trace", action="store_true", help="write a torch.profiler trace of a few steps, too")
+    either.add_argument("--tune", action="store_true", help=f"search for faster settings, and write them into {RECIPE}")
+    parser.add_argument(
+        "--tune-seconds", type=float, default=_SECONDS_OF_TUNING, help="time limit of the search (%(default)g)"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the report; default: a new one in runs/profile")
+    options, flags = parser.parse_known_args(argv)
+    if options.seconds is None:
+        options.seconds = _SECONDS_A_TRIAL if options.tune else _SECONDS_A_STAGE
+    for flag, seconds in (("--seconds", options.seconds), ("--tune-seconds", options.tune_seconds)):
+        if not seconds > 0:
+            raise UserError(f"{flag} {seconds:g}: must be above 0")
+    config = parse_args(flags)
+    name = f"{config.arch}-{Path(config.data).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return replace(config, out=options.out or Path("runs/profile") / name), options
+
+
+def claim(out: Path, name: str) -> None:
+    """Make the folder for a file of this name. Raises UserError: it cannot be written, or holds one."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
+    if (out / name).exists():
+        raise UserError(f"--out {out}: holds a {Path(name).stem} already; choose another folder")
+
+
+def profile(config: Config, ranks: Ranks, limits: Limits, *, trace: bool) -> dict | None:
+    """Measure everything; every rank must call this. Returns the report on rank 0, None on the others.
+
+    Raises UserError, TrainingError.
+    """
+    bench = open_bench(config, ranks, limits)
+    peaks = [peaks_here(ranks.device, bench.precision.name)]  # on all ranks at the same time: they may share a CPU
+    sampler = NvmlSampler(_uuids(ranks))
+    try:
+        with sampler if ranks.is_main else nullcontext():
+            found = run_stages(bench, config.out / TRACE if trace else None)
+    except torch.OutOfMemoryError as error:
+        raise too_little_memory(bench.data.micro_batch) from error
+    peaks.append(peaks_here(ranks.device, bench.precision.name))  # another program may have disturbed the first
+    return make_report(bench, found, best_of(peaks), sampler)
+
+
+def best_of(peaks: Sequence[Peaks]) -> Peaks:
+    """Of the same device, measured several times."""
+    return replace(
+        peaks[0],
+        flops_per_second=max(each.flops_per_second for each in peaks),
+        bytes_per_second=max(each.bytes_per_second for each in peaks),
+    )
+
+
+def run_stages(bench: Bench, trace: Path | None) -> Findings:
+    """Measure one stage after the other; every rank must call this. trace: the file to write one to."""
+    ranks, found = bench.ranks, Findings()
+
+    def begin(stage: str) -> None:
+        if ranks.is_main:
+            say(f"measuring {stage}, for up to {bench.limits.seconds:g} s")
+
+    if bench.has_images:
+        begin("reading")
+        found.reading = time_reading(bench)
+        begin("decoding")
+        found.decoding = time_decoding(bench)
+        begin("the loader")
+        found.loader, found.first_batch_seconds = time_loader(bench)
+    model = build_model(bench)
+    if ranks.world_size > 1:
+        begin("the step without its all-reduce")
+        found.step_without_all_reduce = time_step_without_all_reduce(bench, model)
+    begin("the step")
+    assembly, first_pass_seconds = assemble_step(bench, model)
+    found.compile_seconds = first_pass_seconds if assembly.compiled else None
+    step = training_step(bench, assembly, resident(bench.data))
+    found.step = bench.time(step)
+    found.host_seconds = host_seconds(bench, assembly, step)
+    if ranks.world_size > 1:
+        begin("the all-reduce")
+        reduce, found.all_reduce_bytes = all_reduce_alone(assembly.network, bench.config.grad_compression)
+        found.all_reduce = bench.time(reduce)
+    if bench.has_images:
+        begin("training")
+        step = training_step(bench, assembly, training_batches(bench))
+        found.training = bench.time(step, queue=bench.config.prefetch)
+    if trace:
+        write_trace(step, trace, ranks)
+    return found
+
+
+def write_trace(step: Callable[[], object], path: Path, ranks: Ranks) -> None:
+    """A torch.profiler trace of a few steps of rank 0, for ui.perfetto.dev; every rank must call this."""
+    on_gpu = ranks.device.type == "cuda"
+    profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu])
+    with profiler if ranks.is_main else nullcontext():
+        for _ in range(_TRACED_STEPS):
+            step()
+        if on_gpu:
+            torch.cuda.synchronize(ranks.device)
+    if ranks.is_main:
+        profiler.export_chrome_trace(str(path))
+
+
+def tuned_line(
+    config: Config, ranks: Ranks, limits: Limits, tune_seconds: float, argv: list[str] | None
+) -> dict | None:
+    """Search for faster settings, write the recipe, print the tables; every rank must call this.
+
+    Returns what the last line says on rank 0, None on the others. Raises UserError, TrainingError.
+    """
+    found = tune(config, ranks, limits=limits, seconds=tune_seconds)
+    if not found:
+        return None
+    job, tuned = found
+    command = shlex.join(["python", "profile/throughput.py", *(sys.argv[1:] if argv is None else argv)])
+    write_recipe(config.out / RECIPE, job, tuned, command)
+    print_tuned(tuned)
+    return result(config, job, tuned, tune_seconds=tune_seconds, recipe=config.out / RECIPE)
+
+
+def write(report: dict, out: Path) -> dict:
+    """Write report.json and what shows it, print the tables. Returns what the last line says. Raises UserError."""
+    path = out / REPORT
+    try:
+        with replacing(path) as file:
+            file.write(json.dumps(report).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+    shown = write_report(report, out)
+    rates = {name: stage and stage["images_per_second"]["median"] for name, stage in report["stages"].items()}
+    return {
+        "program": report["program"],
+        "arch": report["config"]["arch"],
+        "data": report["config"]["data"],
+        "images_per_second": {name: images and round(images, 2) for name, images in rates.items()},
+        "ceiling": report["ceiling"],
+        "verdict": report["verdict"],
+        "report": str(path),
+        **shown,
+    }
+
+
+def _uuids(ranks: Ranks) -> list[str] | None:
+    """Of the GPUs of all ranks of this machine."""
+    if ranks.device.type != "cuda":
+        return None
+    return [uuid for rank in range(ranks.local_world_size) for uuid in uuids_of(torch.device("cuda", rank)) or []]
