@@ -92,10 +92,16 @@ class StepParts(Record):
 
 
 class TrainingParts(Record):
-    """Seconds of rank 0 in a step of training: waiting for a batch, and all else."""
+    """Seconds of rank 0 in a step of training, by its own marks."""
 
     data_wait: Summary
+    """From asking for a batch to having it."""
+    forward: Summary
+    backward: Summary
+    """With what of the all-reduce it does not hide."""
+    optimizer: Summary
     step: Summary
+    """The whole step less data_wait: the parts, and what lies between them."""
 
 
 class AllReduceAlone(Record):
