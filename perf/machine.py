@@ -5,36 +5,38 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.process import usable_cores
+from common.process import cpu_groups, cpu_quota, usable_cores
+from perf.report import Hardware
 
-if (
-    TYPE_CHECKING
-):  # torch takes seconds to import, and a sweep asks for the card and the revision before each of its runs
+# Torch takes seconds to import, and a sweep asks for the card and the revision before each of its runs.
+if TYPE_CHECKING:
     from common.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def hardware(ranks: Ranks) -> dict:
-    """The HARDWARE of a report. cores: those that this machine gives us."""
+def hardware(ranks: Ranks) -> Hardware:
+    """Of this rank's device and machine, and how many of each there are."""
     import torch
     from nvidia import dali
 
     on_gpu = ranks.device.type == "cuda"
-    return {
-        "device": ranks.device.type,
-        "name": torch.cuda.get_device_name(ranks.device) if on_gpu else _cpu_name(),
-        "ranks": ranks.world_size,
-        "cpu": _cpu_name(),
-        "cores": usable_cores(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "torch": str(torch.__version__),
-        "dali": dali.__version__,
-        "driver": _driver(),
-    }
+    return Hardware(
+        device=ranks.device.type,
+        name=torch.cuda.get_device_name(ranks.device) if on_gpu else _cpu_name(),
+        ranks=ranks.world_size,
+        machines=-(-ranks.world_size // ranks.local_world_size),
+        cpu=_cpu_name(),
+        cores=usable_cores(),
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        torch=str(torch.__version__),
+        dali=dali.__version__,
+        driver=_driver(),
+    )
 
 
 def card(device: str) -> str:
@@ -71,11 +73,35 @@ def git_revision() -> str | None:
     return head.decode().strip() + digest
 
 
-def busy_seconds() -> float:
-    """Processor time of all programs of this machine since it started, and of the system."""
-    with open("/proc/stat") as lines:
-        user, nice, system, _, _, irq, softirq, steal = map(int, next(lines).split()[1:9])  # proc(5)
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+def busy_seconds(root: Path = Path("/")) -> float:
+    """Processor time, since some moment in the past, of all programs that take it from the cores that this process may use.
+
+    Where a CPU quota gives it fewer cores than its affinity names: of its control group with that quota, as programs outside it
+    leave the quota alone (unless all quotas together are more than the machine has, which does not show here). Otherwise: of the
+    system and of all programs on the cores of its affinity. root: of the file system.
+    """
+    cores = os.sched_getaffinity(0)
+    quotas = [(quota, folder) for folder in cpu_groups(root) if (quota := cpu_quota(folder))]
+    quota, group = min(quotas, default=(len(cores), root))
+    if quota < len(cores) and (seconds := _group_seconds(group)) is not None:
+        return seconds
+    ticks = 0
+    with open(root / "proc/stat") as lines:
+        for name, *counts in map(str.split, lines):
+            if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in cores:
+                user, nice, system, _, _, irq, softirq, steal = map(int, counts[:8])  # proc(5)
+                ticks += user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _group_seconds(folder: Path) -> float | None:
+    """Processor time of a control group, version 2 or version 1; None: it does not say."""
+    with suppress(OSError, ValueError, KeyError):
+        counts = dict(line.split() for line in (folder / "cpu.stat").read_text().splitlines())
+        return int(counts["usage_usec"]) / 1e6
+    with suppress(OSError, ValueError):
+        return int((folder / "cpuacct.usage").read_text()) / 1e9
+    return None
 
 
 def _cpu_name() -> str:
