@@ -4,6 +4,7 @@ None stands for what was not measured, or does not exist in this run. Seconds an
 together unless a name says otherwise.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +292,7 @@ class Costs(Record):
     epoch_price: float | None
     training_price: float | None
     price_basis: str | None
-    """The flag and its value, such as --price-per-hour 12."""
+    """The flag and its value, such as --price-per-hour 12; None: no price was given."""
 
 
 class Quantiles(Record):
@@ -417,3 +418,41 @@ def read_report(path: Path) -> Report:
         return msgspec.convert(found, Report)
     except msgspec.ValidationError as error:
         raise UserError(f"{path}: not a whole report ({error}); measure again with {_WRITER}") from error
+
+
+def epoch_costs(
+    *,
+    images_an_epoch: int,
+    epochs: int,
+    images_per_second: float,
+    images_per_joule: float | None,
+    price_per_hour: float | None = None,
+    price_per_kwh: float | None = None,
+) -> Costs:
+    """What an epoch and the whole training take at these rates.
+
+    images_per_second: of all ranks, in training. images_per_joule: of the GPUs alone; None where it was not measured.
+    price_per_hour: of all machines together. price_per_kwh: of the GPUs' energy, so the least that the power costs.
+    Raises UserError: both prices, or one that is below 0 or not a finite number.
+    """
+    for flag, price in (("--price-per-hour", price_per_hour), ("--price-per-kwh", price_per_kwh)):
+        if price is not None and not 0 <= price < math.inf:
+            raise UserError(f"{flag} {price:g}: must be a finite number, 0 or more")
+    if price_per_hour is not None and price_per_kwh is not None:
+        raise UserError("--price-per-hour and --price-per-kwh: give one; the price of an hour has the power in it")
+    seconds = images_an_epoch / images_per_second
+    joules = images_an_epoch / images_per_joule if images_per_joule else None
+    price = basis = None
+    if price_per_hour is not None:
+        price, basis = price_per_hour * seconds / 3600, f"--price-per-hour {price_per_hour:g}"
+    elif price_per_kwh is not None:
+        price, basis = joules and price_per_kwh * joules / 3.6e6, f"--price-per-kwh {price_per_kwh:g}"
+    return Costs(
+        epoch_seconds=seconds,
+        training_seconds=epochs * seconds,
+        epoch_joules=joules,
+        training_joules=None if joules is None else epochs * joules,
+        epoch_price=price,
+        training_price=None if price is None else epochs * price,
+        price_basis=basis,
+    )
