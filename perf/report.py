@@ -192,7 +192,7 @@ class Peaks(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     bytes_per_second: float
     """Memory, reads and writes together."""
     watts: float | None
-    """Power limit by the table; None where the peaks were measured."""
+    """Power limit by the table; None where the peaks were measured, or no document states one."""
 
 
 class FloorSeconds(Record):
@@ -202,7 +202,7 @@ class FloorSeconds(Record):
     backward: float
     optimizer: float
     all_reduce: float
-    """All of it, also what the backward pass hides."""
+    """All of it, also what the backward pass hides. 0 where no links are known."""
     total: float
     """With what of the all-reduce the backward pass cannot hide."""
 
@@ -274,7 +274,8 @@ class Roofline(Record):
     images_per_joule: float | None
     """Of this machine's GPUs; None of a part of a GPU (MIG), whose energy nobody knows."""
     layers: list[Layer]
-    links: Links
+    links: Links | None
+    """None: nobody has named them, and the table of GPUs does not know them."""
     scaling_from: str
     """measured or floor."""
     scaling: list[Prediction]
