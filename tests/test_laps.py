@@ -71,7 +71,7 @@ def test_each_part_gets_its_own_time(passes):
         ):
             assert planted <= lap[part], part
             # The least of them: in a single lap, other work of the machine may come between.
-            assert min(lap[part] for lap in taken) < planted + 0.03 * passes, part
+            assert min(lap[part] for lap in taken) < planted + 0.06 * passes, part
     assert laps.take() == []
 
 
