@@ -22,7 +22,6 @@ from common.progress import printable
 from perf.compare_reports import compare, comparison, comparison_tables, differences
 from perf.plot_roofline import roofline
 from perf.plot_style import png
-from perf.plot_sweep import plot_sweep
 from perf.plot_telemetry import telemetry
 from perf.plot_timeline import timeline
 from perf.plot_waterfall import waterfall
@@ -39,7 +38,7 @@ from perf.report_words import (
     verdict_sentence,
     warm_up_sentence,
 )
-from perf.sweep_report import by_program, sweep_table, varying
+from perf.sweep_plot import by_program, plot_sweep, sweep_table, varying
 from perf.sweep_table import ERROR, read_rows
 
 PAGE = "report.html"

@@ -12,9 +12,9 @@ from engine.config import Config
 from engine.data import Data, open_data
 from engine.precision import Precision, choose_precision, set_numerics
 from model.vgg import VGG
+from perf.adaptive import Limits, Timing, measure
 from perf.laps import Laps, MarkedBatches, MarkedPrecision
 from perf.loader_parts import decoding_alone, reading_alone
-from perf.timing import Limits, Timing, measure
 from pipeline.loader import Batch, SyntheticLoader
 
 _STAGES_WITH_DATA = 4

@@ -8,17 +8,16 @@ apostrophe, which reading takes away again.
 """
 
 import csv
-import fcntl
 import io
 import itertools
-import os
+import math
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import open_own, replacing
+from common.files import replacing
+from common.lock import FolderLock
 
 Row = dict[str, str]
 """Column → text. A column that is missing is the same as an empty one."""
@@ -66,7 +65,9 @@ def add_row(path: Path, row: Row, identity: Row) -> bool:
     Raises UserError: the file cannot be read or written, or its file system has no locks.
     """
     try:
-        with locked(path.with_name(f".{path.name}.lock"), wait=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FolderLock(path.parent, f".{path.name}.lock") as lock:
+            lock.take(patience_seconds=math.inf, required=True)  # without one, rows would be lost
             rows = read_rows(path)
             earlier = find_row(rows, identity)
             if earlier is None:
@@ -75,35 +76,13 @@ def add_row(path: Path, row: Row, identity: Row) -> bool:
                 rows[rows.index(earlier)] = row
             else:
                 return False
-            columns = _merged([list(each) for each in rows])
+            columns = _merged(rows)
             with replacing(path) as file:
                 for cells in (columns, *([row.get(column, "") for column in columns] for row in rows)):
                     file.write(_line(cells).encode(errors=_BYTES_OF_A_PATH))
             return True
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); name another CSV file") from error
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock on a file, which stays there, empty. Yields False where another process has it and `wait` is false.
-
-    The kernel releases it if this process is killed. Raises UserError: the file system has no locks. OSError: the file cannot
-    be made.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = open_own(path, os.O_RDWR)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            taken = True
-        except BlockingIOError:
-            taken = False
-        except OSError as error:  # to go on without would lose rows
-            raise UserError(f"{path.parent}: its file system has no locks ({error.strerror}); use another") from error
-        yield taken
-    finally:
-        os.close(descriptor)
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -123,15 +102,13 @@ def _is_number(text: str) -> bool:
     return re.fullmatch(_NUMBER, text, re.ASCII | re.IGNORECASE) is not None
 
 
-def _merged(headers: list[list[str]]) -> list[str]:
+def _merged(headers: Iterable[Iterable[str]]) -> list[str]:
     """All names once; a name that only a later list has stands behind the one that precedes it there."""
     merged: list[str] = []
     for header in headers:
         place = 0
         for name in header:
-            if name in merged:
-                place = merged.index(name) + 1
-            else:
+            if name not in merged:
                 merged.insert(place, name)
-                place += 1
+            place = merged.index(name) + 1
     return merged

@@ -31,6 +31,7 @@ from common.progress import say
 from common.ranks import Ranks, first_then_others, ranks_of_this_run
 from engine.assembly import too_little_memory
 from engine.config import Config, parse_args
+from perf.adaptive import Limits
 from perf.communication import all_reduce_alone
 from perf.findings import Findings, make_report
 from perf.launch import host_seconds
@@ -50,7 +51,6 @@ from perf.stages import (
     training_batches,
     training_step,
 )
-from perf.timing import Limits
 from perf.tuning import tune
 from perf.tuning_output import print_tuned, result, write_recipe
 

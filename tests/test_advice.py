@@ -20,7 +20,7 @@ from engine import data, evaluator
 from engine.config import parse_args
 from engine.resume import check_same_data
 from perf import loader_parts, sweep
-from perf.sweep_point import Point
+from perf.sweep import Point
 from pipeline import manifest, scan
 from pipeline.loader import DaliLoader
 from pipeline.prepared import Prepared

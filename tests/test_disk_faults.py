@@ -1,12 +1,14 @@
 """Disks that are full or read-only, crashes in the middle of a checkpoint, two runs in one folder."""
 
 import fcntl
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -14,7 +16,7 @@ import train
 from common import lock
 from common.errors import UserError
 from common.files import half_written, remove_own
-from common.lock import FolderLock
+from common.lock import BusyError, FolderLock
 from engine.checkpoint import load
 from engine.runlog import RunLog
 from pipeline import manifest_files
@@ -157,7 +159,7 @@ def test_a_run_waits_for_one_that_is_ending(tmp_path):
 
 
 def test_the_lock_of_a_killed_run_is_free(tmp_path, monkeypatch):
-    code = "import pathlib, sys; from common.lock import FolderLock; lock = FolderLock(pathlib.Path(sys.argv[1]))"
+    code = "import pathlib, sys; from common.lock import BusyError, FolderLock; lock = FolderLock(pathlib.Path(sys.argv[1]))"
     holder = subprocess.Popen(
         [sys.executable, "-c", f"{code}; lock.take(); print(flush=True); input()", str(tmp_path)],
         cwd=ROOT,
@@ -183,6 +185,23 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     with FolderLock(tmp_path) as first, FolderLock(tmp_path) as second:
         first.take()
         second.take()
+    with FolderLock(tmp_path) as needed, pytest.raises(UserError, match=r"its file system has no locks \(No locks"):
+        needed.take(required=True)
+
+
+def test_two_locks_of_one_folder_and_how_long_each_is_waited_for(tmp_path, capsys):
+    with FolderLock(tmp_path) as first, FolderLock(tmp_path, ".other") as other, FolderLock(tmp_path) as second:
+        first.take()
+        other.take(patience_seconds=0.0)
+        began = time.monotonic()
+        with pytest.raises(BusyError):
+            second.take(patience_seconds=0.0)
+        assert time.monotonic() - began < 0.5
+        assert capsys.readouterr().err == ""
+        threading.Timer(1.0, first.__exit__, (None, None, None)).start()
+        second.take(patience_seconds=math.inf)
+        first._descriptor = None  # closed by the timer
+        assert capsys.readouterr().err.startswith(f"waiting for another run (pid {os.getpid()}, host ")
 
 
 def test_two_scans_of_one_folder(tmp_path, monkeypatch):
