@@ -1,6 +1,7 @@
-"""python -m benchmarks.allreduce --ranks 2 3: the model of all-reduce (all_reduce.py) against gloo, over limited links.
+"""python -m benchmarks.allreduce --ranks 2 3: the model of all-reduce (perf/scaling.py) against gloo, over limited links.
 
-Each rank runs in a network namespace of its own, whose link to the others tc limits to --mbits-per-second. The prediction is
+Each rank runs on a machine of its own, which is a network namespace whose link to the others, over a switch, tc limits to
+--mbits-per-second. The prediction is
 a ring's, gloo's algorithm, with that bandwidth less the packets' headers; the latency is that of an all-reduce of 4 bytes.
 Needs Linux, iproute2 and root.
 """
@@ -8,9 +9,13 @@ Needs Linux, iproute2 and root.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 
 if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
@@ -21,7 +26,6 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 import torch
 import torch.distributed as dist
 
-from benchmarks.limited_links import INTERFACE, PAYLOAD_SHARE, Machine, limited_machines
 from common.errors import TrainingError, UserError
 from common.flags import FlagParser
 from common.process import end, run_program
@@ -31,6 +35,21 @@ _FLOAT_BYTES = 4
 _PORT = 29400  # any: no one else is in the namespace
 _TIMES = {"small": 20, "large": 5}
 _PATIENCE_SECONDS = 240
+_INTERFACE = "uplink"
+# Of each 1514 bytes that Ethernet carries: 14 are its own header, 20 IP's, 32 TCP's with time stamps.
+_PAYLOAD_SHARE = 1448 / 1514
+_BURST_BYTES = 32 << 10  # what passes at once after a pause: little against the messages
+_QUEUE_MILLISECONDS = 50
+
+
+@dataclass(frozen=True)
+class Machine:
+    namespace: str
+    address: str
+
+    def command(self, *words: str) -> list[str]:
+        """A command line that runs there."""
+        return ["ip", "netns", "exec", self.namespace, *words]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,7 +78,7 @@ def check(ranks: int, arguments: argparse.Namespace) -> list[dict]:
     sizes = [int(megabytes * 1e6) // _FLOAT_BYTES * _FLOAT_BYTES for megabytes in arguments.megabytes]
     with limited_machines(ranks, mbits_per_second=arguments.mbits_per_second) as machines:
         smallest_seconds, *measured = measure(machines, [_FLOAT_BYTES, *sizes])
-    bytes_per_second = arguments.mbits_per_second * 1e6 / 8 * PAYLOAD_SHARE
+    bytes_per_second = arguments.mbits_per_second * 1e6 / 8 * _PAYLOAD_SHARE
     links = Links(
         peer_bytes_per_second=bytes_per_second,
         network_bytes_per_second=bytes_per_second,
@@ -91,7 +110,7 @@ def measure(machines: list[Machine], sizes: list[int]) -> list[float]:
             "WORLD_SIZE": str(len(machines)),
             "MASTER_ADDR": machines[0].address,
             "MASTER_PORT": str(_PORT),
-            "GLOO_SOCKET_IFNAME": INTERFACE,
+            "GLOO_SOCKET_IFNAME": _INTERFACE,
         }
         code = f"from benchmarks import allreduce; allreduce.rank({sizes})"
         workers.append(
@@ -144,6 +163,54 @@ def print_rows(rows: list[dict], mbits_per_second: float) -> None:
             f"{1e3 * row['predicted_seconds']:16.2f}{1e3 * row['measured_seconds']:16.2f}"
             f"{row['measured_over_predicted']:8.3f}"
         )
+
+
+# ---- machines that are network namespaces -----------------------------------------------------------------------
+
+
+@contextmanager
+def limited_machines(count: int, *, mbits_per_second: float) -> Iterator[list[Machine]]:
+    """So many machines, each of which sends at most so much, headers included; tc's token bucket filter limits it.
+
+    Raises UserError: no right to make namespaces, no ip or tc.
+    """
+    if missing := [name for name in ("ip", "tc") if not shutil.which(name)]:
+        raise UserError(f"needs {' and '.join(missing)}: install iproute2")
+    prefix = f"vgg-{os.getpid()}"
+    switch = f"{prefix}-switch"
+    machines = [Machine(f"{prefix}-{number}", f"10.78.0.{number + 1}") for number in range(count)]
+    try:
+        _command("ip", "netns", "add", switch)
+        _command("ip", "-n", switch, "link", "add", "switch", "type", "bridge")
+        _command("ip", "-n", switch, "link", "set", "switch", "up")
+        for number, machine in enumerate(machines):
+            _connect(machine, switch, f"port{number}", mbits_per_second)
+        yield machines
+    finally:
+        for namespace in (switch, *(machine.namespace for machine in machines)):
+            subprocess.run(["ip", "netns", "delete", namespace], check=False, capture_output=True)
+
+
+def _connect(machine: Machine, switch: str, port: str, mbits_per_second: float) -> None:
+    inside = ("ip", "-n", machine.namespace)
+    _command("ip", "netns", "add", machine.namespace)
+    _command(*inside, "link", "add", _INTERFACE, "type", "veth", "peer", "name", port, "netns", switch)
+    _command("ip", "-n", switch, "link", "set", port, "master", "switch", "up")
+    _command(*inside, "address", "add", f"{machine.address}/24", "dev", _INTERFACE)
+    _command(*inside, "link", "set", _INTERFACE, "up")
+    _command(*inside, "link", "set", "lo", "up")
+    limit = ("rate", f"{mbits_per_second}mbit", "burst", str(_BURST_BYTES), "latency", f"{_QUEUE_MILLISECONDS}ms")
+    _command(*machine.command("tc", "qdisc", "add", "dev", _INTERFACE, "root", "tbf", *limit))
+
+
+def _command(*words: str) -> None:
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    if done.returncode:
+        why = " ".join(done.stderr.split()) or " ".join(words)
+        cure = (
+            "run this as root" if os.geteuid() else "where root may not, in a container, start that with --privileged"
+        )
+        raise UserError(f"cannot make a network namespace ({why}); {cure}")
 
 
 if __name__ == "__main__":

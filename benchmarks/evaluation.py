@@ -2,8 +2,7 @@
 
 dense: a network's pass over whole images, batched by their size against one at a time. multicrop: the 25 crops of the grid cut
 from one decoded image, against a decode of each crop's window; without the network, whose work is the same in both. The two of
-a pair take turns, round after round. Figures are medians over rounds, with the lowest and the highest; the ratio is taken within
-a round.
+a pair take turns (benchmarks/turns.py).
 """
 
 import argparse
@@ -22,14 +21,13 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 import numpy as np
 import torch
 
-from benchmarks.loaders import median_and_range
 from benchmarks.photographs import photograph_folder
+from benchmarks.turns import OURS, print_table, summarise, take_turns
 from common.errors import UserError
 from common.files import cache_folder
 from common.flags import FlagParser
 from common.heap import share_one_heap
 from common.process import end, run_program, usable_cores
-from common.progress import say
 from common.ranks import ranks_of_this_run
 from engine.config import Config
 from engine.data import Data, open_data
@@ -68,30 +66,23 @@ def _run(argv: list[str] | None) -> int:
             "dense": compare(dense_passes(data, arguments), arguments.rounds, data.val_images),
             "multicrop": compare(crop_passes(data, arguments), arguments.rounds, data.val_images),
         }
-    for name, result in results.items():
-        for way in ("ours", "usual"):
-            print(f"{name:10} {way:6}" + "{:10,.1f} ({:,.1f}–{:,.1f}) images/s".format(*result[way]))
-        print(f"{name:10} {'times':6}" + "{:10.2f} ({:.2f}–{:.2f})".format(*result["times"]))
+    for name, rows in results.items():
+        print_table(name, rows)
     settings = {"images": data.val_images, "cores": usable_cores(), "device": arguments.device}
     print(json.dumps({**settings, "arch": arguments.arch, "rounds": arguments.rounds, **results}))
     return 0
 
 
-def compare(passes: dict[str, Callable[[], object]], rounds: int, images: int) -> dict:
-    """Images per second of "ours" and "usual", each [median, lowest, highest], and how many times as fast ours is."""
-    rates: dict[str, list[float]] = {name: [] for name in passes}
-    for number in range(rounds + 1):
-        for name, run in passes.items():
-            began = perf_counter()
-            run()
-            if number:  # the first round warms up
-                rates[name].append(images / (perf_counter() - began))
-        say(f"round {number} of {rounds}")
-    ratios = [ours / usual for ours, usual in zip(rates["ours"], rates["usual"], strict=True)]
-    return {
-        **{name: median_and_range(values, 2) for name, values in rates.items()},
-        "times": median_and_range(ratios, 3),
-    }
+def compare(passes: dict[str, Callable[[], object]], rounds: int, images: int) -> dict[str, dict]:
+    """Measure whole passes over so many images; the first of each warms up."""
+
+    def rate(run: Callable[[], object]) -> float:
+        began = perf_counter()
+        run()
+        return images / (perf_counter() - began)
+
+    turns = {name: lambda run=run: rate(run) for name, run in passes.items()}
+    return summarise(take_turns(turns, rounds=rounds, warm_up=1), times=(OURS,))
 
 
 def dense_passes(data: Data, arguments: argparse.Namespace) -> dict[str, Callable[[], object]]:
@@ -105,7 +96,7 @@ def dense_passes(data: Data, arguments: argparse.Namespace) -> dict[str, Callabl
         for images, _ in data.whole_batches("val", pixels)[0]:
             mean_over_views(compute, whole_image(images, crop), flip=True, pixels=pixels).cpu()
 
-    return {"ours": lambda: run(arguments.batch_size * crop**2), "usual": lambda: run(1)}
+    return {OURS: lambda: run(arguments.batch_size * crop**2), "one by one": lambda: run(1)}
 
 
 def crop_passes(data: Data, arguments: argparse.Namespace) -> dict[str, Callable[[], object]]:
@@ -122,7 +113,7 @@ def crop_passes(data: Data, arguments: argparse.Namespace) -> dict[str, Callable
         for images, _ in each_crop(data, crop, arguments.batch_size):
             images.sum().item()
 
-    return {"ours": cut, "usual": decode_each}
+    return {OURS: cut, "decode each": decode_each}
 
 
 def each_crop(data: Data, crop: int, batch_size: int) -> DaliLoader:

@@ -1,7 +1,7 @@
 """python -m benchmarks.gpu_report [--data DIR] [--dry-run]: everything that waits for a GPU to be measured, in one go.
 
-Runs, each in a process of its own: the tests in tests/gpu; throughput.py for A, D and E in bf16 and fp16, on noise and on
-images; compare_inputs.py for D; compare_loaders.py with the GPU's decoder; compare_steps.py against torchvision's and timm's
+Runs, each in a process of its own: the tests in tests/gpu; profile/throughput.py for A, D and E in bf16 and fp16, on noise and
+on images; benchmarks.inputs for D; benchmarks.loaders with the GPU's decoder; benchmarks.steps against torchvision's and timm's
 networks. A run that fails is told of by name, and the others go on. Writes docs/gpu/<card>.json, and the table of all cards in
 docs/performance.md.
 
@@ -23,10 +23,10 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 
     begin()
 
+import msgspec
 import torch
 
-from benchmarks.gpu_results import of_inputs, of_loaders, of_steps, of_tests, of_throughput
-from benchmarks.gpu_table import rewrite_table
+from benchmarks.gpu_table import FORMAT, KEPT, of_tests, of_throughput, rewrite_table
 from benchmarks.photographs import photograph_folder
 from common.errors import UserError
 from common.files import replacing
@@ -35,6 +35,7 @@ from common.process import end, run_program
 from common.progress import say
 from common.ranks import ranks_of_this_run
 from perf.machine import ROOT, git_revision, hardware
+from perf.report import REPORT_JSON, Report
 
 _ARCHS, _PRECISIONS = ("A", "D", "E"), ("bf16", "fp16")
 _AT_224 = ("--crop", "224", "--train-scale", "256", "--device", "cuda")
@@ -110,7 +111,7 @@ def plan(data: Path, work: Path) -> tuple[list[Run], dict[str, str]]:
         command = ["profile/throughput.py", *_AT_224, "--arch", arch, "--precision", precision, "--data", source]
         command += ["--batch-size", str(_SIZES[0]), "--out", str(out)]
         name = f"{arch} {precision}, {images}"
-        report = out / "report.json"
+        report = out / REPORT_JSON
         runs.append(Run(kind="throughput", name=name, command=command, size_flag="--micro-batch", report=report))
     command = ["-m", "benchmarks.inputs", *_AT_224, "--arch", "D", "--precision", "bf16", "--data", str(data)]
     command += ["--batch-size", str(_SIZES[0])]
@@ -130,10 +131,10 @@ def measure(runs: list[Run], left_out: dict[str, str], work: Path) -> dict:
     """Run everything. Returns the content of docs/gpu/<card>.json, less "data"."""
     work.mkdir(parents=True)
     with ranks_of_this_run("cuda") as ranks:
-        machine = hardware(ranks)
+        machine = msgspec.to_builtins(hardware(ranks))
     report: dict = {
         "program": "gpu_report",
-        "format": 1,
+        "format": FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_revision": git_revision(),
         "card": machine["name"],
@@ -152,15 +153,23 @@ def measure(runs: list[Run], left_out: dict[str, str], work: Path) -> dict:
         if result is None:
             report["failed"][run.name] = reason
             say(f"{run.name} failed: {reason}")
-        elif run.kind == "throughput":
-            report["throughput"][run.name] = of_throughput(json.loads(result))
-        elif run.kind == "inputs":
-            report["inputs"][run.name] = of_inputs(json.loads(result))
-        elif run.kind == "steps":
-            report["steps"][run.name] = of_steps(json.loads(result))
+            continue
+        kept = results_of(run.kind, result)
+        if run.kind in ("tests", "loaders"):  # one run of each
+            report[run.kind] = kept
         else:
-            report[run.kind] = of_tests(result) if run.kind == "tests" else of_loaders(json.loads(result))
+            report[run.kind][run.name] = kept
     return report
+
+
+def results_of(kind: str, text: str) -> dict:
+    """What is kept of what a run of this kind has left."""
+    if kind == "tests":
+        return of_tests(text)
+    if kind == "throughput":
+        return of_throughput(msgspec.json.decode(text, type=Report))
+    result = json.loads(text)
+    return {name: result[name] for name in KEPT[kind]}
 
 
 def execute(run: Run) -> tuple[str | None, str]:

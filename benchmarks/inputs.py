@@ -5,7 +5,7 @@ which nothing can beat; DIR's files; and what pipeline.prepare makes of them. On
 (as --hw-decoder-load has it, by its JPEG engine alone, and with a queue twice as deep) and by the CPU. Decoders and training
 share a GPU: one that is the faster alone may leave the step waiting.
 
-They take turns in one process, as in compare_loaders.py; ratios to noise are taken within a round.
+They take turns in one process (benchmarks/turns.py); ratios to noise are taken within a round.
 """
 
 import argparse
@@ -23,8 +23,7 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 
 import torch
 
-from benchmarks.loaders import measure, median_and_range
-from benchmarks.steps import forever
+from benchmarks.turns import add_turn_flags, forever, print_table, rates_of_streams, summarise
 from common.errors import UserError
 from common.flags import FlagParser
 from common.heap import share_one_heap
@@ -39,7 +38,7 @@ from pipeline.loader import Batch
 from pipeline.prepare import Settings, prepare
 from pipeline.prepared import is_prepared
 
-NOISE = "noise that stays there"
+NOISE = "noise"
 _PAUSE_SECONDS = 0.5
 """Long enough for queues of a few batches to fill up."""
 
@@ -54,8 +53,7 @@ def _run(argv: list[str] | None) -> int:
         description="Compare what feeds a training step: images per second. It takes all flags of train.py.",
         allow_abbrev=False,
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each input")
-    parser.add_argument("--batches", type=int, default=20, help="steps counted in a turn")
+    add_turn_flags(parser)
     try:
         options, flags = parser.parse_known_args(argv)
         config = parse_args(flags)
@@ -64,7 +62,7 @@ def _run(argv: list[str] | None) -> int:
         share_one_heap()  # as train.py does
         with ranks_of_this_run(config.device) as ranks, tempfile.TemporaryDirectory() as work:
             if ranks.world_size > 1:
-                raise UserError("compare_inputs.py measures one rank; start it without torchrun")
+                raise UserError("this measures one rank; start it without torchrun")
             result = compare(config, ranks, options, Path(work))
     except torch.OutOfMemoryError as error:
         raise too_little_memory(config.micro_batch or config.batch_size) from error
@@ -79,10 +77,15 @@ def compare(config: Config, ranks: Ranks, options: argparse.Namespace, work: Pat
     files = open_data(config, ranks, precision)
     step = training_step(files, ranks, precision)
     inputs = make_inputs(files, ranks, precision, work)
-    steps = {name: forever(functools.partial(step, batches)) for name, batches in inputs.items()}
-    options.device, options.batch_size = ranks.device.type, config.batch_size
-    summary = summarise(measure(steps, options, pause_seconds=_PAUSE_SECONDS))
-    print_table(f"{config.arch}, {precision.name}, {config.batch_size} images", summary)
+    rates = rates_of_streams(
+        {name: forever(functools.partial(step, batches)) for name, batches in inputs.items()},
+        images=config.batch_size,
+        device=ranks.device,
+        pause_seconds=_PAUSE_SECONDS,
+        **vars(options),
+    )
+    rows = summarise(rates, of=NOISE)
+    print_table(f"{config.arch}, {precision.name}, {config.batch_size} images", rows)
     return {
         "arch": config.arch,
         "data": config.data,
@@ -92,7 +95,7 @@ def compare(config: Config, ranks: Ranks, options: argparse.Namespace, work: Pat
         "batch_size": config.batch_size,
         "threads": files.threads,
         "rounds": options.rounds,
-        "inputs": summary,
+        "inputs": rows,
     }
 
 
@@ -130,27 +133,6 @@ def decoders(config: Config, ranks: Ranks) -> dict[str, dict]:
         "GPU, deeper queue": {"decoder": "gpu", "prefetch": 2 * config.prefetch},
         "CPU": {"decoder": "cpu"},
     }
-
-
-def summarise(rates: dict[str, list[float]]) -> dict[str, dict]:
-    """Median, lowest and highest images per second of each input, and the share of noise's in the same round."""
-    return {
-        name: {
-            "images_per_second": median_and_range(values, digits=1),
-            "of noise": median_and_range(
-                [own / most for own, most in zip(values, rates[NOISE], strict=True)], digits=3
-            ),
-        }
-        for name, values in rates.items()
-    }
-
-
-def print_table(title: str, summary: dict[str, dict]) -> None:
-    print(f"\n{title:28}{'images/s':>24}{'of noise':>24}")
-    for name, row in summary.items():
-        rate = "{:,.0f} ({:,.0f}–{:,.0f})".format(*row["images_per_second"])
-        share = "{:.3f} ({:.3f}–{:.3f})".format(*row["of noise"])
-        print(f"{name:28}{rate:>24}{share:>24}")
 
 
 if __name__ == "__main__":

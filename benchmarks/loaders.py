@@ -5,23 +5,22 @@ sample: shorter side rescaled to S, random 224×224 crop, random flip, random co
 leaves them in channels_last, as the network wants them; the others are not charged for that. Ours is also measured on DIR as
 pipeline.prepare packs it: at S = 256 with a shorter side of 256 pixels, else with a longer side of at most 512. At S = 256
 ffcv joins, where it is installed, with its authors' ImageNet recipe (500 pixels, JPEG quality 90; its own random crops, no
-colour shift).
+colour shift). "tensors" are decoded by torchcodec where it is installed, else by torchvision, which gives that up.
 
 With --device cuda, DALI's loaders decode on the GPU and leave the images there, ours and the usual one; torchvision's and
 ffcv stay on the CPU, and are not charged for the copy.
 
-They take turns, round after round. A turn begins with a pause, in which the one before fills its queues and falls silent
+They take turns (benchmarks/turns.py). A turn begins with a pause, in which the one before fills its queues and falls silent
 (torchvision's three workers work on up to six batches), and with batches that are not counted, until what was prefetched
-meanwhile is used up. Figures are medians over rounds; ratios are taken within a round.
+meanwhile is used up.
 """
 
 import argparse
+import functools
 import json
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import perf_counter, sleep
 
 if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
     from common.start import begin
@@ -33,13 +32,13 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.io import ImageReadMode, decode_image, read_file
 
-from benchmarks.ffcv_loader import ffcv_loader
-from benchmarks.usual_transforms import COLOUR_SHIFT_SIGMA, training_transform
+from benchmarks.ffcv import ffcv_loader
+from benchmarks.plain import COLOUR_SHIFT_SIGMA, training_transform
+from benchmarks.turns import OURS, add_turn_flags, print_table, rates_of_streams, summarise
 from common.errors import UserError
 from common.flags import FlagParser
-from common.heap import present_objects_frozen, share_one_heap
+from common.heap import share_one_heap
 from common.process import end, run_program, usable_cores
 from common.progress import say
 from common.ranks import ranks_of_this_run
@@ -51,14 +50,9 @@ from pipeline.prepared import open_prepared
 from pipeline.reader import Fetch, ShardReader
 from pipeline.tables import FileTable
 
-OURS = "this project"
-USUAL_DALI = "DALI, decode all"
-PIL = "torchvision, PIL"
-TENSORS = "torchvision, tensors"
 PREPARED = "this project, prepared"
-FFCV = "ffcv"
+_SCALES = {"S=256": (256, 256), "S in [256;512]": (256, 512)}
 _PREFETCH = 2
-_BATCHES_NOT_COUNTED = 8
 _PAUSE_SECONDS = 4.0
 
 
@@ -78,40 +72,33 @@ def _run(argv: list[str] | None) -> int:
         default=usable_cores() + 1,
         help="threads or worker processes of each loader: one more than there are cores, since each waits now and then",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each loader")
-    parser.add_argument("--batches", type=int, default=20, help="batches counted in a turn")
+    add_turn_flags(parser)
     arguments = parser.parse_args(argv)
     share_one_heap()  # as train.py does
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; check the driver with nvidia-smi, or use --device cpu")
+    device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
     table = open_manifest(arguments.data).train
+    scales = {}
     with tempfile.TemporaryDirectory() as work:
-        scales = {
-            name: compare(make_loaders(table, scale, arguments, Path(work)), arguments, name)
-            for name, scale in (("S=256", (256, 256)), ("S in [256;512]", (256, 512)))
-        }
-    result = {
-        "data": str(arguments.data),
-        "images": len(table),
-        "device": arguments.device,
-        "batch_size": arguments.batch_size,
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
-        "scales": scales,
-    }
-    print(json.dumps(result))
+        for name, scale in _SCALES.items():
+            rates = rates_of_streams(
+                make_loaders(table, scale, arguments, device, Path(work)),
+                images=arguments.batch_size,
+                rounds=arguments.rounds,
+                batches=arguments.batches,
+                device=device,
+                pause_seconds=_PAUSE_SECONDS,
+            )
+            scales[name] = summarise(rates, times=(OURS, PREPARED))
+            print_table(name, scales[name])
+    settings = {name: getattr(arguments, name) for name in ("device", "batch_size", "threads", "rounds")}
+    print(json.dumps({"data": str(arguments.data), "images": len(table), **settings, "scales": scales}))
     return 0
 
 
-def compare(loaders: dict[str, Iterator], arguments: argparse.Namespace, title: str) -> dict:
-    """Measure, print the table, return its figures."""
-    summary = summarise(measure(loaders, arguments, pause_seconds=_PAUSE_SECONDS))
-    print_table(title, summary)
-    return summary
-
-
 def make_loaders(
-    table: FileTable, scale: tuple[int, int], arguments: argparse.Namespace, work: Path
+    table: FileTable, scale: tuple[int, int], arguments: argparse.Namespace, device: torch.device, work: Path
 ) -> dict[str, Iterator]:
     """Endless iterators of batches, by name. work: a folder for what some of them read."""
     size, crop, threads = arguments.batch_size, arguments.crop, arguments.threads
@@ -119,21 +106,20 @@ def make_loaders(
     rows = table.read(np.arange(len(table)))
     paths = [table.name(source) for source in rows.source]
     labels = rows.labels.tolist()
-    device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
     loaders = {
         OURS: our_loader(plan, device, threads, fetch=None),
-        USUAL_DALI: usual_dali(paths, labels, scale, crop, size, device, threads),
-        PIL: torchvision_loader(paths, labels, read_pil, scale, crop, size, threads),
-        TENSORS: torchvision_loader(paths, labels, read_tensor, scale, crop, size, threads),
+        "DALI, decode all": usual_dali(paths, labels, scale, crop, size, device, threads),
+        "torchvision, PIL": torchvision_loader(paths, labels, read_pil, scale, crop, size, threads),
+        "torchvision, tensors": torchvision_loader(paths, labels, tensor_reader(), scale, crop, size, threads),
+        PREPARED: our_prepared_loader(arguments, scale, device, work),
     }
-    loaders[PREPARED] = our_prepared_loader(arguments, scale, device, work)
-    if scale == (256, 256):
+    if scale[0] == scale[1]:
         try:
             peer = ffcv_loader(paths, labels, work, crop, size, min(threads, usable_cores()))  # its limit
             next(peer)  # numba compiles
-            loaders[FFCV] = peer
+            loaders["ffcv"] = peer
         except ImportError as error:
-            say(f"{FFCV} is left out: {error}")
+            say(f"ffcv is left out: {error}")
     return loaders
 
 
@@ -165,61 +151,6 @@ def our_prepared_loader(
     return our_loader(plan, device, arguments.threads, fetch=lambda batches: reader.fetch(batches, plan.read_group))
 
 
-def measure(
-    loaders: dict[str, Iterator], arguments: argparse.Namespace, *, pause_seconds: float
-) -> dict[str, list[float]]:
-    """Images per second of each loader in each round. pause_seconds: before each turn, in which queues fill up."""
-    rates: dict[str, list[float]] = {name: [] for name in loaders}
-    with present_objects_frozen():  # as in training
-        for round_number in range(arguments.rounds):
-            for name, loader in loaders.items():
-                sleep(pause_seconds)
-                for _ in range(_BATCHES_NOT_COUNTED):
-                    next(loader)
-                finish(arguments.device)
-                started = perf_counter()
-                for _ in range(arguments.batches):
-                    next(loader)
-                finish(arguments.device)
-                rates[name].append(arguments.batches * arguments.batch_size / (perf_counter() - started))
-            say(
-                f"round {round_number + 1} of {arguments.rounds}: "
-                + ", ".join(f"{n} {r[-1]:,.0f}" for n, r in rates.items())
-            )
-    return rates
-
-
-def finish(device: str) -> None:
-    """Wait for what the device was given so far on torch's stream."""
-    if device == "cuda":
-        torch.cuda.current_stream().synchronize()
-
-
-def summarise(rates: dict[str, list[float]]) -> dict[str, dict]:
-    """Median, lowest and highest images per second of each loader; how many times as fast each of ours is, by rounds."""
-    summary: dict[str, dict] = {}
-    for name, values in rates.items():
-        summary[name] = {"images_per_second": median_and_range(values, digits=1)}
-        for ours in (OURS, PREPARED):
-            if ours in rates:
-                ratios = [own / other for own, other in zip(rates[ours], values, strict=True)]
-                summary[name][f"times {ours}"] = median_and_range(ratios, digits=3)
-    return summary
-
-
-def median_and_range(values: list[float], digits: int) -> list[float]:
-    """[median, lowest, highest]"""
-    return [round(value, digits) for value in (statistics.median(values), min(values), max(values))]
-
-
-def print_table(title: str, summary: dict[str, dict]) -> None:
-    compared = [name for name in (OURS, PREPARED) if name in summary]
-    print(f"\n{title:24}{'images/s':>24}" + "".join(f"{name + ' is … times':>36}" for name in compared))
-    for name, row in summary.items():
-        line = f"{name:24}" + "{:10,.0f} ({:,.0f}–{:,.0f})".format(*row["images_per_second"]).rjust(24)
-        print(line + "".join("{:.2f} ({:.2f}–{:.2f})".format(*row[f"times {ours}"]).rjust(36) for ours in compared))
-
-
 # ---- the others --------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +160,6 @@ def usual_dali(
     """The graph of DALI's own examples, decode the whole image, resize, random crop and flip, with its random operators."""
     shift_of_alpha = types.Constant(np.array(IMAGENET_COLOUR_SHIFT, dtype=np.float32))
     mean = types.Constant(np.asarray(IMAGENET_MEAN_RGB, dtype=np.float32))
-
     on_gpu = device.type == "cuda"
 
     @pipeline_def(
@@ -269,8 +199,13 @@ def read_pil(path: str) -> Image.Image:
     return Image.open(path).convert("RGB")
 
 
-def read_tensor(path: str) -> torch.Tensor:
-    return decode_image(read_file(path), mode=ImageReadMode.RGB)
+def tensor_reader() -> Callable[[str], torch.Tensor]:
+    """From a path to uint8 [3, height, width]: torchcodec's, since torchvision's is deprecated from 0.29 on."""
+    try:
+        from torchcodec.decoders import decode_image
+    except ImportError:  # not installed, or older than 0.16, which has no image decoder
+        from torchvision.io import decode_image
+    return functools.partial(decode_image, mode="RGB")
 
 
 class Images(Dataset):

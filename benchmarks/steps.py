@@ -3,13 +3,13 @@
 Ours is the trainer's own, as the flags of train.py have it (compiled on a GPU). The others are torchvision's and, where it is
 installed, timm's network of the same configuration in channels_last under autocast, with torch's SGD, in the loop that
 everyone writes, eager and compiled. All take the same batch of noise, which stays on the device, and the same dropout. They
-take turns in one process, as in compare_loaders.py.
+take turns in one process (benchmarks/turns.py).
 """
 
 import argparse
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
     from common.start import begin
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from benchmarks.loaders import OURS, measure, print_table, summarise
+from benchmarks.turns import OURS, add_turn_flags, forever, print_table, rates_of_streams, summarise
 from common.errors import TrainingError, UserError
 from common.flags import FlagParser
 from common.process import end, run_program
@@ -47,8 +47,7 @@ def _run(argv: list[str] | None) -> int:
         description="Compare training steps: images per second. It takes all flags of train.py.",
         allow_abbrev=False,
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each step")
-    parser.add_argument("--batches", type=int, default=20, help="steps counted in a turn")
+    add_turn_flags(parser)
     try:
         options, flags = parser.parse_known_args(argv)
         config = parse_args(["--batch-size", "128", *flags, "--data", SYNTHETIC])
@@ -67,19 +66,19 @@ def compare(config: Config, ranks: Ranks, options: argparse.Namespace) -> dict:
     """Measure, print the table, return the figures."""
     set_numerics(deterministic=False)
     precision = choose_precision(config.precision, ranks.device)
-    steps = make_steps(config, ranks, precision)
-    options.device, options.batch_size = ranks.device.type, config.batch_size
-    endless = {name: forever(step) for name, step in steps.items()}
-    summary = summarise(measure(endless, options, pause_seconds=0))  # they have no queue to fill
-    print_table(f"{config.arch}, {precision.name}", summary)
+    streams = {name: forever(step) for name, step in make_steps(config, ranks, precision).items()}
+    size = config.batch_size
+    rates = rates_of_streams(streams, images=size, device=ranks.device, **vars(options))  # no queue to fill, no pause
+    rows = summarise(rates, times=(OURS,))
+    print_table(f"{config.arch}, {precision.name}", rows)
     return {
         "arch": config.arch,
         "device": ranks.device.type,
         "precision": precision.name,
         "crop": config.crop,
-        "batch_size": config.batch_size,
+        "batch_size": size,
         "rounds": options.rounds,
-        "steps": summary,
+        "steps": rows,
     }
 
 
@@ -134,12 +133,6 @@ def usual_step(network: nn.Module, config: Config, precision: Precision) -> Call
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def forever(step: Callable[[], object]) -> Iterator:
-    """An iterator that takes a step each time."""
-    while True:
-        yield step()
 
 
 if __name__ == "__main__":

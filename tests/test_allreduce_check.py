@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import allreduce as allreduce_check
-from benchmarks.limited_links import limited_machines
+from benchmarks.allreduce import limited_machines
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,7 @@ def test_namespaces_go_again():
 
 
 def test_without_the_right_it_is_said(monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks.limited_links.shutil.which", lambda name: None)
+    monkeypatch.setattr("benchmarks.allreduce.shutil.which", lambda name: None)
     assert allreduce_check.main([]) == 2
     assert capsys.readouterr().err == "error: needs ip and tc: install iproute2\n"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import overhead
 from tests.images import photo_folder
 from tests.nvml_stub import compile_stub
 
@@ -33,16 +34,18 @@ def run_script(name: str, settings: str, *flags: str) -> dict:
 def test_compare_loaders(tmp_path):
     folder = photo_folder(tmp_path, train=10, val=2)
     flags = ["--data", str(folder), "--batch-size", "2", "--rounds", "2", "--batches", "2", "--threads", "1"]
-    result = run_script("benchmarks.loaders", "script._PAUSE_SECONDS = 0.0; script._BATCHES_NOT_COUNTED = 1", *flags)
+    result = run_script(
+        "benchmarks.loaders", "from benchmarks import turns; turns.NOT_COUNTED = 1; script._PAUSE_SECONDS = 0.0", *flags
+    )
     assert set(result["scales"]) == {"S=256", "S in [256;512]"}
     assert set(result["scales"]["S=256"]) >= set(result["scales"]["S in [256;512]"])
     for loaders in result["scales"].values():
         assert len(loaders) >= 5
         assert "this project, prepared" in loaders
         for row in loaders.values():
-            for median, lowest, highest in row.values():
+            for title in ("images_per_second", "times this project", "times this project, prepared"):
+                median, lowest, highest = row[title]
                 assert 0 < lowest <= median <= highest
-            assert "times this project" in row
 
 
 @pytest.mark.slow
@@ -64,21 +67,42 @@ def test_loader_memory(tmp_path):
     assert (tmp_path / "memory.png").stat().st_size > 1000
 
 
+SMALL_STEP = ["--crop", "32", "--train-scale", "32", "--batch-size", "2"]
+
+
 @pytest.mark.slow
-def test_step_overhead():
-    flags = ["--crop", "32", "--train-scale", "32", "--batch-size", "2"]
-    result = run_script("benchmarks.step_overhead", "script._STEPS_A_TURN = 2; script._TURNS = 4", *flags)
-    assert result["turns"] == 4
-    assert 0.2 < result["trainer_to_bare"] < 5
+def test_trainer_overhead():
+    result = run_script("benchmarks.overhead", "script._STEPS_A_TURN = 2", "trainer", "--rounds", "4", *SMALL_STEP)
+    assert result["rounds"] == 4
+    (low, high), (median, lowest, highest) = (
+        result["with_to_without_95"]["seconds"],
+        result["with_to_without"]["seconds"],
+    )
+    assert 0.2 < lowest <= median <= highest < 5
+    assert 0 < low <= high
 
 
 @pytest.mark.slow
 def test_sampler_overhead(tmp_path, monkeypatch):
     monkeypatch.setenv("LD_LIBRARY_PATH", str(compile_stub(tmp_path)))
-    settings = "script._TURN_SECONDS = 0.1; script._BATCH_SIZE = 2; script._CROP = 32; script._CLASSES = 10"
-    result = run_script("benchmarks.sampler_overhead", settings, "--pairs", "6", "--interval-ms", "10")
-    assert result["samples"] >= 7
+    flags = ["sampler", "--rounds", "9", "--interval-ms", "10", *SMALL_STEP]
+    result = run_script("benchmarks.overhead", "script._SECONDS_A_TURN = 0.1", *flags)
+    assert result["samples"] >= 10
     for clock in ("seconds", "core_seconds"):
-        ratio = result[f"{clock}_with_to_without"]
-        assert 0.2 < ratio["low"] <= ratio["p25"] <= ratio["median"] <= ratio["p75"] <= ratio["high"] < 5
+        median, lowest, highest = result["with_to_without"][clock]
+        low, high = result["with_to_without_95"][clock]
+        assert 0.2 < lowest <= low <= median <= high <= highest < 5
     assert 0 < result["sampler_core_seconds_a_second"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "the following arguments are required"),
+        (["trainer", "--rounds", "1"], "--rounds is 1"),
+        (["x"], "invalid choice"),
+    ],
+)
+def test_overhead_of_what(flags, message, capsys):
+    assert overhead.main(flags) == 2
+    assert message in capsys.readouterr().err

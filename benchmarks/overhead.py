@@ -1,0 +1,267 @@
+"""python -m benchmarks.overhead trainer [flags of train.py]: what the training loop costs beyond the network itself.
+python -m benchmarks.overhead sampler [--interval-ms 100] [flags of train.py]: what the NVML sampler costs the training step.
+
+Both against a bare loop of forward, backward and update on a batch that stays on the device, in turns in one process, of which
+the first are warm-up. The figure is the median over rounds of seconds with / seconds without, with its 95 % interval.
+
+trainer: the trainer's own loop (learning rate, seeds, counters, logging) runs over the same compiled model and batch.
+
+sampler: also of the process's time on all cores. The seconds tell what throughput loses, on a machine that does nothing else;
+the cores' time, less what is lost by waiting, on a busy one too, given OMP_NUM_THREADS=1 (threads that wait for each other do so
+at work). Steadiest is what the sampler's own threads take of a core; it leaves out what they do to others. It needs NVML. On a
+machine without a GPU, the tests' stub of it, whose PCIe readings can be made to take their 20 ms:
+
+    gcc -shared -fPIC -o DIR/libnvidia-ml.so.1 tests/nvml_stub.c -lm
+    NVML_STUB_PCIE_MS=20 LD_LIBRARY_PATH=DIR python -m benchmarks.overhead sampler
+"""
+
+import json
+import statistics
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from time import clock_gettime, perf_counter, process_time, pthread_getcpuclockid
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
+    from common.start import begin
+
+    begin()
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.turns import finish, interval, spread, take_turns
+from common.errors import UserError
+from common.flags import FlagParser
+from common.process import end, run_program
+from common.ranks import Ranks, ranks_of_this_run
+from engine.assembly import network_of
+from engine.config import SYNTHETIC, Config, parse_args, save_config
+from engine.data import Data
+from engine.precision import Precision, choose_precision, set_numerics
+from engine.preemption import StopRequests
+from engine.records import CONFIG
+from engine.trainer import Trainer
+from perf.nvml_sampler import NvmlSampler, uuids_of
+from pipeline.loader import Batch
+
+_DEFAULT_FLAGS = ["--arch", "A", "--crop", "64", "--train-scale", "64", "--batch-size", "16", "--log-every", "10"]
+_STEPS_A_TURN = 10
+"""Of the trainer and of the loop that it is held against."""
+_SECONDS_A_TURN = 1.0
+"""With the sampler and without."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    parser = FlagParser(
+        prog="python -m benchmarks.overhead",
+        description="Measure what is done beside the bare training step. Other flags are train.py's.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("of", choices=("trainer", "sampler"), help="the training loop, or the sampler of NVML")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each that are counted, at least 2")
+    parser.add_argument("--interval-ms", type=float, default=100.0, help="milliseconds between two samples of a GPU")
+    arguments, flags = parser.parse_known_args(argv)
+    if not arguments.interval_ms >= 1:
+        raise UserError(f"--interval-ms is {arguments.interval_ms:g}: give it at least 1")
+    if arguments.rounds < 2:
+        raise UserError(f"--rounds is {arguments.rounds}: a confidence interval needs 2")
+    with tempfile.TemporaryDirectory() as out:
+        # One step more than whole turns: the trainer's last turn ends when the next batch is asked for.
+        steps = str(_STEPS_A_TURN * (arguments.rounds + 1) + 1)
+        config = parse_args([*_DEFAULT_FLAGS, *flags, "--data", SYNTHETIC, "--out", out, "--steps", steps])
+        with ranks_of_this_run(config.device) as ranks:
+            if arguments.of == "trainer":
+                result = trainer_overhead(config, ranks)
+            else:
+                result = sampler_overhead(config, ranks, arguments.rounds, arguments.interval_ms / 1e3)
+    for clock, (median, lowest, highest) in result["with_to_without"].items():
+        low, high = result["with_to_without_95"][clock]
+        print(
+            f"{clock.replace('_', ' ')} with the {arguments.of} / without: {median:.4f} (95 % {low:.4f}–{high:.4f}; "
+            f"rounds {lowest:.4f}–{highest:.4f})"
+        )
+    print(json.dumps(result))
+    return 0
+
+
+@dataclass
+class BareStep:
+    """Forward, backward and update, again and again on the same batch."""
+
+    batch: Batch
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+
+    def seconds_of(self, steps: int) -> float:
+        """The device is idle before and after."""
+        images, labels = self.batch
+        began = perf_counter()
+        for _ in range(steps):
+            with self.precision.autocast():
+                loss = F.cross_entropy(self.model(images), labels)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        finish(images.device)
+        return perf_counter() - began
+
+
+def bare_step(config: Config, ranks: Ranks) -> tuple[BareStep, Data]:
+    """The configuration's network and batch of noise, and the data set that this is from."""
+    set_numerics(deterministic=config.deterministic)
+    precision = choose_precision(config.precision, ranks.device)
+    data = Data(config=config, ranks=ranks, precision=precision, micro_batch=config.batch_size, manifest=None)
+    model = network_of(config, classes=len(data.classes), device=ranks.device)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=1e-4, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+    return BareStep(next(data.train_batches(0)), model, optimizer, precision), data
+
+
+def ratios_of(figures: dict[str, tuple[list[float], list[float]]]) -> dict:
+    """figures: by clock, what each round took with and without."""
+    ratios = {name: [a / b for a, b in zip(*both, strict=True)] for name, both in figures.items()}
+    return {
+        "with_to_without": {name: spread(values, 4) for name, values in ratios.items()},
+        "with_to_without_95": {name: interval(values) for name, values in ratios.items()},
+    }
+
+
+# ---- the trainer -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Turns:
+    """Hands the trainer its batches; between two turns of the trainer, runs the bare loop."""
+
+    bare: BareStep
+    trainer_seconds: list[float] = field(default_factory=list)
+    bare_seconds: list[float] = field(default_factory=list)
+    _steps: int = 0
+    _turn_began: float = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._steps % _STEPS_A_TURN == 0:
+            finish(self.bare.batch[0].device)
+            if self._steps:
+                self.trainer_seconds.append(perf_counter() - self._turn_began)
+            self.bare_seconds.append(self.bare.seconds_of(_STEPS_A_TURN))
+            self._turn_began = perf_counter()
+        self._steps += 1
+        return self.bare.batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInTurns(Data):
+    """Synthetic data through Turns."""
+
+    turns: Turns
+
+    def train_batches(self, start: int) -> Iterator[Batch]:
+        return self.turns
+
+
+def trainer_overhead(config: Config, ranks: Ranks) -> dict:
+    bare, data = bare_step(config, ranks)
+    turns = Turns(bare)
+    save_config(config, config.out / CONFIG)  # as train.py does
+    with StopRequests() as requests:
+        trainer = Trainer(
+            config,
+            ranks=ranks,
+            precision=bare.precision,
+            data=DataInTurns(**vars(data), turns=turns),
+            model=bare.model,
+            checkpoint=None,
+            requests=requests,
+        )
+        compiled = trainer.fit()["compiled"]
+    with_trainer, without = turns.trainer_seconds[1:], turns.bare_seconds[1 : len(turns.trainer_seconds)]
+    return {
+        "arch": config.arch,
+        "crop": config.crop,
+        "batch_size": config.batch_size,
+        "device": _name(ranks.device),
+        "precision": bare.precision.name,
+        "compiled": compiled,
+        "steps_a_turn": _STEPS_A_TURN,
+        "rounds": len(with_trainer),
+        "bare_ms_per_step": round(1e3 * statistics.median(without) / _STEPS_A_TURN, 3),
+        **ratios_of({"seconds": (with_trainer, without)}),
+    }
+
+
+# ---- the sampler -------------------------------------------------------------------------------------------------
+
+
+def sampler_overhead(config: Config, ranks: Ranks, rounds: int, interval_seconds: float) -> dict:
+    """Raises UserError: there is nothing to sample here."""
+    uuids = uuids_of(ranks.device)
+    with NvmlSampler(uuids, interval_seconds) as sampler:
+        pass
+    found = sampler.report()
+    if not found["available"]:
+        raise UserError(
+            f"nothing can be sampled here: {found['reason']}; the script's first lines tell what else to do"
+        )
+    bare, _ = bare_step(config, ranks)
+    bare.seconds_of(3)
+    steps = max(1, round(3 * _SECONDS_A_TURN / bare.seconds_of(3)))
+    core_seconds: dict[str, list[float]] = {"with": [], "without": []}
+    own, samples = [], []
+
+    def without(name: str = "without") -> float:
+        before = process_time()
+        seconds = bare.seconds_of(steps)
+        core_seconds[name].append(process_time() - before)
+        return seconds
+
+    def with_sampler() -> float:
+        with NvmlSampler(uuids, interval_seconds) as sampler:
+            before = _sampler_core_seconds()
+            seconds = without("with")
+            own.append((_sampler_core_seconds() - before) / seconds)
+        samples.append(sampler.report()["samples"])
+        return seconds
+
+    seconds = take_turns({"with": with_sampler, "without": without}, rounds=rounds, warm_up=1)
+    cores = {name: of[1:] for name, of in core_seconds.items()}
+    return {
+        "device": _name(ranks.device),
+        "threads": torch.get_num_threads(),
+        "gpu_sampled": found["devices"][0]["name"],
+        "interval_seconds": interval_seconds,
+        "rounds": rounds,
+        "steps_a_turn": steps,
+        "seconds_a_turn": round(statistics.median(seconds["without"]), 3),
+        "samples": sum(samples),
+        "sampler_core_seconds_a_second": round(statistics.mean(own), 5),
+        **ratios_of(
+            {name: (of["with"], of["without"]) for name, of in (("seconds", seconds), ("core_seconds", cores))}
+        ),
+    }
+
+
+def _sampler_core_seconds() -> float:
+    """Time that the sampler's threads have spent on cores, while they live."""
+    threads = [t.ident for t in threading.enumerate() if t.ident is not None and t.name.startswith("nvml-")]
+    return sum(clock_gettime(pthread_getcpuclockid(thread)) for thread in threads)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+if __name__ == "__main__":
+    end(main)
