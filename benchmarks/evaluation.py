@@ -6,6 +6,7 @@ a pair take turns (benchmarks/turns.py).
 """
 
 import argparse
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ def compare(passes: dict[str, Callable[[], object]], rounds: int, images: int) -
         run()
         return images / (perf_counter() - began)
 
-    turns = {name: lambda run=run: rate(run) for name, run in passes.items()}
+    turns = {name: functools.partial(rate, run) for name, run in passes.items()}
     return summarise(take_turns(turns, rounds=rounds, warm_up=1), times=(OURS,))
 
 

@@ -62,7 +62,7 @@ def _run(argv: list[str] | None) -> int:
         share_one_heap()  # as train.py does
         with ranks_of_this_run(config.device) as ranks, tempfile.TemporaryDirectory() as work:
             if ranks.world_size > 1:
-                raise UserError("this measures one rank; start it without torchrun")
+                raise UserError("benchmarks.inputs measures one rank; start it without torchrun")
             result = compare(config, ranks, options, Path(work))
     except torch.OutOfMemoryError as error:
         raise too_little_memory(config.micro_batch or config.batch_size) from error

@@ -30,7 +30,6 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from benchmarks.turns import finish, interval, spread, take_turns
 from common.errors import UserError
@@ -44,6 +43,7 @@ from engine.precision import Precision, choose_precision, set_numerics
 from engine.preemption import StopRequests
 from engine.records import CONFIG
 from engine.trainer import Trainer
+from model.vgg import VGG
 from perf.nvml_sampler import NvmlSampler, uuids_of
 from pipeline.loader import Batch
 
@@ -96,7 +96,7 @@ class BareStep:
     """Forward, backward and update, again and again on the same batch."""
 
     batch: Batch
-    model: nn.Module
+    model: VGG
     optimizer: torch.optim.Optimizer
     precision: Precision
 

@@ -102,7 +102,8 @@ def difference_interval(one: list[float], other: list[float]) -> tuple[float, fl
     """95 % confidence interval of the difference of two means, each of two values or more with a variance of its own (Welch)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # where all values are the same
-        return stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+        low, high = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    return float(low), float(high)
 
 
 def print_table(result: dict) -> None:

@@ -4,6 +4,7 @@ Every other round goes the other way round, lest one always comes after the same
 are taken within a round.
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,7 +71,8 @@ def rates_of_streams(
         return batches * images / (perf_counter() - began)
 
     with present_objects_frozen():  # as in training
-        return take_turns({name: lambda s=stream: turn(s) for name, stream in streams.items()}, rounds=rounds)
+        turns = {name: functools.partial(turn, stream) for name, stream in streams.items()}
+        return take_turns(turns, rounds=rounds)
 
 
 def finish(device: torch.device) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import allreduce, kept_runs
 from benchmarks import evaluation as compare_evaluation
-from benchmarks import kept_runs, limited_links
 from benchmarks import steps as compare_steps
 from common.errors import TrainingError, UserError
 from common.ranks import Ranks
@@ -118,9 +118,9 @@ def test_lost_images_need_not_be_listed_where_nothing_can_be_written():
 def test_root_is_not_told_to_be_root(monkeypatch, user, cure):
     monkeypatch.setattr(os, "geteuid", lambda: user)
     refused = subprocess.CompletedProcess([], 1, "", "mount failed:\nOperation not permitted\n")
-    monkeypatch.setattr(limited_links.subprocess, "run", lambda *_, **__: refused)
+    monkeypatch.setattr(allreduce.subprocess, "run", lambda *_, **__: refused)
     with pytest.raises(UserError, match=cure) as caught:
-        limited_links._run("ip", "netns", "add", "a")
+        allreduce._command("ip", "netns", "add", "a")
     assert "\n" not in str(caught.value)
 
 

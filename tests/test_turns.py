@@ -15,11 +15,15 @@ def test_every_other_round_goes_the_other_way_round():
     asked: list[str] = []
 
     def of(name):
-        return lambda: asked.append(name) or float(len(asked))
+        def turn() -> float:
+            asked.append(name)
+            return len(asked)
+
+        return turn
 
     figures = take_turns({name: of(name) for name in "abc"}, rounds=2, warm_up=1)
     assert "".join(asked) == "cba" + "abc" + "cba"
-    assert figures == {"a": [4.0, 9.0], "b": [5.0, 8.0], "c": [6.0, 7.0]}, "the warm-up is not in it"
+    assert figures == {"a": [4, 9], "b": [5, 8], "c": [6, 7]}, "the warm-up is not in it"
 
 
 def test_what_was_prefetched_is_not_counted(monkeypatch):
