@@ -44,7 +44,7 @@ from engine.preemption import StopRequests
 from engine.records import CONFIG
 from engine.trainer import Trainer
 from model.vgg import VGG
-from perf.nvml_sampler import NvmlSampler, uuids_of
+from perf.telemetry import NvmlSampler, uuids_of
 from pipeline.loader import Batch
 
 _DEFAULT_FLAGS = ["--arch", "A", "--crop", "64", "--train-scale", "64", "--batch-size", "16", "--log-every", "10"]

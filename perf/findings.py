@@ -13,11 +13,11 @@ from perf.communication import exposed
 from perf.floor import Job
 from perf.laps import BACKWARD, DATA_WAIT, FORWARD, OPTIMIZER
 from perf.machine import git_revision, hardware
-from perf.nvml_sampler import NvmlSampler
 from perf.order_statistics import summarise
 from perf.peaks import Peaks
 from perf.roofline import Measured, links_of, roofline
 from perf.stages import Bench
+from perf.telemetry import NvmlSampler
 from perf.verdict import judge
 from pipeline.tables import ShardTable
 

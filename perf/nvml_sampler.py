@@ -2,157 +2,30 @@
 
 COMMAND runs as it would without this: same stdin, stdout and stderr, its exit code is passed on, and the signals that ask a
 program to stop reach it. The GPUs are those that CUDA_VISIBLE_DEVICES leaves it. Afterwards there is a table on stderr, and
-the report as one line of JSON, last on stdout or in FILE.json. Without a driver the report says so. From Python:
-
-    with NvmlSampler() as sampler:
-        ...
-    sampler.report()
+the report as one line of JSON, last on stdout or in FILE.json. Without a driver the report says so. perf/telemetry.py has the
+same for Python.
 """
 
 import argparse
 import json
+import os
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.files import replacing
 from common.flags import FlagParser
 from common.process import run_program
 from common.progress import say
-from perf.nvml_command import held_signals, run_command
-from perf.nvml_table import table
+from perf.telemetry import NvmlSampler
 
-if TYPE_CHECKING:
-    import torch
-
-    from perf.nvml_thread import GpuThread
-
-# How long the driver may take for a sample before we go on without it.
-_PATIENCE_SECONDS = 2.0
-
-
-def uuids_of(device: "torch.device") -> list[str] | None:
-    """The UUID of torch's device, for NvmlSampler; None for the CPU: then CUDA_VISIBLE_DEVICES says which GPUs there are."""
-    if device.type != "cuda":
-        return None
-    from torch.cuda import get_device_properties
-
-    return [str(get_device_properties(device).uuid)]
-
-
-class NvmlSampler:
-    """Samples GPUs in the background for as long as its context lasts.
-
-    Nothing that NVML does raises or ends the run: what could not be had is in the report, with the reason.
-    """
-
-    def __init__(self, uuids: Sequence[str] | None = None, interval_seconds: float = 0.1) -> None:
-        """uuids: of GPUs or MIG devices, with their prefix or without; None: the GPUs that CUDA_VISIBLE_DEVICES leaves.
-
-        interval_seconds: from the start of one sample to the next, above 0; a sample takes 40 ms or more where PCIe traffic can
-        be read. Raises ValueError.
-        """
-        if not interval_seconds > 0:
-            raise ValueError(f"interval_seconds is {interval_seconds}")
-        self._uuids = uuids
-        self._interval_seconds = interval_seconds
-        self._threads: list[GpuThread] = []
-        self._reason: str | None = "the sampler was never started"
-        self._started = self._stopped = perf_counter()
-        self._running = False
-
-    def __enter__(self) -> "NvmlSampler":
-        try:
-            threads, self._reason = _open(self._uuids, self._interval_seconds)
-            for thread in threads:
-                thread.start()
-                self._threads.append(thread)
-        except Exception as error:  # telemetry never ends a run
-            self._reason = f"NVML: {error!r}"
-        self._running = True
-        self._wait_past(perf_counter())
-        self._started = perf_counter()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stopped = perf_counter()
-        self._wait_past(self._stopped)
-        self._running = False
-        for thread in self._threads:
-            thread.stop()
-        deadline = perf_counter() + _PATIENCE_SECONDS
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - perf_counter()))
-        if self._threads and not any(thread.is_alive() for thread in self._threads):
-            with suppress(Exception):
-                import pynvml
-
-                pynvml.nvmlShutdown()
-
-    @property
-    def started(self) -> float:
-        """The value of time.perf_counter() at which the whole context's series begin."""
-        return self._started
-
-    def report(self, start: float | None = None, end: float | None = None) -> dict:
-        """The telemetry between two values of time.perf_counter(), of the whole context by default.
-
-        "available" is False, and "reason" says why, if there is no GPU to sample; otherwise "reason" is None or a remark on the
-        choice of GPUs. "samples" counts those of the GPU that has most. Each GPU: "fields" (median, p5, p95, min, max, mean of
-        each reading), "energy_joules" and whether it is from the GPU's "counter" or the integral of "power",
-        "throttled_fraction" (share of samples in which a reason to lower the clock was set), "missing" (reading: why),
-        "series" (the samples; "seconds" since start). Units are in the names; what is not known is None.
-
-        Of a MIG device, memory and utilisation are its own, all else the whole GPU's, shared with its other MIG devices.
-        """
-        now = perf_counter() if self._running else self._stopped
-        end = now if end is None else min(end, now)
-        start = min(self._started if start is None else max(start, self._started), end)
-        if self._running:
-            self._wait_past(end)
-        reports = [thread.report(start, end) for thread in self._threads]
-        return {
-            "available": bool(reports),
-            "reason": self._reason,
-            "interval_seconds": self._interval_seconds,
-            "samples": max((samples for samples, _ in reports), default=0),
-            "seconds": round(end - start, 4),
-            "devices": [device for _, device in reports],
-        }
-
-    def _wait_past(self, moment: float) -> None:
-        """Have a sample of each GPU at that moment or later, so that a window up to it has both its ends."""
-        deadline = perf_counter() + _PATIENCE_SECONDS
-        for thread in self._threads:
-            thread.ask()
-        for thread in self._threads:
-            thread.wait_past(moment, deadline)
-
-
-def _open(uuids: Sequence[str] | None, interval_seconds: float) -> tuple[list["GpuThread"], str | None]:
-    """Start NVML. Returns a thread for each GPU, not started yet, and what to tell about them."""
-    try:
-        import pynvml
-
-        from common.nvml_devices import find_gpus
-        from perf.nvml_thread import GpuThread
-    except ImportError as error:
-        return [], f"nvidia-ml-py is not installed: {error}"
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return [], f"no NVIDIA driver at work here: {error}"
-    try:
-        gpus, remarks = find_gpus(uuids)
-    except pynvml.NVMLError as error:
-        return [], f"NVML does not tell its GPUs: {error}"
-    if not gpus:
-        remarks = ["no GPU is left to sample", *remarks]
-    return [GpuThread(gpu, interval_seconds) for gpu in gpus], "; ".join(remarks) or None
+_PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+_WAITED_FOR = _PASSED_ON | {signal.SIGCHLD}
+_COLUMNS = ("median", "p5", "p95", "min", "max")
+_SCALES = {"_bytes_per_second": (1e6, "MB/s"), "_bytes": (2**30, "GiB"), "_percent": (1, "%")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -201,3 +74,91 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.out is not None and (options.out.is_dir() or not options.out.absolute().parent.is_dir()):
         raise UserError(f"--out {options.out} cannot be written: give a file in a folder that is there")
     return options, command
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def held_signals() -> Iterator[set]:
+    """Signals wait until run_command takes them, and threads started inside take none. Yields the mask from before.
+
+    Only before there are other threads. Waiting tells who sent a signal, as handling it in Python does not.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
+    try:
+        yield mask
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def run_command(command: list[str], mask: set) -> int:
+    """Run it, inside held_signals() which gave the mask, and wait for its end.
+
+    Returns its exit code, or 128 + the signal that ended it, as shells do. Raises UserError: it cannot be run.
+    """
+    try:
+        # setsigdef: these two Python ignores, and the command would inherit that.
+        process = os.posix_spawnp(
+            command[0], command, os.environ, setsigmask=mask, setsigdef=[signal.SIGPIPE, signal.SIGXFSZ]
+        )
+    except OSError as error:
+        raise UserError(f"cannot run {command[0]}: {error.strerror}") from error
+    while True:
+        received = signal.sigwaitinfo(_WAITED_FOR)
+        if received.si_signo == signal.SIGCHLD:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+                return code if code >= 0 else 128 - code
+        elif received.si_code <= 0:  # from a process; a terminal's own (Ctrl-C) has reached the command already
+            os.kill(process, received.si_signo)
+
+
+# ---- the table --------------------------------------------------------------------------------------------------------
+
+
+def table(telemetry: dict) -> list[str]:
+    """Lines: each GPU's readings, energy, what lowered its clocks, and what could not be read."""
+    lines = [] if telemetry["reason"] is None else [f"GPU telemetry: {telemetry['reason']}"]
+    for gpu in telemetry["devices"]:
+        lines.append(
+            f"GPU {gpu['index']}, {gpu['name']}, {gpu['uuid']}: "
+            f"{telemetry['samples']} samples in {telemetry['seconds']:.1f} s, {_energy(gpu)}"
+        )
+        lines.append(f"  {'':34}" + "".join(f"{column:>11}" for column in _COLUMNS))
+        lines += [_row(name, spread) for name, spread in gpu["fields"].items() if spread is not None]
+        lines += _limits(gpu)
+        lines += [
+            f"  clock lowered by {reason} in {fraction:.1%} of the samples"
+            for reason, fraction in (gpu["throttled_fraction"] or {}).items()
+            if fraction > 0
+        ]
+        lines += [f"  {name}: {reason}" for name, reason in gpu["missing"].items()]
+    return lines
+
+
+def _limits(gpu: dict) -> list[str]:
+    """What the card is held to, on one line."""
+    watts, default, clock = (gpu[key] for key in ("power_limit_watts", "default_power_limit_watts", "max_sm_clock_mhz"))
+    parts = []
+    if watts is not None:
+        parts.append(
+            f"power limit {watts:g} W" + (f" (by default {default:g} W)" if default not in (None, watts) else "")
+        )
+    if clock is not None:
+        parts.append(f"highest SM clock {clock:g} MHz")
+    return [f"  {', '.join(parts)}{'; of the whole GPU' if gpu['is_mig'] else ''}"] if parts else []
+
+
+def _energy(gpu: dict) -> str:
+    joules = gpu["energy_joules"]
+    return "energy unknown" if joules is None else f"{joules:,.1f} J by {gpu['energy_source']}"
+
+
+def _row(name: str, spread: dict[str, float]) -> str:
+    for ending, (scale, unit) in _SCALES.items():
+        if name.endswith(ending):
+            name = f"{name.removesuffix(ending)}, {unit}"
+            spread = {column: value / scale for column, value in spread.items()}
+    return f"  {name.replace('_', ' '):34}" + "".join(f"{spread[column]:11,.1f}" for column in _COLUMNS)

@@ -35,7 +35,6 @@ from perf.adaptive import Limits
 from perf.communication import all_reduce_alone
 from perf.findings import Findings, make_report
 from perf.launch import host_seconds
-from perf.nvml_sampler import NvmlSampler, uuids_of
 from perf.peaks import Peaks, peaks_here
 from perf.show import write_report
 from perf.stages import (
@@ -51,6 +50,7 @@ from perf.stages import (
     training_batches,
     training_step,
 )
+from perf.telemetry import NvmlSampler, uuids_of
 from perf.tuning import tune
 from perf.tuning_output import print_tuned, result, write_recipe
 

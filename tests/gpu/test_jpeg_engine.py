@@ -12,7 +12,7 @@ import pytest
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from perf.nvml_sampler import NvmlSampler, uuids_of
+from perf.telemetry import NvmlSampler, uuids_of
 from pipeline import graphs
 from tests.gpu.device import DECODERS_DIFFER_BY, DEVICE
 from tests.images import photographs

@@ -5,7 +5,7 @@ from time import monotonic, perf_counter, sleep
 import pytest
 import torch
 
-from perf.nvml_sampler import NvmlSampler, uuids_of
+from perf.telemetry import NvmlSampler, uuids_of
 from tests.gpu.device import DEVICE
 
 pytestmark = pytest.mark.gpu
