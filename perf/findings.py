@@ -3,27 +3,41 @@
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
+import torch
+
 from common.process import usable_cores
 from common.progress import say
 from common.ranks import Ranks
-from engine.config import to_dict
-from perf.adaptive import Timing, rate
-from perf.ceiling import ceiling
-from perf.communication import exposed
-from perf.floor import Job
+from engine.config import Config, default_data, parse_args, to_dict
 from perf.laps import BACKWARD, DATA_WAIT, FORWARD, OPTIMIZER
 from perf.machine import git_revision, hardware
-from perf.order_statistics import summarise
-from perf.peaks import Peaks
-from perf.roofline import Measured, links_of, roofline
+from perf.report import (
+    FORMAT,
+    PROGRAM,
+    STAGES,
+    AllReduceAlone,
+    DeviceMemory,
+    Links,
+    Peaks,
+    Report,
+    Stages,
+    StepParts,
+    Telemetry,
+    Trace,
+    TrainingParts,
+    WarmUp,
+    epoch_costs,
+)
+from perf.roofline import Job, Measured, roofline
 from perf.stages import Bench
-from perf.telemetry import NvmlSampler
-from perf.verdict import judge
+from perf.telemetry import NvmlSampler, mean_watts, telemetry_of
+from perf.timing import Timing, rate_of, summarise
+from perf.verdict import NO_VERDICT, ceiling, judge
 from pipeline.tables import ShardTable
 
-_STAGES = ("reading", "decoding", "loader", "step", "training")
 _MANY_OTHERS = 0.1  # of the cores
 _NOT_OF_A_PROFILE = ("out", "resume", "lr", "epochs", "steps", "checkpoint_minutes", "keep", "allow_changed_data")
+_MEMORY_USED = "memory_used_bytes"
 
 
 @dataclass(kw_only=True)
@@ -45,75 +59,135 @@ class Findings:
     """Of the host, a step."""
     all_reduce_bytes: int | None = None
     """That each rank gives, a step."""
+    layer_seconds: dict[str, float] | None = None
+    """Of each layer in one pass, forward and backward."""
+    reserved_bytes: int | None = None
+    """Of the GPU's memory, by torch, at most."""
+    trace: Trace | None = None
 
     @property
     def timings(self) -> list[Timing]:
         """All there are."""
         return [value for value in vars(self).values() if isinstance(value, Timing)]
 
+    @property
+    def windows(self) -> dict[str, tuple[float, float]]:
+        """perf_counter() at the beginning and the end of each stage of a report."""
+        return {name: (timing.began, timing.ended) for name in STAGES if (timing := getattr(self, name))}
 
-def make_report(bench: Bench, found: Findings, peaks: Peaks, sampler: NvmlSampler) -> dict | None:
-    """The content of report.json, on rank 0; None on the others, which must call this too."""
-    ranks = bench.ranks
-    stages: dict = dict.fromkeys(_STAGES)
-    for name in _STAGES:
-        if timing := getattr(found, name):
-            stages[name] = rate(timing, images=bench.share, ranks=ranks)
+
+def make_report(
+    bench: Bench,
+    found: Findings,
+    *,
+    peaks: Peaks,
+    links: Links | None,
+    sampler: NvmlSampler | None,
+    price_per_hour: float | None,
+    price_per_kwh: float | None,
+) -> Report | None:
+    """On rank 0; None on the others, which must call this too. sampler: of the first rank of each machine."""
+    ranks, config = bench.ranks, bench.config
+    rates = {
+        name: rate_of(timing, images=bench.share, ranks=ranks) if (timing := getattr(found, name)) else None
+        for name in STAGES
+    }
+    telemetry = telemetry_of(sampler, found.windows, ranks)
     if not ranks.is_main:
         return None
-    telemetry = {
-        name: sampler.report(getattr(found, name).began, getattr(found, name).ended) for name in stages if stages[name]
-    }
-    training_parts = _training_parts(found)
-    report = {
-        "program": "throughput",
-        "format": 1,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git_revision": git_revision(),
-        "hardware": hardware(ranks),
-        "config": _resolved(bench, compiled=found.compile_seconds is not None),
-        "warm_up": {
-            "steps": sum(timing.warm_up_steps for timing in found.timings),
-            "seconds": sum(timing.warm_up_seconds for timing in found.timings),
-            "compile_seconds": found.compile_seconds,
-            "first_batch_seconds": found.first_batch_seconds,
-        },
-        "stages": stages,
-        "step_parts": _step_parts(found),
-        "training_parts": training_parts,
-        "all_reduce": _all_reduce(found),
-        "host_seconds_per_step": found.host_seconds,
-        "ceiling": ceiling(
+    assert found.step
+    assert telemetry
+    assert rates["step"]
+    stages = Stages(**rates)  # type: ignore[arg-type]
+    whole, busiest = (stages.training, "training") if stages.training else (stages.step, "step")
+    watts = mean_watts(telemetry, busiest)
+    step_parts, training_parts = _step_parts(found), _training_parts(found)
+    limit = roofline(
+        Job(
+            arch=config.arch,
+            batch_norm=config.batch_norm,
+            classes=len(bench.data.classes),
+            crop=config.crop,
+            batch=bench.share,
+            micro_batch=bench.data.micro_batch,
+            precision=bench.precision.name,
+            grad_compression=config.grad_compression,
+            ranks=ranks.world_size,
+        ),
+        peaks=peaks,
+        links=links,
+        measured=Measured(
+            step_seconds=stages.step.step_seconds.mean,
+            # On a CPU they are those of GPUs that had nothing to do.
+            step_joules=watts * whole.step_seconds.mean if watts and ranks.device.type == "cuda" else None,
+            forward_seconds=step_parts.forward.mean,
+            backward_seconds=step_parts.backward.mean,
+            optimizer_seconds=step_parts.optimizer.mean,
+        ),
+        layer_seconds=found.layer_seconds,
+    )
+    report = Report(
+        program=PROGRAM,
+        format=FORMAT,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        git_revision=git_revision(),
+        hardware=hardware(ranks),
+        config=_resolved(bench, compiled=found.compile_seconds is not None),
+        changed=changed(config),
+        warm_up=WarmUp(
+            steps=sum(timing.warm_up_steps for timing in found.timings),
+            seconds=sum(timing.warm_up_seconds for timing in found.timings),
+            compile_seconds=found.compile_seconds,
+            first_batch_seconds=found.first_batch_seconds,
+        ),
+        stages=stages,
+        step_parts=step_parts,
+        training_parts=training_parts,
+        all_reduce=AllReduceAlone(
+            seconds=summarise(found.all_reduce.step_seconds), bytes_per_rank=found.all_reduce_bytes or 0
+        )
+        if found.all_reduce
+        else None,
+        host_seconds_per_step=found.host_seconds,
+        memory=_memory(ranks, found, telemetry),
+        trace=found.trace,
+        ceiling=ceiling(
             stages,
             training_parts,
-            batch_size=bench.config.batch_size,
+            batch_size=config.batch_size,
             ranks=ranks.world_size,
             cores_per_rank=usable_cores() / ranks.local_world_size,
         ),
-        "telemetry": {
-            **sampler.report(),
-            "stages": {name: part["devices"] for name, part in telemetry.items()},
-            "stage_seconds": {
-                name: [moment - sampler.started for moment in (getattr(found, name).began, getattr(found, name).ended)]
-                for name in telemetry
-            },
-        },
-    }
-    busiest = "training" if stages["training"] else "step"
-    joules = None
-    if ranks.device.type == "cuda":  # otherwise they are those of GPUs that had nothing to do
-        joules = _joules_a_step(telemetry[busiest], stages[busiest]["seconds_per_step"]["median"])
-    report["roofline"] = _roofline(bench, peaks, report, joules)
-    report["verdict"] = judge(report)
+        roofline=limit,
+        costs=epoch_costs(
+            images_an_epoch=bench.data.train_images,
+            epochs=config.epochs,
+            images_per_second=whole.images_per_second,
+            images_per_joule=limit.images_per_joule,
+            price_per_hour=price_per_hour,
+            price_per_kwh=price_per_kwh,
+        )
+        if bench.has_images
+        else None,
+        telemetry=telemetry,
+        verdict=NO_VERDICT,
+    )
+    report.verdict = judge(report)
     _warn_of_others(report)
     return report
 
 
-def _warn_of_others(report: dict) -> None:
-    others = max(stage["cores_of_others"] for stage in report["stages"].values() if stage)
-    if others > _MANY_OTHERS * report["hardware"]["cores"]:
+def changed(config: Config) -> list[str]:
+    """The keys whose values are not the defaults for this data set, in the order of --help."""
+    default = to_dict(parse_args(["--data", config.data])) | {"data": default_data()}
+    return [key for key, value in to_dict(config).items() if key not in _NOT_OF_A_PROFILE and value != default[key]]
+
+
+def _warn_of_others(report: Report) -> None:
+    others = max(rate.cores_of_others for name in STAGES if (rate := getattr(report.stages, name)))
+    if others > _MANY_OTHERS * report.hardware.cores:
         say(
-            f"warning: other programs kept up to {others:.1f} of the {report['hardware']['cores']} cores busy meanwhile; "
+            f"warning: other programs kept up to {others:.1f} of the {report.hardware.cores} cores busy meanwhile; "
             "measure again on a quiet machine"
         )
 
@@ -135,71 +209,43 @@ def _resolved(bench: Bench, *, compiled: bool) -> dict:
     }
 
 
-def _step_parts(found: Findings) -> dict:
-    """Seconds of rank 0 that add up to the step. With several ranks, all_reduce is what the backward pass leaves exposed, and
-    backward what it takes without."""
+def _step_parts(found: Findings) -> StepParts:
+    """All-reduce: what the backward pass takes longer than without it, the wait for the slowest rank included."""
     assert found.step
-    alone = found.step_without_all_reduce
-    return {
-        FORWARD: _part(found.step, FORWARD),
-        BACKWARD: _part(alone or found.step, BACKWARD),
-        "all_reduce": exposed(found.step, alone) if alone else None,
-        OPTIMIZER: _part(found.step, OPTIMIZER),
-    }
-
-
-def _training_parts(found: Findings) -> dict | None:
-    if not found.training:
-        return None
-    work = [sum(lap.values()) - lap[DATA_WAIT] for lap in found.training.laps]
-    return {DATA_WAIT: _part(found.training, DATA_WAIT), "step": summarise(work)}
-
-
-def _part(timing: Timing, part: str) -> dict:
-    return summarise([lap[part] for lap in timing.laps])
-
-
-def _all_reduce(found: Findings) -> dict | None:
-    """By itself, with nothing beside it; None for a single rank."""
-    if not found.all_reduce:
-        return None
-    return {"seconds": summarise(found.all_reduce.step_seconds), "bytes_per_rank": found.all_reduce_bytes}
-
-
-def _joules_a_step(telemetry: dict, step_seconds: float) -> float | None:
-    """Of one GPU, on average over those of this machine. telemetry: of a stage whose steps take so long."""
-    joules = [device["energy_joules"] for device in telemetry["devices"]]
-    if not joules or None in joules:
-        return None
-    return sum(joules) / len(joules) / telemetry["seconds"] * step_seconds
-
-
-def _roofline(bench: Bench, peaks: Peaks, report: dict, joules: float | None) -> dict:
-    config, parts = bench.config, report["step_parts"]
-    job = Job(
-        arch=config.arch,
-        classes=len(bench.data.classes),
-        crop=config.crop,
-        batch=bench.share,
-        micro_batch=bench.data.micro_batch,
-        precision=bench.precision.name,
-        grad_compression=config.grad_compression,
-        ranks=bench.ranks.world_size,
-    )
-    measured = Measured(
-        step_seconds=report["stages"]["step"]["seconds_per_step"]["median"],
-        step_joules=joules,
-        forward_seconds=parts[FORWARD]["median"],
-        backward_seconds=parts[BACKWARD]["median"],
-        optimizer_seconds=parts[OPTIMIZER]["median"],
-    )
-    return roofline(
-        job, peaks=peaks, links=links_of(peaks, gpus_per_node=_ranks_a_machine(bench.ranks)), measured=measured
+    backward, all_reduce = found.step.part(BACKWARD), None
+    if alone := found.step_without_all_reduce:
+        without = min(
+            (alone.part(BACKWARD), backward), key=lambda seconds: float(seconds.mean())
+        )  # noise may have it longer
+        backward, all_reduce = without, summarise(backward - without.mean())
+    return StepParts(
+        forward=summarise(found.step.part(FORWARD)),
+        backward=summarise(backward),
+        all_reduce=all_reduce,
+        optimizer=summarise(found.step.part(OPTIMIZER)),
     )
 
 
-def _ranks_a_machine(ranks: Ranks) -> int | None:
-    """As they are in this run; None for a single rank, from which nothing follows for more of them."""
-    if ranks.world_size == 1:
+def _training_parts(found: Findings) -> TrainingParts | None:
+    if not (training := found.training):
         return None
-    return ranks.local_world_size if ranks.world_size % ranks.local_world_size == 0 else 1
+    return TrainingParts(
+        data_wait=summarise(training.part(DATA_WAIT)),
+        forward=summarise(training.part(FORWARD)),
+        backward=summarise(training.part(BACKWARD)),
+        optimizer=summarise(training.part(OPTIMIZER)),
+        step=summarise(training.step_seconds - training.part(DATA_WAIT)),
+    )
+
+
+def _memory(ranks: Ranks, found: Findings, telemetry: Telemetry) -> DeviceMemory | None:
+    """NVML's figure holds torch's, DALI's and the contexts' memory, but only at the moments of its readings."""
+    if ranks.device.type != "cuda" or found.reserved_bytes is None:
+        return None
+    own = torch.cuda.get_device_properties(ranks.device)
+    uuid, peak = str(own.uuid).removeprefix("GPU-"), found.reserved_bytes
+    for device in telemetry.devices:
+        used = device.fields.get(_MEMORY_USED)
+        if used and device.machine == 0 and device.uuid.removeprefix("GPU-") == uuid:
+            peak = max(peak, round(used.max))
+    return DeviceMemory(peak_bytes=peak, total_bytes=own.total_memory)

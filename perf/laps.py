@@ -1,13 +1,13 @@
 """Seconds of the parts of a step, lap by lap, by the device's own clock.
 
 On a GPU a moment is an event on torch's stream: the device writes it down when it gets there, and the host never waits for
-it. On a CPU it is a reading of the clock.
+it. On a CPU it is a reading of the clock. Each lap begins where the one before it ended, so that the laps add up to all of
+the time: a stall between two of them belongs to the second.
 """
 
 import collections
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -35,13 +35,19 @@ class Laps:
         self._marks: list[tuple[str, Moment]] | None = None
         self._unread: collections.deque[list[tuple[str, Moment]]] = collections.deque()
 
-    @contextmanager
-    def lap(self) -> Iterator[None]:
-        """A lap is what the device is given to do inside."""
+    def begin(self) -> None:
+        """The first lap begins: with what the device is given to do from here on."""
         self._marks = [(_REST, self._now())]
-        yield
-        self._marks.append((_REST, self._now()))
-        self._unread.append(self._marks)
+
+    def end_lap(self) -> None:
+        """A lap ends, and the next one begins at the same moment."""
+        assert self._marks
+        now = self._now()
+        self._unread.append([*self._marks, (_REST, now)])
+        self._marks = [(_REST, now)]
+
+    def pause(self) -> None:
+        """What comes now is in no lap, until the next begin()."""
         self._marks = None
 
     def mark(self, part: str) -> None:

@@ -1,23 +1,40 @@
-"""The stages of a profile, each measured with the trainer's own objects."""
+"""The stages of a profile, each measured with the trainer's own objects.
 
+What feeds a stage begins with it, so that nothing lies ready at first; and its first steps are not counted, as many as may lie
+ready later. With --order window, a window of shards is read while the one before it is used up, and comes at once: whole
+windows are counted, from the middle of one to the middle of another.
+"""
+
+import bisect
+import math
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from time import perf_counter
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from common.ranks import Ranks
 from engine.assembly import Assembly, assemble, network_of
 from engine.config import Config
 from engine.data import Data, open_data
 from engine.precision import Precision, choose_precision, set_numerics
+from engine.step import TrainStep
 from model.vgg import VGG
-from perf.adaptive import Limits, Timing, measure
 from perf.laps import Laps, MarkedBatches, MarkedPrecision
 from perf.loader_parts import decoding_alone, reading_alone
+from perf.timing import SETTLING_STEPS, Limits, Timing, measure
 from pipeline.loader import Batch, SyntheticLoader
+from pipeline.tables import ShardTable
 
 _STAGES_WITH_DATA = 4
+_READING, _DECODING, _LOADER, _TRAINING = range(_STAGES_WITH_DATA)
+_HOST_STEPS = 5
+_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +64,46 @@ class Bench:
         """False for synthetic data."""
         return self.data.manifest is not None
 
-    def time(self, step: Callable[[], object], *, laps: Laps | None = None, queue: int = 0) -> Timing:
-        """Every rank must call this; the steps may wait for each other. queue: as for measure()."""
-        return measure(step, laps=laps or self.laps, ranks=self.ranks, limits=self.limits, queue=queue)
+    def time(self, step: Callable[[], object], *, laps: Laps | None = None, queue: int = 0, period: int = 1) -> Timing:
+        """Every rank must call this; the steps may wait for each other. queue, period: as for measure()."""
+        return measure(step, laps=laps or self.laps, ranks=self.ranks, limits=self.limits, queue=queue, period=period)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """How a loader feeds a stage."""
+
+    start: int
+    """The first sample."""
+    queue: int
+    """Steps that may lie ready; with windows, steps until the middle of the second."""
+    period: int
+    """Steps in a window of shards, on average; 1 where each batch is read by itself."""
+
+
+def feed_of(bench: Bench, stage: int) -> Feed:
+    """Of one of the stages with data.
+
+    Each begins elsewhere in the epoch, so that of a data set that is larger than the memory none finds in the page cache what
+    the one before it has read; with windows of shards, one step before a window's end.
+    """
+    data, config = bench.data, bench.config
+    plan, images, batch = data.train_plan(), data.train_images, config.batch_size
+    start, queue = stage * images // _STAGES_WITH_DATA, math.ceil(config.prefetch / bench.passes)
+    read_ahead = math.ceil(config.read_ahead / bench.passes) if isinstance(plan.table, ShardTable) else 0
+    if (group := plan.read_group) is None:
+        return Feed(start=start, queue=queue + read_ahead, period=1)
+
+    def window(number: int) -> int:
+        return group(plan.samples(np.array([number])))
+
+    period = max(1, round(images / (window(images) - window(0)) / batch))
+    places = range(start, start + batch + 2 * images)
+    end = places[bisect.bisect_right(places, window(start + batch), key=window)]
+    to_the_middle = 1 + period // 2 - (SETTLING_STEPS + 1)  # which measure() adds
+    if period < read_ahead:  # windows so small that several are under way at a time
+        to_the_middle += read_ahead
+    return Feed(start=end - batch, queue=max(queue, to_the_middle), period=period)
 
 
 def open_bench(config: Config, ranks: Ranks, limits: Limits) -> Bench:
@@ -68,23 +122,25 @@ def open_bench(config: Config, ranks: Ranks, limits: Limits) -> Bench:
 
 def time_reading(bench: Bench) -> Timing:
     """Nothing but reading what a step needs. Not for synthetic data."""
-    read = reading_alone(bench.data, _start(bench, 0))
-    return bench.time(_times(bench.passes, read), laps=Laps(torch.device("cpu")), queue=bench.config.prefetch)
+    feed = feed_of(bench, _READING)
+    read = _times(bench.passes, reading_alone(bench.data, feed.start))
+    return bench.time(read, laps=Laps(torch.device("cpu")), queue=feed.queue, period=feed.period)
 
 
 def time_decoding(bench: Bench) -> Timing:
     """Nothing but decoding what a step needs. Not for synthetic data. Raises UserError: an image cannot be decoded."""
-    decode = decoding_alone(bench.data, _start(bench, 1))
+    decode = decoding_alone(bench.data, feed_of(bench, _DECODING).start)
     return bench.time(_times(bench.passes, decode), queue=bench.config.prefetch)
 
 
 def time_loader(bench: Bench) -> tuple[Timing, float]:
     """The loader, of which nobody uses the images; and the seconds until it had the first of them."""
-    began = perf_counter()
-    batches = bench.data.train_batches(_start(bench, 2))
+    began, feed = perf_counter(), feed_of(bench, _LOADER)
+    batches = bench.data.train_batches(feed.start)
     next(batches)
     first_batch_seconds = perf_counter() - began
-    return bench.time(_times(bench.passes, lambda: next(batches)), queue=bench.config.prefetch), first_batch_seconds
+    load = _times(bench.passes, lambda: next(batches))
+    return bench.time(load, queue=feed.queue, period=feed.period), first_batch_seconds
 
 
 def build_model(bench: Bench) -> VGG:
@@ -140,14 +196,81 @@ def training_step(bench: Bench, assembly: Assembly, batches: Iterator[Batch]) ->
 
 
 def training_batches(bench: Bench) -> Iterator[Batch]:
-    """A new loader, for the training loop."""
-    return bench.data.train_batches(_start(bench, 3))
+    """A new loader, for the training loop. Not for synthetic data."""
+    return bench.data.train_batches(feed_of(bench, _TRAINING).start)
 
 
-def _start(bench: Bench, stage: int) -> int:
-    """The first sample of a stage. Each begins elsewhere in the epoch, so that of a data set that is larger than the memory
-    none finds in the page cache what the one before it has read."""
-    return stage * bench.data.train_images // _STAGES_WITH_DATA
+def time_training(bench: Bench, step: Callable[[], object]) -> Timing:
+    """A training step that new training_batches() feed."""
+    feed = feed_of(bench, _TRAINING)
+    return bench.time(step, queue=feed.queue, period=feed.period)
+
+
+def host_seconds(bench: Bench, assembly: Assembly, step: Callable[[], object]) -> float | None:
+    """Median seconds of the host for one step; None where it cannot be told from the device's. Every rank must call this.
+
+    On a GPU, of steps that are each given to an idle device. On a CPU, where host and device are one, of the same step on
+    tensors without data; that is an upper bound, since torch works out the shapes of some of them in Python. Compiled code
+    cannot be run so.
+    """
+    device = bench.ranks.device
+    if device.type == "cpu":
+        if assembly.compiled:
+            return None
+        step = _step_without_data(bench)
+    seconds = []
+    for _ in range(_HOST_STEPS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = perf_counter()
+        step()
+        seconds.append(perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def _step_without_data(bench: Bench) -> Callable[[], object]:
+    config, meta, precision = bench.config, torch.device("meta"), Precision("fp32", "cpu")
+    classes = len(bench.data.classes)
+    with meta:
+        model = VGG(
+            config.arch,
+            classes=classes,
+            crop=config.crop,
+            dropout=config.dropout,
+            batch_norm=config.batch_norm,
+        )
+    step = TrainStep(
+        model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, foreach=True),
+        scaler=precision.grad_scaler(),
+        precision=precision,
+        passes=bench.passes,
+    )
+    batches = SyntheticLoader(
+        batch_size=bench.data.micro_batch, crop=config.crop, classes=classes, device=meta, half=False
+    )
+    step(batches)  # makes the optimizer's state
+    return lambda: step(batches)
+
+
+def all_reduce_alone(network: nn.Module, grad_compression: str) -> tuple[Callable[[], None], int]:
+    """Adds up buckets as large as those of DDP over all ranks, at each call; and how many bytes each rank gives.
+
+    network: the DDP module, after three backward passes at least: its final buckets follow the order of the gradients.
+    """
+    assert isinstance(network, DistributedDataParallel)
+    sizes = [int(size) for size in network._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(",")]
+    device = next(network.parameters()).device
+    buckets = [
+        torch.zeros(size // torch.float32.itemsize, dtype=_DTYPES[grad_compression], device=device) for size in sizes
+    ]
+
+    def reduce() -> None:
+        under_way = [dist.all_reduce(bucket, async_op=True) for bucket in buckets]
+        for work in under_way:
+            work.wait()  # on a GPU it is torch's stream that waits
+
+    return reduce, sum(bucket.nbytes for bucket in buckets)
 
 
 def _times(count: int, call: Callable[[], object]) -> Callable[[], None]:

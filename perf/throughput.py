@@ -10,6 +10,7 @@ each figure is. With --tune it searches for faster settings instead, and writes 
 
 import argparse
 import json
+import math
 import shlex
 import sys
 import tempfile
@@ -19,8 +20,9 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+import msgspec
 import torch
-from torch.profiler import ProfilerActivity
+from torch.profiler import ProfilerActivity, record_function
 
 from common.errors import UserError
 from common.files import replacing
@@ -31,30 +33,35 @@ from common.progress import say
 from common.ranks import Ranks, first_then_others, ranks_of_this_run
 from engine.assembly import too_little_memory
 from engine.config import Config, parse_args
-from perf.adaptive import Limits
-from perf.communication import all_reduce_alone
 from perf.findings import Findings, make_report
-from perf.launch import host_seconds
-from perf.peaks import Peaks, peaks_here
+from perf.layers import layer_seconds
+from perf.peaks import peaks_here
+from perf.report import REPORT_JSON, STAGES, Peaks, Report, Trace, encoded
+from perf.roofline import add_link_flags, links_from
 from perf.show import write_report
 from perf.stages import (
     Bench,
+    all_reduce_alone,
     assemble_step,
     build_model,
+    host_seconds,
     open_bench,
     resident,
     time_decoding,
     time_loader,
     time_reading,
     time_step_without_all_reduce,
+    time_training,
     training_batches,
     training_step,
 )
 from perf.telemetry import NvmlSampler, uuids_of
+from perf.timing import Limits
+from perf.trace import summarise_trace
 from perf.tuning import tune
 from perf.tuning_output import print_tuned, result, write_recipe
 
-REPORT, TRACE, RECIPE = "report.json", "trace.json", "recipe.yaml"
+TRACE, RECIPE = "trace.json", "recipe.yaml"
 _SECONDS_A_STAGE = 12.0
 _SECONDS_A_TRIAL = 1.0
 _SECONDS_OF_TUNING = 120.0
@@ -71,13 +78,13 @@ def _run(argv: list[str] | None) -> int:
     config, options = parse(argv)
     # To tune, processes of their own measure: this one leaves the GPU to them.
     with ranks_of_this_run("cpu" if options.tune else config.device) as ranks:
-        first_then_others(ranks, lambda: claim(config.out, RECIPE if options.tune else REPORT), lambda _: None)
+        first_then_others(ranks, lambda: claim(config.out, RECIPE if options.tune else REPORT_JSON), lambda _: None)
         if options.tune:
             limits = Limits(seconds=options.seconds, steps=config.steps, least_laps=1)
             line = tuned_line(config, ranks, limits, options.tune_seconds, argv)
         else:
             limits = Limits(seconds=options.seconds, steps=config.steps)
-            report = profile(config, ranks, limits, trace=options.trace)
+            report = profile(config, ranks, limits, options)
             line = report and write(report, config.out)
         if line:
             print(json.dumps(line), flush=True)
@@ -94,7 +101,8 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     parser.add_argument(
         "--seconds",
         type=float,
-        help=f"time limit of each stage, warm-up apart ({_SECONDS_A_STAGE:g}; with --tune {_SECONDS_A_TRIAL:g})",
+        help=f"time limit of each stage, warm-up apart ({_SECONDS_A_STAGE:g}; with --tune {_SECONDS_A_TRIAL:g}); with "
+        "--order window three windows of shards are read in any case",
     )
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--trace", action="store_true", help="write a torch.profiler trace of a few steps, too")
@@ -102,6 +110,10 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     parser.add_argument(
         "--tune-seconds", type=float, default=_SECONDS_OF_TUNING, help="time limit of the search (%(default)g)"
     )
+    prices = parser.add_mutually_exclusive_group()
+    prices.add_argument("--price-per-hour", type=float, help="of all machines together: gives what an epoch costs")
+    prices.add_argument("--price-per-kwh", type=float, help="of the GPUs' energy: gives what an epoch costs")
+    add_link_flags(parser)
     parser.add_argument("--out", type=Path, help="folder for the report; default: a new one in runs/profile")
     options, flags = parser.parse_known_args(argv)
     if options.seconds is None:
@@ -109,6 +121,9 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     for flag, seconds in (("--seconds", options.seconds), ("--tune-seconds", options.tune_seconds)):
         if not seconds > 0:
             raise UserError(f"{flag} {seconds:g}: must be above 0")
+    for flag, price in (("--price-per-hour", options.price_per_hour), ("--price-per-kwh", options.price_per_kwh)):
+        if price is not None and not 0 <= price < math.inf:
+            raise UserError(f"{flag} {price:g}: must be a finite number, 0 or more")
     config = parse_args(flags)
     name = f"{config.arch}-{Path(config.data).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
     return replace(config, out=options.out or Path("runs/profile") / name), options
@@ -125,21 +140,33 @@ def claim(out: Path, name: str) -> None:
         raise UserError(f"--out {out}: holds a {Path(name).stem} already; choose another folder")
 
 
-def profile(config: Config, ranks: Ranks, limits: Limits, *, trace: bool) -> dict | None:
+def profile(config: Config, ranks: Ranks, limits: Limits, options: argparse.Namespace) -> Report | None:
     """Measure everything; every rank must call this. Returns the report on rank 0, None on the others.
 
     Raises UserError, TrainingError.
     """
     bench = open_bench(config, ranks, limits)
     peaks = [peaks_here(ranks.device, bench.precision.name)]  # on all ranks at the same time: they may share a CPU
-    sampler = NvmlSampler(_uuids(ranks))
+    links = links_from(options, peaks[0], ranks_a_machine=_ranks_a_machine(ranks))
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+    sampler = NvmlSampler(_uuids(ranks)) if ranks.local_rank == 0 else None
     try:
-        with sampler if ranks.is_main else nullcontext():
-            found = run_stages(bench, config.out / TRACE if trace else None)
+        with sampler or nullcontext():
+            found = run_stages(bench, config.out / TRACE if options.trace else None)
     except torch.OutOfMemoryError as error:
         raise too_little_memory(bench.data.micro_batch) from error
     peaks.append(peaks_here(ranks.device, bench.precision.name))  # another program may have disturbed the first
-    return make_report(bench, found, best_of(peaks), sampler)
+    return make_report(
+        bench,
+        found,
+        peaks=best_of(peaks),
+        links=links,
+        sampler=sampler,
+        price_per_hour=options.price_per_hour,
+        price_per_kwh=options.price_per_kwh,
+    )
 
 
 def best_of(peaks: Sequence[Peaks]) -> Peaks:
@@ -183,23 +210,40 @@ def run_stages(bench: Bench, trace: Path | None) -> Findings:
     if bench.has_images:
         begin("training")
         step = training_step(bench, assembly, training_batches(bench))
-        found.training = bench.time(step, queue=bench.config.prefetch)
-    if trace:
-        write_trace(step, trace, ranks)
+        found.training = time_training(bench, step)
+    if ranks.device.type == "cuda":
+        found.reserved_bytes = torch.cuda.max_memory_reserved(ranks.device)
+    found.trace = traced(step, ranks, trace)
+    del step, assembly, model
+    # Eager, one layer after the other, of a network of its own: DDP's and the compiler's hooks are of the whole.
+    found.layer_seconds = layer_seconds(
+        build_model(bench), next(resident(bench.data)), precision=bench.precision, device=ranks.device
+    )
     return found
 
 
-def write_trace(step: Callable[[], object], path: Path, ranks: Ranks) -> None:
-    """A torch.profiler trace of a few steps of rank 0, for ui.perfetto.dev; every rank must call this."""
+def traced(step: Callable[[], object], ranks: Ranks, path: Path | None) -> Trace | None:
+    """A few steps of rank 0 under torch.profiler; every rank must call this. path: of a file for ui.perfetto.dev.
+
+    None on the other ranks, and where the profiler sees no kernels: on some machines only root may.
+    """
     on_gpu = ranks.device.type == "cuda"
     profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu])
     with profiler if ranks.is_main else nullcontext():
         for _ in range(_TRACED_STEPS):
-            step()
+            with record_function("step"):  # else the trace would begin after the first wait for a batch
+                step()
         if on_gpu:
             torch.cuda.synchronize(ranks.device)
-    if ranks.is_main:
+    if not ranks.is_main:
+        return None
+    if path:
         profiler.export_chrome_trace(str(path))
+    try:
+        return summarise_trace(profiler, steps=_TRACED_STEPS, on_gpu=on_gpu)
+    except ValueError as error:
+        say(f"warning: no kernels in the report: {error}")
+        return None
 
 
 def tuned_line(
@@ -219,23 +263,23 @@ def tuned_line(
     return result(config, job, tuned, tune_seconds=tune_seconds, recipe=config.out / RECIPE)
 
 
-def write(report: dict, out: Path) -> dict:
+def write(report: Report, out: Path) -> dict:
     """Write report.json and what shows it, print the tables. Returns what the last line says. Raises UserError."""
-    path = out / REPORT
+    path = out / REPORT_JSON
     try:
         with replacing(path) as file:
-            file.write(json.dumps(report).encode() + b"\n")
+            file.write(encoded(report))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
     shown = write_report(report, out)
-    rates = {name: stage and stage["images_per_second"]["median"] for name, stage in report["stages"].items()}
+    rates = {name: getattr(report.stages, name) for name in STAGES}
     return {
-        "program": report["program"],
-        "arch": report["config"]["arch"],
-        "data": report["config"]["data"],
-        "images_per_second": {name: images and round(images, 2) for name, images in rates.items()},
-        "ceiling": report["ceiling"],
-        "verdict": report["verdict"],
+        "program": report.program,
+        "arch": report.config["arch"],
+        "data": report.config["data"],
+        "images_per_second": {name: rate and round(rate.images_per_second, 2) for name, rate in rates.items()},
+        "ceiling": msgspec.to_builtins(report.ceiling),
+        "verdict": msgspec.to_builtins(report.verdict),
         "report": str(path),
         **shown,
     }
@@ -246,3 +290,10 @@ def _uuids(ranks: Ranks) -> list[str] | None:
     if ranks.device.type != "cuda":
         return None
     return [uuid for rank in range(ranks.local_world_size) for uuid in uuids_of(torch.device("cuda", rank)) or []]
+
+
+def _ranks_a_machine(ranks: Ranks) -> int | None:
+    """As they are in this run; None for a single rank, from which nothing follows for more of them."""
+    if ranks.world_size == 1:
+        return None
+    return ranks.local_world_size if ranks.world_size % ranks.local_world_size == 0 else 1

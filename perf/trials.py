@@ -26,8 +26,6 @@ from common.orphans import end_with_torchrun
 from common.ranks import Ranks, first_then_others, gather, ranks_of_this_run
 from engine.assembly import Assembly
 from engine.config import Config
-from perf.adaptive import Limits, Timing
-from perf.adaptive import rate as rate_of
 from perf.coordinate_search import Settings
 from perf.machine import hardware
 from perf.stages import (
@@ -40,6 +38,7 @@ from perf.stages import (
     training_batches,
     training_step,
 )
+from perf.timing import Limits, Timing, rate_of
 
 _POLL_SECONDS = 0.2
 _SECONDS_TO_END = 10.0
@@ -259,4 +258,4 @@ def _assembled(bench: Bench) -> Assembly:
 
 
 def _median_rate(bench: Bench, timing: Timing) -> float:
-    return rate_of(timing, images=bench.share, ranks=bench.ranks)["images_per_second"]["median"]
+    return rate_of(timing, images=bench.share, ranks=bench.ranks).images_per_second

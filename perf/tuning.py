@@ -23,8 +23,8 @@ from common.progress import say
 from common.ranks import Ranks
 from engine.config import Config
 from engine.data import default_threads
-from perf.adaptive import Limits
 from perf.coordinate_search import Coordinate, Measure, Settings, TimeUp, beats_spread, climb, paired_gains
+from perf.timing import Limits
 from perf.trials import Job, Outcome, Trials
 
 _PREFETCH = (1, 2, 4)

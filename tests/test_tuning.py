@@ -12,7 +12,7 @@ from common.errors import TrainingError, UserError
 from common.ranks import ranks_of_this_run
 from engine.config import Config, parse_args
 from perf import throughput
-from perf.adaptive import Limits
+from perf.timing import Limits
 from perf.trials import Job, Outcome, Trials
 from perf.tuning import Search, coordinates, in_words
 from perf.tuning_output import sentences, write_recipe
