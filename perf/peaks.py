@@ -1,13 +1,22 @@
-"""What the hardware could do at most: from a table of GPUs, or measured on the spot."""
+"""What the hardware could do at most: from a table of GPUs (cards.tsv), or measured on the spot.
 
+The table has the vendors' figures: dense (without sparsity), at the boost clock, 16-bit products accumulated in float32, as
+PyTorch has them done (on GeForce cards and the A10G that is half the rate of accumulation in float16). PCIe: 16 lanes of
+generation 3, 4 or 5 at 8, 16 or 32 GT/s, 128 of 130 bits of which are data. NVLink: all links of the GPU together, in each
+direction (Infinity Fabric on AMD's). What no document says is left empty.
+"""
+
+import csv
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 
+import msgspec
 import torch
 import torch.nn.functional as F
 
-from perf.cards import find_card
+from perf.report import Peaks
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MEASURE_SECONDS = 0.5
@@ -16,19 +25,66 @@ _CONVOLUTION_IMAGES = {"cpu": 16, "cuda": 1024}
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Peaks:
-    """Of one device in one precision."""
+class Card(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A GPU as its vendor describes it: a row of cards.tsv. None: it has none, or no document at hand says so."""
 
     name: str
-    source: str
-    """table or measured."""
-    flops_per_second: float
-    """Matrix products, two FLOP a multiply-add, dense."""
-    bytes_per_second: float
-    """Memory, reads and writes together."""
+    """Short, for --gpu."""
+    reported_as: tuple[str, ...]
+    """What the driver calls it (torch.cuda.get_device_name, nvmlDeviceGetName)."""
+    fp32_tflops: float
+    """Without tensor cores."""
+    tf32_tflops: float | None
+    bf16_tflops: float | None
+    fp16_tflops: float
+    memory_gbytes_per_second: float
+    pcie_gbytes_per_second: float
+    """In each direction."""
+    nvlink_gbytes_per_second: float | None
+    nvlink_gpus: int
+    """GPUs that NVLink joins: 2 or 4 by a bridge, 8 on a board, 72 in a rack."""
+    in_switch: bool
+    """Whether the NVLink switch between them adds up (NVLink SHARP: NVSwitch of the third generation and later)."""
+    machine_gpus: int
+    """GPUs of a usual machine; of one NVLink domain, where that is larger."""
     watts: float | None
-    """Power limit; None where it was measured."""
+    """Power limit."""
+    source: str
+
+    def joined_by_nvlink(self, gpus: int) -> bool:
+        """Whether NVLink joins so many GPUs of a machine; PCIe does otherwise."""
+        return bool(self.nvlink_gbytes_per_second) and gpus <= self.nvlink_gpus
+
+    def bytes_per_second_to_peers(self, gpus: int) -> float:
+        """In each direction, among so many GPUs of a machine."""
+        nvlink = self.nvlink_gbytes_per_second if self.joined_by_nvlink(gpus) else None
+        return (nvlink or self.pcie_gbytes_per_second) * 1e9
+
+
+def _read_cards() -> tuple[Card, ...]:
+    with open(Path(__file__).with_name("cards.tsv"), newline="", encoding="utf-8") as file:
+        rows = [{name: text or None for name, text in row.items()} for row in csv.DictReader(file, delimiter="\t")]
+    return tuple(
+        msgspec.convert({**row, "reported_as": str(row["reported_as"]).split(" | ")}, Card, strict=False)
+        for row in rows
+    )
+
+
+CARDS = _read_cards()
+
+
+def find_card(name: str) -> Card | None:
+    """The card of that name, the short one or the driver's; None for one that is not in the table.
+
+    Names must agree to the last letter, but for case, spaces and dashes: a V100S, an RTX 4090 Laptop GPU and a slice of a GPU
+    (… MIG 1g.10gb) are other devices than those they are named after.
+    """
+    wanted = _plain(name)
+    return next((card for card in CARDS if wanted in map(_plain, (card.name, *card.reported_as))), None)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 def peaks_of(name: str, precision: str) -> Peaks | None:
@@ -39,14 +95,16 @@ def peaks_of(name: str, precision: str) -> Peaks | None:
     card = find_card(name)
     if card is None:
         return None
-    rate = {"bf16": card.bf16, "fp16": card.fp16, "fp32": card.tf32 or card.fp32}[precision]
-    if rate is None:
+    tflops = {"bf16": card.bf16_tflops, "fp16": card.fp16_tflops, "fp32": card.tf32_tflops or card.fp32_tflops}[
+        precision
+    ]
+    if tflops is None:
         return None
     return Peaks(
         name=card.name,
         source="table",
-        flops_per_second=rate * 1e12,
-        bytes_per_second=card.memory * 1e9,
+        flops_per_second=tflops * 1e12,
+        bytes_per_second=card.memory_gbytes_per_second * 1e9,
         watts=card.watts,
     )
 
