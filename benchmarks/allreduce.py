@@ -29,7 +29,8 @@ import torch.distributed as dist
 from common.errors import TrainingError, UserError
 from common.flags import FlagParser
 from common.process import end, run_program
-from perf.all_reduce import Links, all_reduce_seconds
+from perf.report import Links
+from perf.scaling import all_reduce_seconds
 
 _FLOAT_BYTES = 4
 _PORT = 29400  # any: no one else is in the namespace
