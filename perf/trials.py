@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -19,7 +18,6 @@ from time import perf_counter
 
 import torch
 from nvidia.dali import backend
-from tqdm import tqdm
 
 from common.errors import TrainingError, UserError
 from common.orphans import end_with_torchrun
@@ -171,7 +169,6 @@ class Trials:
 def serve(connection: Connection, config: Config, limits: Limits) -> None:
     """Answer questions until the pipe is closed."""
     end_with_torchrun()
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is killed leaves behind
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, too, which ends this process
     os.dup2(2, 1)  # the last line on stdout is the parent's
     try:

@@ -74,7 +74,7 @@ def test_every_program_begins_and_ends_as_all_do():
 def interrupting(tmp_path_factory) -> dict[str, str]:
     """An environment in which Ctrl-C comes while the first library is imported that is not Python's own."""
     folder = tmp_path_factory.mktemp("stubs")
-    for name in ("numpy", "torch", "tyro", "yaml", "tqdm", "matplotlib", "rich", "scipy"):
+    for name in ("numpy", "torch", "tyro", "yaml", "matplotlib", "rich", "scipy"):
         (folder / f"{name}.py").write_text(
             "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n"
         )
