@@ -7,8 +7,10 @@ python profile/report.py SWEEP.csv: the table and the plots of a sweep, by the c
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -19,30 +21,41 @@ from common.files import replacing
 from common.flags import FlagParser
 from common.process import run_program
 from common.progress import printable
-from perf.compare_reports import compare, comparison, comparison_tables, differences
-from perf.plot_roofline import roofline
+from perf import pictures
+from perf.compare import compare, comparison, comparison_tables, differences
+from perf.device_pictures import roofline, telemetry
+from perf.page import page
 from perf.plot_style import png
-from perf.plot_telemetry import telemetry
-from perf.plot_timeline import timeline
-from perf.plot_waterfall import waterfall
-from perf.report_format import check_report, find, read_report
-from perf.report_page import page
-from perf.report_words import (
+from perf.report import Report, read_report
+from perf.sweep_plot import by_program, plot_sweep, sweep_table, varying
+from perf.sweep_table import ERROR, read_rows
+from perf.words import (
+    cautions,
     ceiling_sentence,
     flags_to_try,
+    headline_rate,
+    memory_sentence,
+    number,
     part_table,
+    speed_sentence,
     stage_table,
     subject,
+    surety,
+    surety_sentence,
     text_of,
     verdict_evidence,
     verdict_sentence,
     warm_up_sentence,
 )
-from perf.sweep_plot import by_program, plot_sweep, sweep_table, varying
-from perf.sweep_table import ERROR, read_rows
 
 PAGE = "report.html"
-PICTURES = {"waterfall": waterfall, "timeline": timeline, "telemetry": telemetry, "roofline": roofline}
+PICTURES: dict[str, Callable[[Report], Figure | str]] = {
+    "steps": pictures.steps,
+    "waterfall": pictures.waterfall,
+    "timeline": pictures.timeline,
+    "telemetry": telemetry,
+    "roofline": roofline,
+}
 COMPARISON = "comparison.png"
 
 
@@ -82,26 +95,25 @@ def _run(argv: list[str] | None) -> int:
     return 0
 
 
-def write_report(report: dict, out: Path) -> dict:
+def write_report(report: Report, out: Path) -> dict:
     """Print the table, write report.html and the pictures into a folder, which is made where it is missing.
 
-    report: of profile/throughput.py, as in its report.json. Returns {"bound": what limits the run, "page": path,
-    "pictures": {name: path, or None where there is nothing to draw}}. A picture of an earlier report for which this one has
-    nothing to draw is removed. Raises UserError: not a report, or the folder cannot be written; what was there is whole.
+    Returns {"bound": what limits the run, "page": path, "pictures": {name: path, or None where there is nothing to draw}}. A
+    picture of an earlier report for which this one has nothing to draw is removed. Raises UserError: the folder cannot be
+    written; what was there is whole.
     """
-    check_report(report, "the report")
-    pictures = {name: _drawn(draw(report)) for name, draw in PICTURES.items()}
-    drawn = {name: picture if isinstance(picture, bytes) else None for name, picture in pictures.items()}
-    _write({**{f"{name}.png": picture for name, picture in drawn.items()}, PAGE: page(report, pictures).encode()}, out)
+    drawn = {name: _drawn(draw(report)) for name, draw in PICTURES.items()}
+    images = {name: picture if isinstance(picture, bytes) else None for name, picture in drawn.items()}
+    _write({**{f"{name}.png": picture for name, picture in images.items()}, PAGE: page(report, drawn).encode()}, out)
     print_report(report)
     return {
-        "bound": find(report, "verdict.bound"),
+        "bound": report.verdict.bound,
         "page": str(out / PAGE),
-        "pictures": {name: str(out / f"{name}.png") if drawn[name] else None for name in drawn},
+        "pictures": {name: str(out / f"{name}.png") if images[name] else None for name in images},
     }
 
 
-def write_comparison(a: dict, b: dict, names: list[str], out: Path) -> dict:
+def write_comparison(a: Report, b: Report, names: list[str], out: Path) -> dict:
     """Print the table of two reports and what differs, write the picture. Returns the figures. Raises UserError."""
     rows, differing = compare(a, b), differences(a, b)
     names = [printable(name) for name in names]
@@ -109,14 +121,18 @@ def write_comparison(a: dict, b: dict, names: list[str], out: Path) -> dict:
     console = Console()
     for letter, name, report in zip("AB", names, (a, b), strict=True):
         console.print(Text(f"{letter}: {name}\n   {subject(report)}\n   {verdict_sentence(report)}"))
-    for header, lines in comparison_tables(rows):
+        console.print(Text("".join(f"   Caution: {sentence}\n" for sentence in cautions(report)), end=""))
+    for header, lines in comparison_tables(rows, a, b):
         console.print(_table("", header, lines))
+    console.print(
+        "Clocks, caches and neighbours change from run to run, and no interval has that in it: measure both runs again."
+    )
     if differing:
         cells = [[printable(key), *map(text_of, values)] for key, values in differing.items()]
         console.print(_table("What differs", ["", "A", "B"], cells))
     else:
         console.print("Configuration, hardware and code are the same.")
-    return {"rows": rows, "differences": differing, "picture": str(out / COMPARISON)}
+    return {"rows": msgspec.to_builtins(rows), "differences": differing, "picture": str(out / COMPARISON)}
 
 
 def write_sweep(path: Path, out: Path) -> dict:
@@ -142,19 +158,24 @@ def write_sweep(path: Path, out: Path) -> dict:
     }
 
 
-def print_report(report: dict) -> None:
-    """The verdict, then the tables, for people."""
+def print_report(report: Report) -> None:
+    """How fast, what limits, how sure, what to do; then the tables. For people."""
     console = Console()
     console.print(Text(subject(report), style="dim"))
     console.print(Text(verdict_sentence(report), style="bold"))
+    speed = f"{number(headline_rate(report).images_per_second)} images/s"
+    console.print(Text.assemble((speed, "bold"), f" {speed_sentence(report)}"))
     for name, value in verdict_evidence(report):
         console.print(Text(f"  {name}: {value}"))
+    console.print(Text.assemble((surety(report), "bold"), f" {surety_sentence(report)}"))
+    for sentence in cautions(report):
+        console.print(Text(f"Caution: {sentence}", style="yellow"))
     for place, (flags, why) in enumerate(flags_to_try(report), start=1):
         console.print(Text.assemble(f"  {place}. ", (flags, "bold"), f"  {why}"))
     console.print(_table("", *stage_table(report)))
     console.print(_table("", *part_table(report)))
-    console.print(Text(ceiling_sentence(report)))
-    console.print(Text(warm_up_sentence(report)))
+    for words in (ceiling_sentence, warm_up_sentence, memory_sentence):
+        console.print(Text(words(report)))
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:

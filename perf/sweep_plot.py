@@ -14,9 +14,9 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from common.progress import printable
 from perf.plot_style import DEVICE_COLOURS, new_figure
-from perf.report_words import name_of, number, text_of
 from perf.sweep import ENDS, RATES, RECORDS, RESULTS, THROUGHPUT, TRAIN
 from perf.sweep_table import ERROR, Row
+from perf.words import name_of, number, text_of
 
 FIGURES = {
     TRAIN: {"best_top1": "best top-1, %", "validation_loss": "validation loss", "images_per_second": "images/s"},
