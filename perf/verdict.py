@@ -1,296 +1,219 @@
-"""What limits a run: one word, the two numbers that show it, and the flags of train.py to try next, in order.
+"""The ceiling of training, and the verdict: what limits a run, as far as the figures say, and how sure that is.
 
-The questions are asked in this order, and the first yes is the verdict:
-
-throttled      does the GPU hold its clock down, for heat or for want of power?
-input          is the loader alone slower than the step alone, or does a GPU wait for images?
-launch         does the host need about as long to hand out a step as the device to do it?
-communication  is the exposed all-reduce a third of the step?  } the larger of the two
-optimizer      is the update a third of the step?              }
-memory         do most of the step's layers move data for longer, at the hardware's peak, than they compute?
-compute        none of these: the time goes into the network's arithmetic
+perf/bottlenecks.py has the questions. The verdict is "inconclusive" where training was faster than its parts allow, or where
+another answer would be given elsewhere within what is known of the rates: their intervals, and the cores that other programs
+took meanwhile. What is known to ±5 % and better is known well enough: then it is a close call, and said to be one.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from itertools import product
+from statistics import median
 
-from perf.ceiling import SHARED_CORES
+from perf.advice import SHARED_CORES, on_gpu
+from perf.bottlenecks import Finding, Scale, answer, ms, passes_seconds, throttled, unfused_floor, wait_share
+from perf.report import Ceiling, Figure, Rate, Report, Stages, TrainingParts, Verdict
 
-_CLOCK_HELD_DOWN = ("hw_slowdown", "sw_thermal", "hw_thermal", "hw_power_brake")
-_THROTTLED_SHARE = 0.1  # of the samples
-_POWER_CAP_SHARE = 0.5
-# A card at its power limit lowers its clock in every large matrix product: that is its speed. Far below, something is wrong.
-_POWER_CAP_CLOCK = 0.7
-_WAIT_SHARE = 0.05  # of a training step on a GPU, beside which the loader has cores of its own
-_HOST_SHARE_ON_GPU = 0.9  # host and device work at the same time
-_HOST_SHARE_ON_CPU = 0.5  # there, one after the other
-_LARGE_PART = 1 / 3  # of the step: all but the network's own passes is overhead
+NO_VERDICT = Verdict(bound="inconclusive", sentence="Not judged yet.", evidence=[], tries=[], cautions=[])
 
-
-class _Finding(NamedTuple):
-    bound: str
-    sentence: str
-    evidence: list[tuple[str, float, str]]
-    """Two figures: name, value, unit."""
-    try_next: list[tuple[str, str]]
-    """Flags, and why."""
+_GOOD, _IMPOSSIBLE = 0.97, 1.03  # training, of its ceiling
+_SURE = 0.05  # half of what a rate may vary by, of the rate
+_FEW_STEPS = 2.0  # a rate of so few steps that it has no interval may be wrong by this factor
+_MANY_OTHERS = 0.1  # of the cores
+_SLOW_RANK = 0.05  # below the median rank
+_DECISIVE = ("loader", "step", "training")  # the stages that a verdict hangs on
 
 
-def judge(report: dict) -> dict:
-    """The VERDICT of a report: a function of its other keys alone."""
-    questions: tuple[Callable[[dict], _Finding | None], ...] = (_throttled, _input, _launch, _overhead, _memory)
-    answers = (question(report) for question in questions)
-    finding = next(filter(None, answers), None) or _compute(report)
-    return {
-        "bound": finding.bound,
-        "sentence": finding.sentence,
-        "evidence": [{"name": name, "value": value, "unit": unit} for name, value, unit in finding.evidence],
-        "try": [{"flags": flags, "why": why} for flags, why in finding.try_next],
-    }
+def ceiling(
+    stages: Stages, training_parts: TrainingParts | None, *, batch_size: int, ranks: int, cores_per_rank: float
+) -> Ceiling:
+    """What training could reach at most. cores_per_rank: those of a machine, divided by its ranks.
 
-
-# ---- the questions -----------------------------------------------------------------------------------------------
-
-
-def _throttled(report: dict) -> _Finding | None:
-    if not _on_gpu(report):
-        return None
-    devices = report["telemetry"]["stages"].get("training") or report["telemetry"]["stages"].get("step") or []
-    worst: tuple[float, str, float] = (0.0, "", 1.0)
-    for device in devices:
-        clock = device["fields"].get("sm_clock_mhz")
-        relative_clock = clock["median"] / clock["max"] if clock and clock["max"] else 1.0
-        shares = device["throttled_fraction"] or {}
-        for reason in (*_CLOCK_HELD_DOWN, "sw_power_cap"):
-            share = shares.get(reason) or 0.0
-            if reason == "sw_power_cap":
-                counts = share >= _POWER_CAP_SHARE and relative_clock <= _POWER_CAP_CLOCK
-            else:
-                counts = share >= _THROTTLED_SHARE
-            if counts and share > worst[0]:
-                worst = share, reason, relative_clock
-    share, reason, relative_clock = worst
-    if not reason:
-        return None
-    cause = "want of power" if "power" in reason else "heat"
-    return _Finding(
-        "throttled",
-        f"Throttled: for {share:.0%} of the time the GPU held its clock down ({reason}). No flag of the training helps "
-        f"against {cause}: look at cooling, power limit and neighbours (nvidia-smi -q -d PERFORMANCE,POWER,TEMPERATURE).",
-        [(f"time with {reason}", 100 * share, "%"), ("median SM clock, of the highest", 100 * relative_clock, "%")],
-        [],
+    Loader and step work at the same time, so that a step takes as long as the slower of them, on the slowest rank; or, where
+    they share cores, as long as the cores need for the processor time of both. If each of them keeps all cores busy, that is
+    1 / (1 / loader + 1 / step) images per second.
+    """
+    slowest = {"step": min(stages.step.images_per_second_per_rank)}
+    if stages.loader:
+        slowest["loader"] = min(stages.loader.images_per_second_per_rank)
+    seconds = {name: batch_size / ranks / rate for name, rate in slowest.items()}
+    if stages.loader:
+        seconds[SHARED_CORES] = (stages.loader.cpu_seconds_per_step + stages.step.cpu_seconds_per_step) / cores_per_rank
+    set_by = max(seconds, key=lambda name: seconds[name])
+    rate = batch_size / seconds[set_by]
+    ratio = stages.training.images_per_second / rate if stages.training else None
+    return Ceiling(
+        images_per_second=rate,
+        set_by=set_by,
+        training_over_ceiling=ratio,
+        why_not=_why_not(ratio, set_by, seconds[set_by], stages, training_parts) if ratio else None,
     )
 
 
-def _input(report: dict) -> _Finding | None:
-    loader, step, parts = report["stages"]["loader"], report["stages"]["step"], report["training_parts"]
-    if loader is None or parts is None:
-        return None
-    loader_rate, step_rate = (_images_per_second(stage, report) for stage in (loader, step))
-    wait, work = parts["data_wait"]["median"], parts["step"]["median"]
-    wait_share = wait / (wait + work)
-    if loader_rate < step_rate:
-        evidence = [("loader alone", loader_rate, "images/s"), ("step alone", step_rate, "images/s")]
-        begin = (
-            f"Input-bound: the loader alone makes {loader_rate:,.0f} images/s, the step alone takes {step_rate:,.0f}"
+def _why_not(
+    ratio: float, set_by: str, seconds: float, stages: Stages, training_parts: TrainingParts | None
+) -> str | None:
+    """Why training is below its ceiling, or above it; None where it is near enough. seconds: of a step, by the ceiling."""
+    assert stages.training
+    others_before, others = stages.step.cores_of_others, stages.training.cores_of_others
+    if ratio > _IMPOSSIBLE:
+        return (
+            "the ceiling is too low, since loader and step were measured at another speed of the machine: other programs "
+            f"kept {others_before:.1f} cores busy beside the step alone, {others:.1f} in training"
         )
-    elif _on_gpu(report) and wait_share > _WAIT_SHARE:
-        evidence = [("data wait, of a training step", 100 * wait_share, "%"), ("loader alone", loader_rate, "images/s")]
-        begin = f"Input-bound: {wait_share:.0%} of each training step the GPU waits for images"
-    else:
+    if ratio >= _GOOD:
         return None
-    if loader_rate >= step_rate and report["config"]["decoder"] == "gpu":
-        return _Finding(
-            "input",
-            f"{begin}, though the loader alone makes more than the step takes: its decoder shares the GPU with the step.",
-            evidence,
-            _for_a_shared_gpu(report),
-        )
-    part = _slow_part_of_the_loader(report)
-    rate = _images_per_second(report["stages"][part], report)
-    return _Finding(
-        "input",
-        f"{begin}. Its slower part is {part}, {rate:,.0f} images/s by itself.",
-        evidence,
-        _for_input(report, part),
+    assert training_parts
+    wait, work, alone = training_parts.data_wait.mean, training_parts.step.mean, stages.step.step_seconds.mean
+    reasons = [f"a step of training takes {ms(wait + work)} where the ceiling has {ms(seconds)}"]
+    if wait > 0.01 * work:
+        reasons.append(f"{ms(wait)} of it it waits for images")
+    if work > 1.01 * alone:
+        beside = ", beside the loader's threads on the same cores" if set_by == SHARED_CORES else ""
+        reasons.append(f"its own work takes {ms(work)} instead of {ms(alone)} alone{beside}")
+    if others > 0.1:
+        reasons.append(f"other programs kept {others:.1f} cores busy meanwhile, {others_before:.1f} before")
+    return "; ".join(reasons)
+
+
+def judge(report: Report) -> Verdict:
+    """The verdict, by all else that is in the report.
+
+    A GPU that is held down comes first: NVML says so, whatever the rates are, and it may be why they vary.
+    """
+    cautions = _cautions(report)
+    ratio = report.ceiling.training_over_ceiling
+    finding = throttled(report)
+    if not finding and ratio and (excess := _excess(report)):
+        cautions.insert(0, excess)
+        finding = _inconclusive(excess, [("training, of its ceiling", 100 * ratio, "%"), _widest(report)])
+    if not finding:
+        finding = answer(report, Scale())
+        wide, narrow = (_other_answers(report, finding.bound, narrow_too=narrow_too) for narrow_too in (False, True))
+        either = " or ".join([finding.bound, *sorted(wide or narrow)])
+        if wide:
+            others = max(rate.cores_of_others for rate in _rates(report).values())
+            cautions = cautions or [
+                "The rates are not known well enough: measure again on a quiet machine, for more --seconds."
+            ]
+            why = f"within what is known of the rates, the limit may be {either}. {cautions[0]}"
+            finding = _inconclusive(why, [_widest(report), ("cores of other programs, at most", others, "cores")])
+        elif narrow:
+            cautions.append(f"A close call: within the intervals of the rates, the limit may be {either}.")
+    return Verdict(
+        bound=finding.bound,
+        sentence=finding.sentence + _slow_rank(report),
+        evidence=[Figure(name=name, value=value, unit=unit) for name, value, unit in finding.evidence],
+        tries=finding.tries,
+        cautions=cautions,
     )
 
 
-def _launch(report: dict) -> _Finding | None:
-    host = report["host_seconds_per_step"]
-    if host is None:
-        return None
-    step = report["stages"]["step"]["seconds_per_step"]["median"]
-    if host < (_HOST_SHARE_ON_GPU if _on_gpu(report) else _HOST_SHARE_ON_CPU) * step:
-        return None
-    return _Finding(
-        "launch",
-        f"Launch-bound: the host needs {_ms(host)} to hand out a step, which takes {_ms(step)}: the kernels are too short.",
-        [("host, a step", 1e3 * host, "ms"), ("step alone", 1e3 * step, "ms")],
-        _for_launch(report),
-    )
+def _inconclusive(why: str, evidence: list[tuple[str, float, str]]) -> Finding:
+    return Finding("inconclusive", f"Inconclusive: {why[0].lower()}{why[1:]}", evidence, [])
 
 
-def _overhead(report: dict) -> _Finding | None:
-    parts, step = report["step_parts"], report["stages"]["step"]["seconds_per_step"]["median"]
-    seconds = {name: parts[name]["median"] for name in ("all_reduce", "optimizer") if parts[name]}
-    largest = max(seconds, key=lambda name: seconds[name])
-    share = seconds[largest] / step
-    if share < _LARGE_PART:
-        return None
-    if largest == "optimizer":
-        return _Finding(
-            "optimizer",
-            f"Optimizer-bound: the update takes {share:.0%} of the step, whatever its number of images.",
-            [("optimizer", 1e3 * seconds[largest], "ms"), ("step alone", 1e3 * step, "ms")],
-            _larger_batches(report, "one update for more images"),
-        )
-    return _Finding(
-        "communication",
-        f"Communication-bound: the all-reduce adds {_ms(seconds[largest])} to the backward pass, {share:.0%} of the step.",
-        [("all-reduce, exposed", 1e3 * seconds[largest], "ms"), ("step alone", 1e3 * step, "ms")],
-        _for_communication(report),
-    )
+def _rates(report: Report) -> dict[str, Rate]:
+    return {name: rate for name in _DECISIVE if (rate := getattr(report.stages, name))}
 
 
-def _memory(report: dict) -> _Finding | None:
-    share = _share_that_memory_limits(report)
-    if share <= 0.5:
-        return None
-    return _Finding(
-        "memory",
-        f"Memory-bound: at the hardware's peaks, layers that wait for memory take {share:.0%} of forward and backward.",
-        [
-            ("layers that memory limits, of the floor", 100 * share, "%"),
-            ("forward and backward, of the step alone", 100 * _share_of_passes(report), "%"),
-        ],
-        _for_memory(report),
-    )
+def _known_between(report: Report, stage: str) -> tuple[float, float]:
+    """The factors of a stage's rate between which the true one is.
+
+    Other programs took cores from it, unless it runs on a GPU: without them it may be faster by as much.
+    """
+    rate: Rate = getattr(report.stages, stage)
+    low, high = 1 / _FEW_STEPS, _FEW_STEPS
+    if rate.interval:
+        low, high = (end / rate.images_per_second for end in rate.interval)
+    if stage == "loader" or not on_gpu(report):
+        high /= 1 - min(0.9, rate.cores_of_others / report.hardware.cores)
+    return low, high
 
 
-def _compute(report: dict) -> _Finding:
-    share, mfu = _share_of_passes(report), report["roofline"]["mfu"]
-    return _Finding(
-        "compute",
-        f"Compute-bound: forward and backward take {share:.0%} of the step, at {mfu:.0%} of the hardware's peak FLOP/s.",
-        [("forward and backward, of the step alone", 100 * share, "%"), ("MFU of the step alone", 100 * mfu, "%")],
-        _for_compute(report),
-    )
-
-
-# ---- the figures -------------------------------------------------------------------------------------------------
-
-
-def _on_gpu(report: dict) -> bool:
-    return report["hardware"]["device"] == "cuda"
-
-
-def _images_per_second(stage: dict, report: dict) -> float:
-    """Of all ranks, if each is as slow as the slowest: they wait for each other."""
-    return stage["images_per_second_per_rank"] * report["hardware"]["ranks"]
-
-
-def _slow_part_of_the_loader(report: dict) -> str:
-    return min(("reading", "decoding"), key=lambda name: _images_per_second(report["stages"][name], report))
-
-
-def _share_that_memory_limits(report: dict) -> float:
-    """Of the floor of all layers, the part of those whose bytes take longer than their FLOPs."""
-    peaks, layers = report["roofline"]["peaks"], report["roofline"]["layers"]
-    seconds = [
-        (
-            layer["floor_seconds"],
-            layer["bytes"] / peaks["bytes_per_second"] > layer["flops"] / peaks["flops_per_second"],
-        )
-        for layer in layers
-    ]
-    return sum(floor for floor, by_memory in seconds if by_memory) / sum(floor for floor, _ in seconds)
-
-
-def _share_of_passes(report: dict) -> float:
-    """Of the step alone: forward and backward."""
-    parts, step = report["step_parts"], report["stages"]["step"]["seconds_per_step"]["median"]
-    return (parts["forward"]["median"] + parts["backward"]["median"]) / step
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-
-
-# ---- the flags ---------------------------------------------------------------------------------------------------
-
-
-def _for_input(report: dict, part: str) -> list[tuple[str, str]]:
-    config, cores = report["config"], report["hardware"]["cores"]
-    shards = config["images_in"] == "shards"
-    flags = []
-    if part == "reading":
-        if shards:
-            threads = config["read_threads"]
-            flags.append((f"--read-threads {2 * threads if threads else 64}", "more requests to the storage at a time"))
-            flags.append((f"--read-ahead {2 * config['read_ahead']}", "evens out slow requests"))
-            if config["order"] == "global":
-                flags.append(("--order window", "reads shards from end to end"))
+def _other_answers(report: Report, bound: str, *, narrow_too: bool) -> set[str]:
+    """What else the answer might be, at all ends of what is known of the rates. narrow_too: also of those known to ±5 %."""
+    ends: list[tuple[float, ...]] = []
+    for stage, as_measured in zip(_DECISIVE, Scale(), strict=True):
+        low, high = _known_between(report, stage) if stage in _rates(report) else (1.0, 1.0)
+        margin = (high - low) / 2
+        if margin <= _SURE and not narrow_too:
+            ends.append((as_measured,))
+        elif stage == "training":
+            # All that training varies by may be waiting, but hardly more of it than there was.
+            margin = min(margin, wait_share(report.training_parts)) if report.training_parts else 0.0
+            ends.append((-margin, margin))
         else:
-            flags.append((f"--threads {2 * config['threads']}", "more files are read at a time; waiting costs no core"))
-            flags.append((f"--prefetch {2 * config['prefetch']}", "evens out slow files"))
-    else:
-        if _on_gpu(report) and config["decoder"] == "cpu":
-            flags.append(("--decoder gpu", "the GPU decodes JPEGs, some with an engine of their own"))
-        elif config["threads"] < cores + 1 and report["hardware"]["ranks"] == 1:
-            flags.append((f"--threads {cores + 1}", f"there are {cores} cores, and one thread waits at times"))
-    if not shards:
-        flags.append(("--data PREPARED", "what pipeline.prepare makes: smaller images in few large files"))
-    return flags
+            ends.append((low, high))
+    return {answer(report, Scale(*corner)).bound for corner in product(*ends)} - {bound}
 
 
-def _for_a_shared_gpu(report: dict) -> list[tuple[str, str]]:
-    cores = report["hardware"]["cores"]
-    flags = [("--decoder cpu", f"leaves the GPU to the step; this machine has {cores} cores for all of its GPUs")]
-    if report["config"]["images_in"] == "files":
-        flags.append(("--data PREPARED", "what pipeline.prepare makes: less to decode"))
-    return flags
+def _cautions(report: Report) -> list[str]:
+    """Why the figures are less sure than they look."""
+    rates, cores, cautions = _rates(report), report.hardware.cores, []
+    for stage, rate in rates.items():
+        if rate.interval is None or rate.relative_ci is None:
+            cautions.append(
+                f"{_named(stage)} was measured for {rate.images // report.config['batch_size']} steps only, too few to say how "
+                "sure its rate is: give it more --seconds."
+            )
+        elif rate.relative_ci > _SURE:
+            low, high = rate.interval
+            cautions.append(
+                f"{_named(stage)} is known to ±{rate.relative_ci:.0%} only ({low:,.0f} to {high:,.0f} images/s): give it more "
+                "--seconds."
+            )
+    others = [rate.cores_of_others for rate in rates.values()]
+    if max(others) > _MANY_OTHERS * cores:
+        changed = max(others) - min(others) > _MANY_OTHERS * cores
+        each = ", ".join(f"{rate.cores_of_others:.1f} beside {_named(stage)}" for stage, rate in rates.items())
+        cautions.append(
+            f"{'The machine changed: other' if changed else 'Other'} programs kept some of the {cores} cores busy "
+            f"({each.replace('The', 'the').replace('Training', 'training')}). Measure again on a quiet machine."
+        )
+    floor, measured = unfused_floor(report), passes_seconds(report)
+    if floor > 1.1 * measured:
+        cautions.append(
+            f"Forward and backward take {ms(measured)}, less than their floor of {ms(floor)}: the hardware's "
+            "peaks were measured while it was slower, or values stay in a cache between two layers."
+        )
+    return cautions
 
 
-def _for_launch(report: dict) -> list[tuple[str, str]]:
-    compiled = [] if report["config"]["compile"] else [("--compile", "fewer and longer kernels")]
-    return [*_larger_passes(report), *compiled, *_larger_batches(report, "the same kernels for more images")]
+def _excess(report: Report) -> str | None:
+    """A sentence if training is above its ceiling, further than by chance: its parts were measured on a slower machine."""
+    ratio, rates, set_by = report.ceiling.training_over_ceiling or 0.0, _rates(report), report.ceiling.set_by
+    by_chance = sum((rate.relative_ci or 0.0) ** 2 for stage, rate in rates.items() if stage in ("training", set_by))
+    if ratio <= _IMPOSSIBLE + by_chance**0.5:
+        return None
+    return (
+        f"Training makes {ratio:.2f} times the images that loader and step by themselves allow: the machine was slower when "
+        f"those were measured (other programs kept {rates['step'].cores_of_others:.1f} cores busy beside the step alone, "
+        f"{rates['training'].cores_of_others:.1f} beside training). Measure again on a quiet machine."
+    )
 
 
-def _for_communication(report: dict) -> list[tuple[str, str]]:
-    flags = [("--grad-compression bf16", "half the bytes")] if report["config"]["grad_compression"] == "none" else []
-    return [*flags, *_larger_batches(report, "one all-reduce for more images")]
+def _widest(report: Report) -> tuple[str, float, str]:
+    """The figure of the rate that is known least."""
+    known = {stage: _known_between(report, stage) for stage in _rates(report)}
+    margins = {stage: (high - low) / 2 for stage, (low, high) in known.items()}
+    stage = max(margins, key=lambda stage: margins[stage])
+    return f"{stage} rate, uncertain by ±", 100 * margins[stage], "%"
 
 
-def _for_memory(report: dict) -> list[tuple[str, str]]:
-    config, flags = report["config"], []
-    if not config["compile"]:
-        flags.append(("--compile", "fuses operators, so that activations are read and written less often"))
-    if _on_gpu(report) and config["precision"] == "fp32":
-        flags.append(("--precision bf16", "half the bytes of every activation"))
-    return [*flags, *_larger_passes(report), *_larger_batches(report, "the weights are read once for more images")]
+def _named(stage: str) -> str:
+    return "Training" if stage == "training" else f"The {stage} alone"
 
 
-def _for_compute(report: dict) -> list[tuple[str, str]]:
-    config, flags = report["config"], []
-    if _on_gpu(report) and config["precision"] == "fp32":
-        flags.append(("--precision bf16", "tensor cores compute it many times faster"))
-    if not _on_gpu(report) and config["precision"] != "fp32":
-        flags.append(("--precision fp32", "most CPUs compute the others many times slower"))
-    if not config["compile"]:
-        flags.append(("--compile", "fuses what lies between the convolutions"))
-    elif _on_gpu(report) and config["compile_mode"] == "default":
-        flags.append(("--compile-mode max-autotune-no-cudagraphs", "tries more kernels for each layer"))
-    flags += _larger_passes(report)
-    if report["ceiling"]["set_by"] == SHARED_CORES and config["threads"] > 1:
-        flags.append((f"--threads {config['threads'] - 1}", "leaves more of the shared cores to the step"))
-    return flags
-
-
-def _larger_passes(report: dict) -> list[tuple[str, str]]:
-    share, micro_batch = report["config"]["batch_size"] // report["hardware"]["ranks"], report["config"]["micro_batch"]
-    return [(f"--micro-batch {min(share, 2 * micro_batch)}", "fewer, larger passes")] if micro_batch < share else []
-
-
-def _larger_batches(report: dict, why: str) -> list[tuple[str, str]]:
-    return [(f"--batch-size {2 * report['config']['batch_size']}", f"{why}; --lr has to grow with it")]
+def _slow_rank(report: Report) -> str:
+    """A sentence about the rank for which the others wait; empty if there is none."""
+    found = [(_SLOW_RANK, 0, "")]
+    for stage in ("reading", "decoding", *_DECISIVE):
+        rate: Rate | None = getattr(report.stages, stage)
+        if rate:
+            rates = rate.images_per_second_per_rank
+            found.append((1 - min(rates) / median(rates), rate.slowest_rank, stage))
+    share, rank, stage = max(found)
+    if not stage:
+        return ""
+    machine = rank * report.hardware.machines // report.hardware.ranks
+    where = f" (machine {machine})" if report.hardware.machines > 1 else ""
+    return f" Rank {rank}{where} is {share:.0%} slower than the median rank in {stage}: in training, all wait for it."
