@@ -6,6 +6,7 @@ windows are counted, from the middle of one to the middle of another.
 """
 
 import bisect
+import gc
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -87,6 +88,7 @@ def feed_of(bench: Bench, stage: int) -> Feed:
     Each begins elsewhere in the epoch, so that of a data set that is larger than the memory none finds in the page cache what
     the one before it has read; with windows of shards, one step before a window's end.
     """
+    gc.collect()  # ends the loader of an earlier stage, which is in cycles of references and would read on
     data, config = bench.data, bench.config
     plan, images, batch = data.train_plan(), data.train_images, config.batch_size
     start, queue = stage * images // _STAGES_WITH_DATA, math.ceil(config.prefetch / bench.passes)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,26 @@ def test_reads_are_issued_before_they_are_needed_and_not_without_bound(folder, m
     for _ in range(10):
         next(fetched)
     assert 13 <= len(asked) <= 16
+
+
+def test_a_reader_that_is_closed_reads_no_more(folder, monkeypatch):
+    """What comes after it has the storage to itself; only what is being read at that moment is read to its end."""
+    reads = []
+
+    def slow(self, name, offsets, targets) -> None:
+        reads.append(name)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(storage.FolderStorage, "read", slow)
+    table = table_of(folder)
+    plan = make_plan(table, batch_size=2)
+    batches = plan.batches(start=0, rank=0, world_size=1, micro_batch=2)
+    fetched = ShardReader(table, threads=2, batches_ahead=50).fetch(batches, plan.read_group)
+    next(fetched)
+    fetched.close()
+    before = len(reads)
+    time.sleep(0.3)
+    assert len(reads) - before <= 2, "one for each thread"
 
 
 def test_a_window_is_read_in_few_large_pieces(own_copy, monkeypatch):

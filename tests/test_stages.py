@@ -1,7 +1,10 @@
-"""Reading and decoding alone do what the loader does: the same bytes, the same windows, in the plan's order."""
+"""Reading and decoding alone do what the loader does: the same bytes, the same windows, in the plan's order; and what a stage's
+figures are when the storage is slow."""
 
+import dataclasses
 import io
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -12,11 +15,25 @@ from common.ranks import ranks_of_this_run
 from engine.config import parse_args
 from engine.data import Data, default_threads, open_data
 from engine.precision import Precision
+from perf.laps import MarkedBatches
 from perf.loader_parts import decoding_alone, reading_alone
+from perf.stages import (
+    Bench,
+    feed_of,
+    open_bench,
+    time_loader,
+    time_reading,
+    time_training,
+    training_batches,
+)
+from perf.timing import Limits, Timing, rate_of
+from pipeline.digits import digits_folder
 from pipeline.manifest import open_manifest
 from pipeline.plan import Samples
 from pipeline.prepare import Settings, prepare
+from pipeline.storage import FolderStorage
 from tests.images import photo_folder
+from tests.planted import limited
 
 FLAGS = ["--crop", "64", "--train-scale", "96-160", "--batch-size", "4", "--micro-batch", "2", "--threads", "2"]
 
@@ -129,3 +146,67 @@ def test_reading_needs_no_decoding(photos, tmp_path):
 )
 def test_a_gpus_decoder_has_few_threads(cores, decoder, threads):
     assert default_threads(cores, decoder) == threads
+
+
+# ---- slow storage ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Prepared, 10 images a shard."""
+    folder = tmp_path_factory.mktemp("digits")
+    with ranks_of_this_run("cpu") as ranks:
+        prepare(digits_folder(), folder, Settings(short_side="36", quality=90, shard_images=10), threads=2, ranks=ranks)
+    return folder
+
+
+def bench_of(folder, *flags: str, seconds: float) -> Bench:
+    config = parse_args(
+        ["--data", str(folder), "--arch", "A", "--crop", "32", "--train-scale", "36", "--batch-size", "4", *flags]
+    )
+    with ranks_of_this_run("cpu") as ranks:
+        return open_bench(config, ranks, Limits(seconds=seconds, steps=None))
+
+
+def images_per_second(bench: Bench, timing: Timing) -> float:
+    rate = rate_of(timing, images=bench.share, ranks=bench.ranks)
+    assert rate.images / (timing.ended - timing.began) == pytest.approx(rate.images_per_second, rel=0.02)
+    return rate.images_per_second
+
+
+@pytest.mark.parametrize("flags", [(), ("--read-ahead", "40"), ("--order", "window", "--window-shards", "4")])
+def test_reading_and_loader_are_as_fast_as_the_storage_however_much_lies_ready(digits, flags, monkeypatch):
+    """Windows of 40 images, 10 steps, of which each comes at once; or up to 42 batches that lie ready."""
+    bench = bench_of(digits, *flags, seconds=1)
+    monkeypatch.setattr(FolderStorage, "read", limited(100))
+    assert images_per_second(bench, time_reading(bench)) == pytest.approx(100, rel=0.05)
+    timing, _ = time_loader(bench)
+    assert images_per_second(bench, timing) == pytest.approx(100, rel=0.05)
+
+
+@pytest.mark.parametrize("flags", [(), ("--order", "window", "--window-shards", "4")])
+def test_training_waits_for_slow_storage_as_long_as_it_waits(digits, flags, monkeypatch):
+    """Of the 40 ms in which the storage gives a batch, the step works for 20."""
+    bench = bench_of(digits, *flags, seconds=1.5)
+    monkeypatch.setattr(FolderStorage, "read", limited(100))
+    batches = MarkedBatches(training_batches(bench), bench.laps)
+
+    def step() -> None:
+        next(batches)
+        time.sleep(0.02)
+
+    timing = time_training(bench, step)
+    assert images_per_second(bench, timing) == pytest.approx(100, rel=0.05)
+    assert timing.part("data_wait").mean() / timing.step_seconds.mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_stage_begins_a_step_before_a_windows_end_and_counts_whole_windows(digits):
+    bench = bench_of(digits, "--order", "window", "--window-shards", "8", seconds=1)
+    plan, feeds = bench.data.train_plan(), [feed_of(bench, stage) for stage in range(4)]
+    for feed in feeds:
+        assert feed.period == 20
+        begin, end = (plan.read_group(plan.samples(np.array([feed.start + n]))) for n in (3, 4))
+        assert end == begin + 1
+    assert len({feed.start for feed in feeds}) == 4
+    plain = feed_of(bench_of(digits, "--batch-size", "8", "--micro-batch", "4", seconds=1), 0)
+    assert plain == dataclasses.replace(plain, start=0, queue=1 + 4, period=1), "2 and 8 micro-batches"
