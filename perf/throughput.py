@@ -81,11 +81,11 @@ def _run(argv: list[str] | None) -> int:
         first_then_others(ranks, lambda: claim(config.out, RECIPE if options.tune else REPORT_JSON), lambda _: None)
         if options.tune:
             limits = Limits(seconds=options.seconds, steps=config.steps, least_laps=1)
-            line = tuned_line(config, ranks, limits, options.tune_seconds, argv)
+            line: dict | None = tuned_line(config, ranks, limits, options.tune_seconds, argv)
         else:
             limits = Limits(seconds=options.seconds, steps=config.steps)
             report = profile(config, ranks, limits, options)
-            line = report and write(report, config.out)
+            line = write(report, config.out) if report else None
         if line:
             print(json.dumps(line), flush=True)
     return 0

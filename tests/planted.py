@@ -15,7 +15,7 @@ from engine.step import TrainStep
 from pipeline.storage import FolderStorage
 
 IMAGES_PER_SECOND = 100.0
-STALLING, OF, STALL_SECONDS = 8, 40, 0.05
+STALLING, OF, STALL_SECONDS = 8, 40, 0.1
 
 
 def slow_disk() -> None:

@@ -167,7 +167,7 @@ def test_a_reader_that_is_closed_reads_no_more(folder, monkeypatch):
     batches = plan.batches(start=0, rank=0, world_size=1, micro_batch=2)
     fetched = ShardReader(table, threads=2, batches_ahead=50).fetch(batches, plan.read_group)
     next(fetched)
-    fetched.close()
+    del fetched
     before = len(reads)
     time.sleep(0.3)
     assert len(reads) - before <= 2, "one for each thread"

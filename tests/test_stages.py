@@ -203,6 +203,7 @@ def test_training_waits_for_slow_storage_as_long_as_it_waits(digits, flags, monk
 def test_a_stage_begins_a_step_before_a_windows_end_and_counts_whole_windows(digits):
     bench = bench_of(digits, "--order", "window", "--window-shards", "8", seconds=1)
     plan, feeds = bench.data.train_plan(), [feed_of(bench, stage) for stage in range(4)]
+    assert plan.read_group
     for feed in feeds:
         assert feed.period == 20
         begin, end = (plan.read_group(plan.samples(np.array([feed.start + n]))) for n in (3, 4))
