@@ -171,7 +171,7 @@ def profile(config: Config, ranks: Ranks, limits: Limits, options: argparse.Name
 
 def best_of(peaks: Sequence[Peaks]) -> Peaks:
     """Of the same device, measured several times."""
-    return replace(
+    return msgspec.structs.replace(
         peaks[0],
         flops_per_second=max(each.flops_per_second for each in peaks),
         bytes_per_second=max(each.bytes_per_second for each in peaks),

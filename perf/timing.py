@@ -222,8 +222,8 @@ def _first_block(pace: float, limits: Limits, queue: int, period: int) -> tuple[
     """Steps in a lap, laps in a period, and laps to begin with."""
     most = 2 * queue if queue else math.inf  # what comes out of a queue may be fast for a moment
     steps_a_lap = int(max(1, min(math.ceil(_LAP_SECONDS / pace), most, period if period > 1 else most)))
-    if limits.steps:
-        steps_a_lap = min(steps_a_lap, limits.steps)
+    if limits.steps:  # few steps are single ones, so that all of them are made
+        steps_a_lap = min(steps_a_lap, max(1, limits.steps // _LEAST_LAPS_FOR_PRECISION))
     unit = max(1, round(period / steps_a_lap))
     affordable = int(limits.seconds / (pace * steps_a_lap * unit))
     count = unit * max(limits.least_laps, min(_LAPS_AT_FIRST, affordable))

@@ -72,7 +72,8 @@ def test_the_parts_add_up(profiled):
 def test_what_engineers_look_for_is_there(profiled):
     _, _, report, _ = profiled
     assert report.trace.steps == 3
-    assert "convolution" in report.trace.kernels[0].name
+    assert len(report.trace.kernels) == 10
+    assert any("convolution" in kernel.name for kernel in report.trace.kernels)
     assert all(layer.measured_seconds > 0 for layer in report.roofline.layers)
     assert report.memory is None
     seconds = 1437 / report.stages.training.images_per_second
