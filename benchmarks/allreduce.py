@@ -79,50 +79,31 @@ def check(ranks: int, arguments: argparse.Namespace) -> list[dict]:
     sizes = [int(megabytes * 1e6) // _FLOAT_BYTES * _FLOAT_BYTES for megabytes in arguments.megabytes]
     with limited_machines(ranks, mbits_per_second=arguments.mbits_per_second) as machines:
         smallest_seconds, *measured = measure(machines, [_FLOAT_BYTES, *sizes])
-    bytes_per_second = arguments.mbits_per_second * 1e6 / 8 * _PAYLOAD_SHARE
-    links = Links(
-        peer_bytes_per_second=bytes_per_second,
-        network_bytes_per_second=bytes_per_second,
-        gpus_per_node=1,
-        latency_seconds=smallest_seconds / (2 * (ranks - 1)),
-    )
+    rate, latency = arguments.mbits_per_second * 1e6 / 8 * _PAYLOAD_SHARE, smallest_seconds / (2 * (ranks - 1))
+    links = Links(peer_bytes_per_second=rate, network_bytes_per_second=rate, gpus_per_node=1, latency_seconds=latency)
     rows = []
     for size, seconds in zip(sizes, measured, strict=True):
         predicted = all_reduce_seconds(size, ranks=ranks, links=links, algorithm="ring")
-        rows.append(
-            {
-                "ranks": ranks,
-                "bytes": size,
-                "latency_seconds": links.latency_seconds,
-                "predicted_seconds": predicted,
-                "measured_seconds": seconds,
-                "measured_over_predicted": seconds / predicted,
-            }
-        )
+        row = {"ranks": ranks, "bytes": size, "latency_seconds": latency, "predicted_seconds": predicted}
+        rows.append({**row, "measured_seconds": seconds, "measured_over_predicted": seconds / predicted})
     return rows
 
 
 def measure(machines: list[Machine], sizes: list[int]) -> list[float]:
     """Median seconds of an all-reduce of each size (bytes), one rank on each machine. Raises TrainingError: a rank failed."""
-    workers = []
-    for rank, machine in enumerate(machines):
-        variables = {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(len(machines)),
-            "MASTER_ADDR": machines[0].address,
-            "MASTER_PORT": str(_PORT),
-            "GLOO_SOCKET_IFNAME": _INTERFACE,
-        }
-        code = f"from benchmarks import allreduce; allreduce.rank({sizes})"
-        workers.append(
-            subprocess.Popen(
-                machine.command(sys.executable, "-c", code),
-                env={**os.environ, **variables},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+    variables = {**os.environ, "WORLD_SIZE": str(len(machines)), "GLOO_SOCKET_IFNAME": _INTERFACE}
+    variables |= {"MASTER_ADDR": machines[0].address, "MASTER_PORT": str(_PORT)}
+    code = f"from benchmarks import allreduce; allreduce.rank({sizes})"
+    workers = [
+        subprocess.Popen(
+            machine.command(sys.executable, "-c", code),
+            env={**variables, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
+        for rank, machine in enumerate(machines)
+    ]
     try:
         answers = [worker.communicate(timeout=_PATIENCE_SECONDS) for worker in workers]
     except subprocess.TimeoutExpired as error:
@@ -159,11 +140,9 @@ def print_rows(rows: list[dict], mbits_per_second: float) -> None:
     print(f"gloo over links of {mbits_per_second:,g} Mbit/s")
     print(f"{'ranks':>6}{'MB':>8}{'latency, ms':>14}{'predicted, ms':>16}{'measured, ms':>16}{'ratio':>8}")
     for row in rows:
-        print(
-            f"{row['ranks']:6}{row['bytes'] / 1e6:8.1f}{1e3 * row['latency_seconds']:14.3f}"
-            f"{1e3 * row['predicted_seconds']:16.2f}{1e3 * row['measured_seconds']:16.2f}"
-            f"{row['measured_over_predicted']:8.3f}"
-        )
+        latency, predicted, measured = (1e3 * row[f"{name}_seconds"] for name in ("latency", "predicted", "measured"))
+        sizes = f"{row['ranks']:6}{row['bytes'] / 1e6:8.1f}"
+        print(f"{sizes}{latency:14.3f}{predicted:16.2f}{measured:16.2f}{measured / predicted:8.3f}")
 
 
 # ---- machines that are network namespaces -----------------------------------------------------------------------

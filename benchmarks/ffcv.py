@@ -1,12 +1,11 @@
 """ffcv as a peer in a comparison of image loaders on the CPU."""
 
-import hashlib
 import multiprocessing
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from common.process import usable_cores
@@ -18,27 +17,25 @@ _LEAST_IMAGES_IN_EPOCH = 100_000
 
 
 def ffcv_loader(
-    paths: list[str], labels: list[int], folder: Path, crop: int, batch_size: int, workers: int
+    paths: list[str], labels: list[int], file: Path, crop: int, batch_size: int, workers: int
 ) -> Iterator[tuple]:
     """ffcv on the CPU, by the recipe of its authors' ImageNet training, with every image kept as a JPEG; endless batches.
 
-    The file is that of write_imagenet.py in https://github.com/libffcv/ffcv-imagenet: longer side 500 pixels at most, JPEG
-    quality 90. The recipe for ResNet-50 keeps half of the images as raw pixels (write mode "proportion", 0.5); here all are
-    JPEGs (write mode "jpg"). The pipeline is that of create_train_loader in train_imagenet.py there: decode the whole image,
-    random crop of 8 to 100 % of its area resized to crop × crop, random flip, IMAGENET_MEAN and IMAGENET_STD. Two things
-    differ: the output is float32, not float16, and NormalizeImage stands before ToTensor, which is where it runs on a CPU.
-    The order is random; the file is read through the page cache.
+    The file, which is written first, is that of write_imagenet.py in https://github.com/libffcv/ffcv-imagenet: longer side 500
+    pixels at most, JPEG quality 90. The recipe for ResNet-50 keeps half of the images as raw pixels (write mode "proportion",
+    0.5); here all are JPEGs (write mode "jpg"). The pipeline is that of create_train_loader in train_imagenet.py there: decode
+    the whole image, random crop of 8 to 100 % of its area resized to crop × crop, random flip, IMAGENET_MEAN and IMAGENET_STD.
+    Two things differ: the output is float32, not float16, and NormalizeImage stands before ToTensor, which is where it runs on
+    a CPU. The order is random; the file is read through the page cache.
 
     Each image is in the file as often as brings it to 2000 images, and an epoch goes over the file often enough for 100,000,
-    because ffcv allocates and fills all its buffers anew in each. The file is written to folder unless it is there.
+    because ffcv allocates and fills all its buffers anew in each.
 
     A batch is (images, labels): images [batch, 3, crop, crop], float32, channels_last in memory; labels int64. Both are views
     into ffcv's ring of buffers: the next batch asked for may overwrite them.
 
     ImportError where ffcv is not installed, at the call. The first batch takes long: numba compiles the pipeline.
     """
-    import torch
-
     threads = torch.get_num_threads()
     try:
         from ffcv.fields.basics import IntDecoder
@@ -46,8 +43,16 @@ def ffcv_loader(
         from ffcv.loader import Loader, OrderOption
         from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
 
-        file = _write_once(paths, labels, folder)
-        images_in_file = len(paths) * _copies(paths)
+        # ffcv's writer forks, and this process may hold threads of other loaders, with which a fork is not safe.
+        writer = multiprocessing.get_context("spawn").Process(target=_write, args=(paths, labels, file))
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            raise RuntimeError(f"writing {file} for ffcv failed: exit status {writer.exitcode}")
+        images = len(paths) * _copies(paths)
+        mean, deviation = np.array([0.485, 0.456, 0.406]) * 255, np.array([0.229, 0.224, 0.225]) * 255
+        of_images = [RandomResizedCropRGBImageDecoder((crop, crop)), RandomHorizontalFlip()]
+        of_images += [NormalizeImage(mean, deviation, np.float32), ToTensor(), ToTorchImage()]
         loader = Loader(
             str(file),
             batch_size=batch_size,
@@ -55,20 +60,9 @@ def ffcv_loader(
             os_cache=True,
             order=OrderOption.RANDOM,
             seed=0,
-            indices=np.tile(np.arange(images_in_file, dtype=np.uint64), -(-_LEAST_IMAGES_IN_EPOCH // images_in_file)),
+            indices=np.tile(np.arange(images, dtype=np.uint64), -(-_LEAST_IMAGES_IN_EPOCH // images)),
             drop_last=True,
-            pipelines={
-                "image": [
-                    RandomResizedCropRGBImageDecoder((crop, crop)),
-                    RandomHorizontalFlip(),
-                    NormalizeImage(
-                        np.array([0.485, 0.456, 0.406]) * 255, np.array([0.229, 0.224, 0.225]) * 255, np.float32
-                    ),
-                    ToTensor(),
-                    ToTorchImage(),
-                ],
-                "label": [IntDecoder(), ToTensor(), Squeeze()],
-            },
+            pipelines={"image": of_images, "label": [IntDecoder(), ToTensor(), Squeeze()]},
         )
     finally:
         torch.set_num_threads(threads)  # importing ffcv sets it to 1 for the whole process
@@ -88,27 +82,6 @@ def _copies(paths: list[str]) -> int:
     return -(-_LEAST_IMAGES_IN_FILE // len(paths))
 
 
-def _write_once(paths: list[str], labels: list[int], folder: Path) -> Path:
-    """The .beton of these images, named after the list; written by a fresh process, since ffcv's writer forks.
-
-    This process may hold threads of other loaders, with which a fork is not safe.
-    """
-    listed = "\n".join(f"{path}\t{label}" for path, label in zip(paths, labels, strict=True))
-    digest = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()[:12]
-    file = folder / f"{digest}-{_LONGER_SIDE}px-q{_JPEG_QUALITY}-x{_copies(paths)}.beton"
-    if file.exists():
-        return file
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".unfinished")
-    writer = multiprocessing.get_context("spawn").Process(target=_write, args=(paths, labels, unfinished))
-    writer.start()
-    writer.join()
-    if writer.exitcode:
-        raise RuntimeError(f"writing {unfinished} for ffcv failed: exit status {writer.exitcode}")
-    unfinished.rename(file)
-    return file
-
-
 def _write(paths: list[str], labels: list[int], file: Path) -> None:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
@@ -116,7 +89,6 @@ def _write(paths: list[str], labels: list[int], file: Path) -> None:
     image = RGBImageField(write_mode="jpg", max_resolution=_LONGER_SIDE, jpeg_quality=_JPEG_QUALITY)
     writer = DatasetWriter(str(file), {"image": image, "label": IntField()}, num_workers=usable_cores())
     writer.from_indexed_dataset(_Images(paths, labels), indices=np.tile(np.arange(len(paths)), _copies(paths)))
-    sys.stdout.flush()
 
 
 class _Images:

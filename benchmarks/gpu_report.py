@@ -34,6 +34,7 @@ from common.flags import FlagParser
 from common.process import end, run_program
 from common.progress import say
 from common.ranks import ranks_of_this_run
+from engine.config import SYNTHETIC
 from perf.machine import ROOT, git_revision, hardware
 from perf.report import REPORT_JSON, Report
 
@@ -45,7 +46,7 @@ _SECONDS_A_RUN = 1800
 _GENERATED = "generated photographs"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Run:
     """A program to run."""
 
@@ -89,41 +90,32 @@ def _run(argv: list[str] | None) -> int:
     report = measure(runs, left_out, work)
     report["data"] = data.name if arguments.data else _GENERATED
     path = write(report, arguments.docs)
-    print(
-        json.dumps({"program": "gpu_report", "card": report["card"], "failed": report["failed"], "report": str(path)})
-    )
-    return 1 if report["failed"] or report["tests"] is None or report["tests"]["failed"] else 0
+    print(json.dumps({"card": report["card"], "failed": report["failed"], "report": str(path)}))
+    return 1 if report["failed"] or not report["tests"] or report["tests"]["failed"] else 0
 
 
 def plan(data: Path, work: Path) -> tuple[list[Run], dict[str, str]]:
     """The runs in order, and by name what is left out because it is not installed."""
-    runs: list[Run] = []
-    left_out = {}
-    if importlib.util.find_spec("pytest"):
-        results = work / "tests.xml"
-        command = ["-m", "pytest", "tests/gpu", "-q", "-rs", f"--junitxml={results}"]
-        runs.append(Run(kind="tests", name="tests/gpu", command=command, report=results))
-    else:
-        left_out["tests/gpu"] = "pytest is not installed"
-    for arch, precision, images in itertools.product(_ARCHS, _PRECISIONS, ("noise", "images")):
-        out = work / f"{arch}-{precision}-{images}"
-        source = "synthetic" if images == "noise" else str(data)
-        command = ["profile/throughput.py", *_AT_224, "--arch", arch, "--precision", precision, "--data", source]
-        command += ["--batch-size", str(_SIZES[0]), "--out", str(out)]
-        name = f"{arch} {precision}, {images}"
-        report = out / REPORT_JSON
-        runs.append(Run(kind="throughput", name=name, command=command, size_flag="--micro-batch", report=report))
-    command = ["-m", "benchmarks.inputs", *_AT_224, "--arch", "D", "--precision", "bf16", "--data", str(data)]
-    command += ["--batch-size", str(_SIZES[0])]
-    runs.append(Run(kind="inputs", name="D bf16, inputs", command=command, size_flag="--micro-batch"))
+    left_out = {
+        name: f"{module} is not installed"
+        for name, module in (("tests/gpu", "pytest"), ("timm's networks", "timm"))
+        if not importlib.util.find_spec(module)
+    }
+    results, images, size = work / "tests.xml", str(data), ["--batch-size", str(_SIZES[0])]
+    command = ["-m", "pytest", "tests/gpu", "-q", "-rs", f"--junitxml={results}"]
+    runs = [] if "tests/gpu" in left_out else [Run("tests", "tests/gpu", command, report=results)]
+    for arch, precision, of in itertools.product(_ARCHS, _PRECISIONS, ("noise", "images")):
+        out = work / f"{arch}-{precision}-{of}"
+        command = ["profile/throughput.py", *_AT_224, "--arch", arch, "--precision", precision, *size]
+        command += ["--data", SYNTHETIC if of == "noise" else images, "--out", str(out)]
+        runs.append(Run("throughput", f"{arch} {precision}, {of}", command, "--micro-batch", out / REPORT_JSON))
+    command = ["-m", "benchmarks.inputs", *_AT_224, "--arch", "D", "--precision", "bf16", "--data", images, *size]
+    runs.append(Run("inputs", "D bf16, inputs", command, "--micro-batch"))
     for precision in _PRECISIONS:
         command = ["-m", "benchmarks.steps", *_AT_224, "--arch", "D", "--precision", precision]
-        name = f"D {precision}, against others"
-        runs.append(Run(kind="steps", name=name, command=command, size_flag="--batch-size"))
-    if not importlib.util.find_spec("timm"):
-        left_out["timm"] = "it is not installed"
-    command = ["-m", "benchmarks.loaders", "--data", str(data), "--device", "cuda", "--batch-size", "128"]
-    runs.append(Run(kind="loaders", name="loaders", command=command))
+        runs.append(Run("steps", f"D {precision}, against others", command, "--batch-size"))
+    command = ["-m", "benchmarks.loaders", "--data", images, "--device", "cuda", "--batch-size", "128"]
+    runs.append(Run("loaders", "loaders", command))
     return runs, left_out
 
 
@@ -153,12 +145,10 @@ def measure(runs: list[Run], left_out: dict[str, str], work: Path) -> dict:
         if result is None:
             report["failed"][run.name] = reason
             say(f"{run.name} failed: {reason}")
-            continue
-        kept = results_of(run.kind, result)
-        if run.kind in ("tests", "loaders"):  # one run of each
-            report[run.kind] = kept
+        elif run.kind in ("tests", "loaders"):  # one run of each
+            report[run.kind] = results_of(run.kind, result)
         else:
-            report[run.kind][run.name] = kept
+            report[run.kind][run.name] = results_of(run.kind, result)
     return report
 
 
@@ -176,14 +166,10 @@ def execute(run: Run) -> tuple[str | None, str]:
     """Run it with the largest size that fits. Returns its results as text, or None and why there are none."""
     reason = ""
     for size in _SIZES if run.size_flag else _SIZES[:1]:
+        command = [sys.executable, *_command(run, size)]
         try:
             done = subprocess.run(
-                [sys.executable, *_command(run, size)],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=_SECONDS_A_RUN,
-                check=False,
+                command, cwd=ROOT, capture_output=True, text=True, timeout=_SECONDS_A_RUN, check=False
             )
         except subprocess.TimeoutExpired:
             return None, f"it took more than {_SECONDS_A_RUN // 60} minutes"

@@ -86,17 +86,9 @@ def compare(config: Config, ranks: Ranks, options: argparse.Namespace, work: Pat
     )
     rows = summarise(rates, of=NOISE)
     print_table(f"{config.arch}, {precision.name}, {config.batch_size} images", rows)
-    return {
-        "arch": config.arch,
-        "data": config.data,
-        "device": ranks.device.type,
-        "precision": precision.name,
-        "crop": config.crop,
-        "batch_size": config.batch_size,
-        "threads": files.threads,
-        "rounds": options.rounds,
-        "inputs": rows,
-    }
+    kept = {name: getattr(config, name) for name in ("arch", "data", "crop", "batch_size")}
+    kept |= {"device": ranks.device.type, "precision": precision.name, "threads": files.threads}
+    return {**kept, "rounds": options.rounds, "inputs": rows}
 
 
 def training_step(data: Data, ranks: Ranks, precision: Precision) -> Callable[[Iterator[Batch]], object]:

@@ -9,11 +9,18 @@ from pathlib import Path
 
 from common.errors import TrainingError, UserError
 from common.files import DAMAGED_FILE, replacing
+from common.flags import FlagParser
 from common.progress import say
 from engine.records import METRICS, read_records
 from perf.machine import ROOT
 
 RESULT = "result.json"
+
+
+def add_run_flags(parser: FlagParser, *, picture: str) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* and val/<class>/*")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--plot", type=Path, help=f"PNG to write; default: OUT/{picture}")
 
 
 def kept(out: Path, flags: list[str], make: Callable[[], dict]) -> dict:
@@ -57,12 +64,6 @@ def run_trainer(out: Path, flags: list[str]) -> dict:
     if process.returncode and not diverged:
         kind = UserError if process.returncode == UserError.exit_code else TrainingError
         raise kind(f"train.py ended with exit code {process.returncode}: {last.strip().removeprefix('error: ')}")
-    records = read_records(out / METRICS)
-    return {
-        "history": [
-            {key: record[key] for key in ("epoch", "loss", "top1")}
-            for record in records
-            if record["kind"] == "validation"
-        ],
-        "diverged_at": int(diverged[1]) if diverged else None,
-    }
+    validations = [record for record in read_records(out / METRICS) if record["kind"] == "validation"]
+    history = [{key: record[key] for key in ("epoch", "loss", "top1")} for record in validations]
+    return {"history": history, "diverged_at": int(diverged[1]) if diverged else None}

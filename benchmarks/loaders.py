@@ -115,7 +115,9 @@ def make_loaders(
     }
     if scale[0] == scale[1]:
         try:
-            peer = ffcv_loader(paths, labels, work, crop, size, min(threads, usable_cores()))  # its limit
+            peer = ffcv_loader(
+                paths, labels, work / "images.beton", crop, size, min(threads, usable_cores())
+            )  # its limit
             next(peer)  # numba compiles
             loaders["ffcv"] = peer
         except ImportError as error:

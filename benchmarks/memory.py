@@ -5,6 +5,7 @@ epoch; the first one fills DALI's pools, so growth is counted from the second on
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
@@ -13,6 +14,8 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
     begin()
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from common.flags import FlagParser
 from common.heap import share_one_heap
@@ -38,35 +41,28 @@ def _run(argv: list[str] | None) -> int:
     config = parse_args(["--data", arguments.data, "--device", "cpu", *flags])
     with ranks_of_this_run("cpu") as ranks:
         data = open_data(config, ranks, choose_precision("fp32", torch.device("cpu")))
-        resident_mib = measure(data.train_batches(0), data.train_images, config.batch_size, arguments.epochs)
+        found = measure(data.train_batches(0), data.train_images, config.batch_size, arguments.epochs)
     if arguments.plot:
-        plot(resident_mib, arguments.plot)
-    growth = (resident_mib[-1] - resident_mib[1]) / (len(resident_mib) - 2) if len(resident_mib) > 2 else 0.0
-    print(json.dumps({"resident_mib": resident_mib, "growth_mib_per_epoch": round(growth, 3)}))
+        plot(found, arguments.plot)
+    growth = (found[-1] - found[1]) / (len(found) - 2) if len(found) > 2 else 0.0
+    print(json.dumps({"resident_mib": found, "growth_mib_per_epoch": round(growth, 3)}))
     return 0
 
 
-def measure(batches, images: int, batch_size: int, epochs: int) -> list[float]:
+def measure(batches: Iterator, images: int, batch_size: int, epochs: int) -> list[float]:
     """Resident memory in MiB after each epoch."""
     resident, seen = [], 0
     for epoch in range(1, epochs + 1):
         while seen < epoch * images:
             next(batches)
             seen += batch_size
-        resident.append(round(resident_now_mib(), 1))
+        status = Path("/proc/self/status").read_text().partition("VmRSS:")[2]
+        resident.append(round(int(status.split()[0]) / 1024, 1))
         say(f"epoch {epoch}: {resident[-1]:,.1f} MiB")
     return resident
 
 
-def resident_now_mib() -> float:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
-
-
 def plot(resident_mib: list[float], path: Path) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot(range(1, len(resident_mib) + 1), resident_mib, marker="o")

@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import clock_gettime, perf_counter, process_time, pthread_getcpuclockid
 
 if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
@@ -77,18 +77,28 @@ def _run(argv: list[str] | None) -> int:
         steps = str(_STEPS_A_TURN * (arguments.rounds + 1) + 1)
         config = parse_args([*_DEFAULT_FLAGS, *flags, "--data", SYNTHETIC, "--out", out, "--steps", steps])
         with ranks_of_this_run(config.device) as ranks:
+            bare, data = bare_step(config, ranks)
             if arguments.of == "trainer":
-                result = trainer_overhead(config, ranks)
+                clocks, notes = trainer_overhead(bare, data)
             else:
-                result = sampler_overhead(config, ranks, arguments.rounds, arguments.interval_ms / 1e3)
-    for clock, (median, lowest, highest) in result["with_to_without"].items():
-        low, high = result["with_to_without_95"][clock]
+                clocks, notes = sampler_overhead(bare, data, arguments.rounds, arguments.interval_ms / 1e3)
+            device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu"
+    result = {name: getattr(config, name) for name in ("arch", "crop", "batch_size")}
+    result |= {"device": device, "precision": bare.precision.name, "rounds": arguments.rounds, **notes}
+    for clock, (with_it, without) in clocks.items():
+        ratios = [a / b for a, b in zip(with_it, without, strict=True)]
+        median, lowest, highest = result[f"{clock}_with_to_without"] = spread(ratios, 4)
+        low, high = result[f"{clock}_95"] = interval(ratios) or []
         print(
             f"{clock.replace('_', ' ')} with the {arguments.of} / without: {median:.4f} (95 % {low:.4f}–{high:.4f}; "
             f"rounds {lowest:.4f}–{highest:.4f})"
         )
     print(json.dumps(result))
     return 0
+
+
+Clocks = dict[str, tuple[list[float], list[float]]]
+"""By clock, what each round took with what is measured, and without."""
 
 
 @dataclass
@@ -126,88 +136,50 @@ def bare_step(config: Config, ranks: Ranks) -> tuple[BareStep, Data]:
     return BareStep(next(data.train_batches(0)), model, optimizer, precision), data
 
 
-def ratios_of(figures: dict[str, tuple[list[float], list[float]]]) -> dict:
-    """figures: by clock, what each round took with and without."""
-    ratios = {name: [a / b for a, b in zip(*both, strict=True)] for name, both in figures.items()}
-    return {
-        "with_to_without": {name: spread(values, 4) for name, values in ratios.items()},
-        "with_to_without_95": {name: interval(values) for name, values in ratios.items()},
-    }
-
-
-# ---- the trainer -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Turns:
-    """Hands the trainer its batches; between two turns of the trainer, runs the bare loop."""
-
-    bare: BareStep
-    trainer_seconds: list[float] = field(default_factory=list)
-    bare_seconds: list[float] = field(default_factory=list)
-    _steps: int = 0
-    _turn_began: float = 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._steps % _STEPS_A_TURN == 0:
-            finish(self.bare.batch[0].device)
-            if self._steps:
-                self.trainer_seconds.append(perf_counter() - self._turn_began)
-            self.bare_seconds.append(self.bare.seconds_of(_STEPS_A_TURN))
-            self._turn_began = perf_counter()
-        self._steps += 1
-        return self.bare.batch
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataInTurns(Data):
-    """Synthetic data through Turns."""
+    """Hands the trainer the same batch again and again; between two turns of the trainer, runs the bare loop."""
 
-    turns: Turns
+    bare: BareStep
+    trainer_seconds: list[float]
+    bare_seconds: list[float]
 
     def train_batches(self, start: int) -> Iterator[Batch]:
-        return self.turns
+        while True:
+            self.bare_seconds.append(self.bare.seconds_of(_STEPS_A_TURN))
+            began = perf_counter()
+            for _ in range(_STEPS_A_TURN):
+                yield self.bare.batch
+            finish(self.ranks.device)
+            self.trainer_seconds.append(perf_counter() - began)
 
 
-def trainer_overhead(config: Config, ranks: Ranks) -> dict:
-    bare, data = bare_step(config, ranks)
-    turns = Turns(bare)
+def trainer_overhead(bare: BareStep, data: Data) -> tuple[Clocks, dict]:
+    config = data.config
+    turns = DataInTurns(**vars(data), bare=bare, trainer_seconds=[], bare_seconds=[])
     save_config(config, config.out / CONFIG)  # as train.py does
     with StopRequests() as requests:
-        trainer = Trainer(
+        compiled = Trainer(
             config,
-            ranks=ranks,
+            ranks=data.ranks,
             precision=bare.precision,
-            data=DataInTurns(**vars(data), turns=turns),
+            data=turns,
             model=bare.model,
             checkpoint=None,
             requests=requests,
-        )
-        compiled = trainer.fit()["compiled"]
-    with_trainer, without = turns.trainer_seconds[1:], turns.bare_seconds[1 : len(turns.trainer_seconds)]
-    return {
-        "arch": config.arch,
-        "crop": config.crop,
-        "batch_size": config.batch_size,
-        "device": _name(ranks.device),
-        "precision": bare.precision.name,
-        "compiled": compiled,
-        "steps_a_turn": _STEPS_A_TURN,
-        "rounds": len(with_trainer),
-        "bare_ms_per_step": round(1e3 * statistics.median(without) / _STEPS_A_TURN, 3),
-        **ratios_of({"seconds": (with_trainer, without)}),
-    }
+        ).fit()["compiled"]
+    with_trainer, without = (
+        turns.trainer_seconds[1:],
+        turns.bare_seconds[1:-1],
+    )  # behind the last there is one more step
+    milliseconds = round(1e3 * statistics.median(without) / _STEPS_A_TURN, 3)
+    notes = {"compiled": compiled, "steps_a_turn": _STEPS_A_TURN, "bare_ms_per_step": milliseconds}
+    return {"seconds": (with_trainer, without)}, notes
 
 
-# ---- the sampler -------------------------------------------------------------------------------------------------
-
-
-def sampler_overhead(config: Config, ranks: Ranks, rounds: int, interval_seconds: float) -> dict:
+def sampler_overhead(bare: BareStep, data: Data, rounds: int, interval_seconds: float) -> tuple[Clocks, dict]:
     """Raises UserError: there is nothing to sample here."""
-    uuids = uuids_of(ranks.device)
+    uuids = uuids_of(data.ranks.device)
     with NvmlSampler(uuids, interval_seconds) as sampler:
         pass
     found = sampler.report()
@@ -215,52 +187,43 @@ def sampler_overhead(config: Config, ranks: Ranks, rounds: int, interval_seconds
         raise UserError(
             f"nothing can be sampled here: {found['reason']}; the script's first lines tell what else to do"
         )
-    bare, _ = bare_step(config, ranks)
     bare.seconds_of(3)
     steps = max(1, round(3 * _SECONDS_A_TURN / bare.seconds_of(3)))
     core_seconds: dict[str, list[float]] = {"with": [], "without": []}
     own, samples = [], []
 
-    def without(name: str = "without") -> float:
+    def turn(name: str) -> float:
         before = process_time()
         seconds = bare.seconds_of(steps)
         core_seconds[name].append(process_time() - before)
         return seconds
 
-    def with_sampler() -> float:
+    def sampled_turn() -> float:
         with NvmlSampler(uuids, interval_seconds) as sampler:
             before = _sampler_core_seconds()
-            seconds = without("with")
+            seconds = turn("with")
             own.append((_sampler_core_seconds() - before) / seconds)
         samples.append(sampler.report()["samples"])
         return seconds
 
-    seconds = take_turns({"with": with_sampler, "without": without}, rounds=rounds, warm_up=1)
-    cores = {name: of[1:] for name, of in core_seconds.items()}
-    return {
-        "device": _name(ranks.device),
+    seconds = take_turns({"with": sampled_turn, "without": lambda: turn("without")}, rounds=rounds, warm_up=1)
+    notes = {
         "threads": torch.get_num_threads(),
         "gpu_sampled": found["devices"][0]["name"],
         "interval_seconds": interval_seconds,
-        "rounds": rounds,
-        "steps_a_turn": steps,
         "seconds_a_turn": round(statistics.median(seconds["without"]), 3),
         "samples": sum(samples),
         "sampler_core_seconds_a_second": round(statistics.mean(own), 5),
-        **ratios_of(
-            {name: (of["with"], of["without"]) for name, of in (("seconds", seconds), ("core_seconds", cores))}
-        ),
     }
+    cores = {name: values[1:] for name, values in core_seconds.items()}  # the first was warm-up
+    clocks = {"seconds": seconds, "core_seconds": cores}
+    return {name: (values["with"], values["without"]) for name, values in clocks.items()}, notes
 
 
 def _sampler_core_seconds() -> float:
     """Time that the sampler's threads have spent on cores, while they live."""
     threads = [t.ident for t in threading.enumerate() if t.ident is not None and t.name.startswith("nvml-")]
     return sum(clock_gettime(pthread_getcpuclockid(thread)) for thread in threads)
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 
 from scipy import stats
 
-from benchmarks.kept_runs import kept, run_trainer
+from benchmarks.kept_runs import add_run_flags, kept, run_trainer
 from benchmarks.plain import train_plainly
 from common.errors import TrainingError, UserError
 from common.files import replacing
@@ -34,6 +34,8 @@ from perf.plot_style import BLUE, VERMILION, new_figure, png
 OURS, PLAIN = "this trainer", "plain loop"
 _FOLDERS = {OURS: "ours", PLAIN: "plain"}
 _COLOURS = {OURS: BLUE, PLAIN: VERMILION}
+_MEASURES = {"top1": ("validation top-1 (%)", 100), "loss": ("validation loss (nats)", 1)}
+"""What people call it, and how many of their units it is."""
 _DEFAULT_FLAGS = ["--arch", "A", "--crop", "32", "--train-scale", "36", "--batch-size", "50", "--epochs", "8"]
 _DEFAULT_FLAGS += ["--lr", "0.015", "--warmup-epochs", "1", "--checkpoint-minutes", "1", "--keep", "1"]
 # What the plain loop has no other of.
@@ -45,7 +47,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> int:
-    arguments, flags = _parser().parse_known_args(argv)
+    parser = FlagParser(
+        prog="python -m benchmarks.parity",
+        description="Train with train.py and with a plain PyTorch loop, and compare. Other flags are train.py's.",
+        allow_abbrev=False,
+    )
+    add_run_flags(parser, picture="parity.png")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind, at least 2")
+    arguments, flags = parser.parse_known_args(argv)
     if arguments.seeds < 2:
         raise UserError(f"--seeds {arguments.seeds}: must be at least 2, or there is no spread")
     flags = [*_DEFAULT_FLAGS, *flags, "--data", str(arguments.data), *_FIXED_FLAGS]
@@ -56,12 +65,13 @@ def _run(argv: list[str] | None) -> int:
             if run["diverged_at"]:
                 raise TrainingError(f"seed {seed} diverged; choose a lower --lr and another --out")
             histories[name].append(run["history"])
-    result = {"data": str(arguments.data), "flags": flags, "seeds": arguments.seeds, **compare(histories)}
+    result = compare(histories)
     picture = arguments.plot or arguments.out / "parity.png"
     with replacing(picture) as file:
         file.write(plot(histories, arguments.data.name))
     print_table(result)
-    print(json.dumps({**result, "plot": str(picture)}))
+    settings = {"data": str(arguments.data), "flags": flags, "seeds": arguments.seeds}
+    print(json.dumps({**settings, **result, "plot": str(picture)}))
     return 0
 
 
@@ -80,18 +90,15 @@ def train_both(out: Path, flags: list[str], seed: int) -> dict[str, dict]:
 def compare(histories: dict[str, list[list[dict]]]) -> dict:
     """The figures after the last epoch. histories: by name, then by seed, at least two, then by epoch."""
     result: dict = {}
-    for measure in ("top1", "loss"):
+    for measure in _MEASURES:
         values = {name: [run[-1][measure] for run in runs] for name, runs in histories.items()}
         low, high = difference_interval(values[OURS], values[PLAIN])
         result[measure] = {
-            **{
-                name: {"runs": runs, "mean": statistics.mean(runs), "standard_deviation": statistics.stdev(runs)}
-                for name, runs in values.items()
-            },
-            "difference": statistics.mean(values[OURS]) - statistics.mean(values[PLAIN]),
-            "difference_95": [low, high],
-            "equal_within_spread": low <= 0 <= high,
+            name: {"runs": runs, "mean": statistics.mean(runs), "standard_deviation": statistics.stdev(runs)}
+            for name, runs in values.items()
         }
+        result[measure]["difference"] = statistics.mean(values[OURS]) - statistics.mean(values[PLAIN])
+        result[measure] |= {"difference_95": [low, high], "equal_within_spread": low <= 0 <= high}
     result["top1_by_epoch"] = {
         name: [[entry["top1"] for entry in run] for run in runs] for name, runs in histories.items()
     }
@@ -107,28 +114,20 @@ def difference_interval(one: list[float], other: list[float]) -> tuple[float, fl
 
 
 def print_table(result: dict) -> None:
-    for measure, title, unit in (("top1", "top-1 (%)", 100), ("loss", "loss (nats)", 1)):
-        print(f"validation {title} after the last epoch, seed by seed; mean ± standard deviation")
+    for measure, (title, unit) in _MEASURES.items():
+        print(f"{title} after the last epoch, seed by seed; mean ± standard deviation")
         for name in (OURS, PLAIN):
             row = result[measure][name]
             runs = "  ".join(f"{unit * value:7.3f}" for value in row["runs"])
             print(f"  {name:14}{runs}    {unit * row['mean']:.3f} ± {unit * row['standard_deviation']:.3f}")
-        low, high = result[measure]["difference_95"]
-        print(
-            f"  difference of means {unit * result[measure]['difference']:+.3f} ({unit * low:+.3f} … {unit * high:+.3f})"
-        )
+        middle, (low, high) = result[measure]["difference"], result[measure]["difference_95"]
+        print(f"  difference of means {unit * middle:+.3f} ({unit * low:+.3f} … {unit * high:+.3f})")
 
 
 def plot(histories: dict[str, list[list[dict]]], data: str) -> bytes:
     """A PNG: top-1 and loss over epochs, each run thin, the means bold."""
     figure = new_figure(3.4, f"This trainer and a plain PyTorch loop, on {data}")
-    for axes, measure, label, unit in zip(
-        figure.subplots(1, 2),
-        ("top1", "loss"),
-        ("validation top-1 (%)", "validation loss (nats)"),
-        (100, 1),
-        strict=True,
-    ):
+    for axes, (measure, (label, unit)) in zip(figure.subplots(1, 2), _MEASURES.items(), strict=True):
         for name, runs in histories.items():
             values = [[unit * entry[measure] for entry in run] for run in runs]
             epochs = [entry["epoch"] for entry in runs[0]]
@@ -140,19 +139,6 @@ def plot(histories: dict[str, list[list[dict]]], data: str) -> bytes:
         axes.grid(alpha=0.3)
         axes.legend()
     return png(figure)
-
-
-def _parser() -> FlagParser:
-    parser = FlagParser(
-        prog="python -m benchmarks.parity",
-        description="Train with train.py and with a plain PyTorch loop, and compare. Other flags are train.py's.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* and val/<class>/*")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind, at least 2")
-    parser.add_argument("--plot", type=Path, help="PNG to write; default: OUT/parity.png")
-    return parser
 
 
 if __name__ == "__main__":

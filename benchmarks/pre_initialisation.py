@@ -6,12 +6,13 @@ flags and seed: E with A's layers, the rest from each of train.py's --init; and 
 normal, from a normal with a standard deviation of 0.01 (which some take the paper to mean), and from Glorot's distribution
 (which the authors recommend in hindsight). A network has learned if its top-1 in the end is at least twice that of guessing.
 
-A.pt is a checkpoint of A on the same data: one of training_parity.py's. A finished run is kept in OUT and not repeated; an
+A.pt is a checkpoint of A on the same data: one of benchmarks.parity's. A finished run is kept in OUT and not repeated; an
 interrupted one goes on. The defaults are for a few thousand images of 32 pixels.
 """
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
@@ -21,13 +22,13 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 
 import torch
 
-from benchmarks.kept_runs import kept, run_trainer
+from benchmarks.kept_runs import add_run_flags, kept, run_trainer
 from common.files import replacing
 from common.flags import FlagParser
 from common.process import end, run_program
 from engine import checkpoint
+from engine.assembly import network_of
 from engine.config import Config, parse_args
-from model.vgg import build
 from model.weights import to_torchvision
 from perf.plot_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, png
 
@@ -44,7 +45,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> int:
-    arguments, flags = _parser().parse_known_args(argv)
+    parser = FlagParser(
+        prog="python -m benchmarks.pre_initialisation",
+        description="Train E with and without the layers of a trained A. Other flags are train.py's.",
+        allow_abbrev=False,
+    )
+    add_run_flags(parser, picture="pre-initialisation.png")
+    parser.add_argument("--init-from", type=Path, required=True, help="checkpoint of A, trained on the same data")
+    arguments, flags = parser.parse_known_args(argv)
     flags = [*_DEFAULT_FLAGS, *flags, "--data", str(arguments.data), *_FIXED_FLAGS]
     config = parse_args(flags)  # what is wrong is said before hours have passed
     classes = checkpoint.load(arguments.init_from).classes
@@ -84,15 +92,8 @@ def write_small_normal(config: Config, classes: int, path: Path) -> None:
 
     train.py has no --init for it: it reads this with --weights. The weights are a tenth of those of --init normal.
     """
-    model = build(
-        _ARCH,
-        classes=classes,
-        crop=config.crop,
-        dropout=config.dropout,
-        init="normal",
-        device=torch.device("cpu"),
-        seed=config.seed,
-    )
+    config = replace(config, arch=_ARCH, init="normal", batch_norm=False)
+    model = network_of(config, classes=classes, device=torch.device("cpu"))
     state, _ = to_torchvision({name: weight / 10 for name, weight in model.state_dict().items()}, (0.0, 0.0, 0.0))
     with replacing(path) as file:
         torch.save(state, file)
@@ -101,12 +102,8 @@ def write_small_normal(config: Config, classes: int, path: Path) -> None:
 def summarise(run: dict, chance: float) -> dict:
     top1 = [entry["top1"] for entry in run["history"]]
     learned = run["diverged_at"] is None and top1[-1] >= 2 * chance
-    return {
-        "top1_by_epoch": top1,
-        "top1": top1[-1] if top1 else None,
-        "diverged_at": run["diverged_at"],
-        "learned": learned,
-    }
+    last = top1[-1] if top1 else None
+    return {"top1_by_epoch": top1, "top1": last, "diverged_at": run["diverged_at"], "learned": learned}
 
 
 def plot(runs: dict[str, dict], chance: float, title: str) -> bytes:
@@ -129,19 +126,6 @@ def plot(runs: dict[str, dict], chance: float, title: str) -> bytes:
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower left", fontsize=8)
     return png(figure)
-
-
-def _parser() -> FlagParser:
-    parser = FlagParser(
-        prog="python -m benchmarks.pre_initialisation",
-        description="Train E with and without the layers of a trained A. Other flags are train.py's.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* and val/<class>/*")
-    parser.add_argument("--init-from", type=Path, required=True, help="checkpoint of A, trained on the same data")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--plot", type=Path, help="PNG to write; default: OUT/pre-initialisation.png")
-    return parser
 
 
 if __name__ == "__main__":

@@ -71,15 +71,8 @@ def compare(config: Config, ranks: Ranks, options: argparse.Namespace) -> dict:
     rates = rates_of_streams(streams, images=size, device=ranks.device, **vars(options))  # no queue to fill, no pause
     rows = summarise(rates, times=(OURS,))
     print_table(f"{config.arch}, {precision.name}", rows)
-    return {
-        "arch": config.arch,
-        "device": ranks.device.type,
-        "precision": precision.name,
-        "crop": config.crop,
-        "batch_size": size,
-        "rounds": options.rounds,
-        "steps": rows,
-    }
+    kept = {name: getattr(config, name) for name in ("arch", "crop", "batch_size")}
+    return {**kept, "device": ranks.device.type, "precision": precision.name, "rounds": options.rounds, "steps": rows}
 
 
 def make_steps(config: Config, ranks: Ranks, precision: Precision) -> dict[str, Callable[[], object]]:

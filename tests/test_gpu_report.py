@@ -54,7 +54,7 @@ def made_up_results() -> dict:
         "inputs": {"D bf16, inputs": results_of("inputs", json.dumps(inputs))},
         "steps": {"D bf16, against others": results_of("steps", json.dumps(steps))},
         "loaders": results_of("loaders", json.dumps(loaders)),
-        "left_out": {"timm": "it is not installed"},
+        "left_out": {"timm's networks": "timm is not installed"},
         "failed": {"E fp16, noise": "out of time"},
     }
 
@@ -160,7 +160,7 @@ def test_the_section_says_what_was_measured_and_what_was_not():
     assert "| timm, eager | 700 (690–705) | 1.50 (1.48–1.54, 95 % 1.43–1.58) |" in lines
     assert any(line.startswith("| files, CPU | 1,900 (1,880–1,910) | 0.950 (0.945–0.950, 95 % 0.9") for line in lines)
     assert any(line.startswith("| this project | 1,050 (1,040–1,060) |  |") for line in lines)
-    assert "Left out: timm (it is not installed)." in lines
+    assert "Left out: timm's networks (timm is not installed)." in lines
     assert "Failed: E fp16, noise (out of time)." in lines
     assert lines[-5].startswith("tests/gpu: 1 passed; failed: `test_step::test_two` (AssertionError: 3 < 2)")
     text = json.dumps(made_up_results())
