@@ -155,7 +155,7 @@ def _run(argv: list[str] | None) -> int:
     peaks, precision = _choose_peaks(arguments)
     same = ("arch", "classes", "crop", "micro_batch", "grad_compression", "ranks", "batch_norm")
     job = Job(batch=arguments.batch_size, precision=precision, **{name: getattr(arguments, name) for name in same})
-    links = links_from(arguments, peaks, ranks_a_machine=None)
+    links = links_from(arguments, peaks, ranks_a_machine=None, ranks=job.ranks)
     measured = Measured(step_seconds=arguments.step_seconds, step_joules=arguments.step_joules)
     try:
         result = roofline(job, peaks=peaks, links=links, algorithm=arguments.all_reduce, measured=measured)

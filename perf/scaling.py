@@ -269,10 +269,13 @@ def add_link_flags(parser: argparse.ArgumentParser) -> None:
     add("--latency-us", type=above_zero, help="microseconds of one message; default: 10")
 
 
-def links_from(arguments: argparse.Namespace, peaks: Peaks, *, ranks_a_machine: int | None) -> Links | None:
+def links_from(
+    arguments: argparse.Namespace, peaks: Peaks, *, ranks_a_machine: int | None, ranks: int = 1
+) -> Links | None:
     """Links between devices like this one: as the flags say, then as the table does; None where neither gives a rate.
 
-    ranks_a_machine: of this run, None for a single rank. Raises UserError: --all-reduce in-switch without such a switch.
+    ranks_a_machine: of this run, None for a single rank. ranks: that will train. Raises UserError, before anything is measured:
+    --all-reduce in-switch without such a switch, ranks that do not fill their machines.
     """
     card, network, peer = find_card(peaks.name), arguments.network_gbits_per_second, arguments.nvlink_gbytes_per_second
     if not (card or network or peer):
@@ -306,5 +309,5 @@ def links_from(arguments: argparse.Namespace, peaks: Peaks, *, ranks_a_machine: 
         in_switch=card.in_switch and joined if card else arguments.all_reduce == "in-switch",
         source="; ".join(f"{', '.join(words)} {origin}" for origin, words in sorted(origins.items(), reverse=True)),
     )
-    all_reduce_seconds(0, ranks=1, links=links, algorithm=arguments.all_reduce)  # raises before anything is measured
+    all_reduce_seconds(0, ranks=ranks, links=links, algorithm=arguments.all_reduce)
     return links

@@ -80,10 +80,10 @@ def test_measured_steps():
     assert alone.mfu == pytest.approx(256 * 92.648e9 / 0.05 / 989.4e12, rel=1e-4)
 
 
-def links(peaks: Peaks, *flags: str, ranks_a_machine: int | None = None) -> Links | None:
+def links(peaks: Peaks, *flags: str, ranks_a_machine: int | None = None, ranks: int = 1) -> Links | None:
     parser = argparse.ArgumentParser()
     add_link_flags(parser)
-    return links_from(parser.parse_args(flags), peaks, ranks_a_machine=ranks_a_machine)
+    return links_from(parser.parse_args(flags), peaks, ranks_a_machine=ranks_a_machine, ranks=ranks)
 
 
 CPU_PEAKS = Peaks(name="CPU, 2 threads", source="measured", flops_per_second=1.0, bytes_per_second=1.0, watts=None)
@@ -136,9 +136,11 @@ def test_nothing_is_predicted_over_links_that_nobody_named():
     assert [row.ranks for row in roofline(JOB, peaks=CPU_PEAKS, links=named).scaling] == [1, 2, 4, 8, 64, 512]
 
 
-def test_in_switch_where_there_is_no_such_switch():
+def test_what_the_links_cannot_do_is_said_before_anything_is_measured():
     with pytest.raises(UserError, match="no switch between these GPUs adds up"):
         links(msgspec.structs.replace(H100, name="A100-80GB"), "--all-reduce", "in-switch")
+    with pytest.raises(UserError, match="12 GPUs do not fill machines of 8"):
+        links(H100, ranks=12)
     other = links(CPU_PEAKS, "--all-reduce", "in-switch", "--nvlink-gbytes-per-second", "450")
     assert other is not None
     assert other.in_switch, "of a device that no table knows, the flag says it"
