@@ -9,8 +9,8 @@ communication  is the exposed all-reduce a third of the step?  } the larger of t
 optimizer      is the update a third of the step?              }
 
 What is left is forward and backward. Their time is divided into arithmetic at the hardware's peak rate, the traffic of memory
-that does not fit beside it at the memory's peak rate (with bias, ReLU and dropout as passes of their own), and what neither
-explains:
+that does not fit beside it at the memory's peak rate (perf/costs.py; with bias and ReLU as kernels of their own), and what
+neither explains:
 
 kernels        is more left unexplained than a good implementation leaves?
 memory         is the traffic more than the arithmetic?
@@ -33,11 +33,13 @@ _WAIT_SHARE = 0.05  # of a training step on a GPU, beside which the loader has c
 _HOST_SHARE_ON_GPU = 0.9  # host and device work at the same time
 _HOST_SHARE_ON_CPU = 0.5  # there, one after the other
 _LARGE_PART = 1 / 3  # of the step: all but the network's own passes is overhead
-# How much of forward and backward the floor explains, with ReLU and bias as passes of their own. Measured: 0.83 on an H100
-# (D, 256 images, bf16, compiled: 45 of 54 ms), 0.58 of it uncompiled; on a CPU, whose convolutions are further from its matrix
-# products, 0.3 to 0.5.
+# How much of forward and backward the floor explains. On an H100, D in bf16: 0.76 compiled (256 images: 41 of 54 ms), 0.58
+# of torchvision's, not compiled (128 images). On two cores of an AMD EPYC, A: 0.36 and 0.39 by the fused floor alone.
 _EXPLAINED_ON_GPU = 0.5
 _EXPLAINED_ON_CPU = 0.25
+# What torch.compile leaves of the traffic that fusing everything would save. Of a convolution's 9 passes over its output (bias 2,
+# ReLU 2; backward ReLU 3, the bias's gradient 1, the output's gradient once more 1) it joins two pairs, which saves 3.
+_LEFT_BY_COMPILING = 2 / 3
 
 
 class Finding(NamedTuple):
@@ -100,11 +102,7 @@ def _held_down(gpu: Device) -> tuple[float, str, str, Device]:
     unnamed = share["hw_slowdown"] - max(share["hw_thermal"], share["hw_power_brake"])
     if unnamed >= _THROTTLED_SHARE:
         found.append(
-            (
-                unnamed,
-                "hw_slowdown",
-                "the hardware's protection, against heat or a sudden current (its cause is not told),",
-            )
+            (unnamed, "hw_slowdown", "the hardware's protection (against heat or current: NVML does not tell)")
         )
     limit, default = gpu.power_limit_watts, gpu.default_power_limit_watts
     clock = _relative_clock(gpu) or 1.0
@@ -113,7 +111,9 @@ def _held_down(gpu: Device) -> tuple[float, str, str, Device]:
         cause = f"a constant power cap, {limit:g} W where the card's default is {default:g} W (nvidia-smi -pl sets it),"
         found.append((capped, "sw_power_cap", cause))
     elif capped >= _POWER_CAP_SHARE and clock <= _POWER_CAP_CLOCK:
-        found.append((capped, "sw_power_cap", "the card's power limit, far more than arithmetic alone asks for,"))
+        found.append(
+            (capped, "sw_power_cap", "the card's power limit (more than it does to a card that is cool and well)")
+        )
     setting = share["applications_clocks_setting"]
     if setting >= _POWER_CAP_SHARE and clock <= _POWER_CAP_CLOCK:
         found.append((setting, "applications_clocks_setting", "a fixed clock (nvidia-smi -rac and -rgc lift it)"))
@@ -199,7 +199,7 @@ def _overhead(report: Report, scale: Scale) -> Finding | None:
 def _forward_and_backward(report: Report, scale: Scale) -> Finding:
     roofline = report.roofline
     measured = passes_seconds(report) / scale.step
-    explained = unfused_floor(report) / measured
+    explained = floor_of_passes(report) / measured
     arithmetic = sum(layer.flops for layer in roofline.layers) / roofline.peaks.flops_per_second / measured
     traffic = explained - arithmetic
     mfu = ("MFU of the step alone", 100 * (roofline.mfu or 0.0), "%")
@@ -222,7 +222,8 @@ def _forward_and_backward(report: Report, scale: Scale) -> Finding:
     share = measured / _step_seconds(report, scale)
     return Finding(
         "compute",
-        f"Compute-bound: forward and backward take {share:.0%} of the step, at {mfu[1]:.0f}% of the hardware's peak FLOP/s.",
+        f"Compute-bound: forward and backward take {share:.0%} of the step, at {mfu[1]:.0f}% of the hardware's peak FLOP/s; of "
+        f"their time, arithmetic takes {arithmetic:.0%} at that peak, memory traffic {traffic:.0%} at its own.",
         [("forward and backward, of the step alone", 100 * share, "%"), mfu],
         advice.for_compute(report),
     )
@@ -264,9 +265,11 @@ def passes_seconds(report: Report) -> float:
     return report.step_parts.forward.mean + report.step_parts.backward.mean
 
 
-def unfused_floor(report: Report) -> float:
-    """Of forward and backward, with bias, ReLU and dropout as passes of their own."""
-    return report.roofline.floor_seconds_unfused.forward + report.roofline.floor_seconds_unfused.backward
+def floor_of_passes(report: Report) -> float:
+    """Of forward and backward, with what this step fuses: nothing, or what torch.compile does."""
+    floors = report.roofline.floor_seconds, report.roofline.floor_seconds_unfused
+    fused, unfused = (floor.forward + floor.backward for floor in floors)
+    return fused + (unfused - fused) * (_LEFT_BY_COMPILING if report.config["compile"] else 1)
 
 
 def ms(seconds: float) -> str:

@@ -9,7 +9,7 @@ from itertools import product
 from statistics import median
 
 from perf.advice import SHARED_CORES, on_gpu
-from perf.bottlenecks import Finding, Scale, answer, ms, passes_seconds, throttled, unfused_floor, wait_share
+from perf.bottlenecks import Finding, Scale, answer, floor_of_passes, ms, passes_seconds, throttled, wait_share
 from perf.report import Ceiling, Figure, Rate, Report, Stages, TrainingParts, Verdict
 
 NO_VERDICT = Verdict(bound="inconclusive", sentence="Not judged yet.", evidence=[], tries=[], cautions=[])
@@ -169,7 +169,7 @@ def _cautions(report: Report) -> list[str]:
             f"{'The machine changed: other' if changed else 'Other'} programs kept some of the {cores} cores busy "
             f"({each.replace('The', 'the').replace('Training', 'training')}). Measure again on a quiet machine."
         )
-    floor, measured = unfused_floor(report), passes_seconds(report)
+    floor, measured = floor_of_passes(report), passes_seconds(report)
     if floor > 1.1 * measured:
         cautions.append(
             f"Forward and backward take {ms(measured)}, less than their floor of {ms(floor)}: the hardware's "
