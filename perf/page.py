@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from msgspec.structs import asdict
 
 from common.process import visible
@@ -39,7 +38,7 @@ def page(report: Report, pictures: Mapping[str, bytes | str]) -> str:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     sources = {
-        name: Markup("data:image/png;base64," + base64.b64encode(picture).decode())
+        name: "data:image/png;base64," + base64.b64encode(picture).decode()
         for name, picture in pictures.items()
         if isinstance(picture, bytes)
     }

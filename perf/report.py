@@ -416,9 +416,13 @@ def read_report(path: Path) -> Report:
             "show it with the revision that wrote it"
         )
     try:
-        return msgspec.convert(found, Report)
+        report = msgspec.convert(found, Report)
+        for device in report.telemetry.devices:
+            if len({len(values) for values in device.series.values()}) > 1:
+                raise msgspec.ValidationError("Lists of several lengths - at `$.telemetry.devices[...].series`")
     except msgspec.ValidationError as error:
         raise UserError(f"{path}: not a whole report ({error}); measure again with {_WRITER}") from error
+    return report
 
 
 def epoch_costs(

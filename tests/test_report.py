@@ -1,7 +1,9 @@
 """profile/report.py: what it writes, what it prints, what it divides, and what it says of files that are no reports."""
 
+import functools
 import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,27 +13,43 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from perf.compare_reports import compare, comparison, comparison_tables, differences
-from perf.report_format import check_report
+from perf.compare import (
+    FASTER,
+    SLOWER,
+    UNDECIDED,
+    compare,
+    comparison,
+    comparison_tables,
+    differences,
+    interval_of_ratio,
+)
+from perf.report import Rate, Report, encoded, epoch_costs, read_report
 from perf.show import main, print_report, write_report
-from tests.made_up_report import cpu_report, gpu_report, summary
+from perf.timing import interval_of_mean
+from tests.made_up_report import cpu_report, gpu_report, rate, summary
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def written(tmp_path) -> Path:
-    (tmp_path / "report.json").write_text(json.dumps(gpu_report()))
+    (tmp_path / "report.json").write_bytes(encoded(gpu_report()))
     return tmp_path / "report.json"
 
 
+def test_a_report_comes_back_as_it_was(written):
+    assert read_report(written) == gpu_report()
+    written.write_bytes(encoded(cpu_report()))
+    assert read_report(written) == cpu_report()
+
+
 def test_report_writes_a_page_and_pictures(written, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "110")
     assert main([str(written)]) == 0
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     assert result["bound"] == "input"
-    assert list(result["pictures"]) == ["waterfall", "timeline", "telemetry", "roofline"]
+    assert list(result["pictures"]) == ["steps", "waterfall", "timeline", "telemetry", "roofline"]
     html = Path(result["page"]).read_text()
     for path in result["pictures"].values():
         with Image.open(path) as image:
@@ -40,13 +58,34 @@ def test_report_writes_a_page_and_pictures(written, capsys, monkeypatch):
             assert min(image.size) > 500
             assert colours is not None
             assert len(colours) > 50
-    assert html.count("data:image/png;base64,") == 4
+    assert html.count("data:image/png;base64,") == 5
     table = "\n".join(lines)
-    assert gpu_report()["verdict"]["sentence"] in table
-    assert any(
-        line.split() == ["step", "alone", "6,020", "5,960–6,110", "3,010", "85.0", "120", "0.4", "%"] for line in lines
+    assert gpu_report().verdict.sentence in table
+    assert "5,180 images/s in training; 95 % confidence: 5,107–5,253." in table
+    step = gpu_report().stages.step.step_seconds
+    spread = f"{1e3 * step.p5:.1f}–{1e3 * step.p95:.1f}"
+    words = ["step", "alone", "6,020", "6,002–6,038", "3,010", "(rank", "0)", "85.0", spread, "none", "120"]
+    assert any(line.split() == words for line in lines)
+    assert any(line.split() == ["backward", "57.6", "56.4–59.3", "53.7", "18.6", "25.5"] for line in lines)
+
+
+def test_slow_steps_are_counted_with_the_time_they_took(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    report = gpu_report()
+    training = report.stages.training
+    assert training
+    slow = sorted(training.series_seconds)[-4:]
+    print_report(report)
+    shown = capsys.readouterr().out
+    assert f"4 ({100 * sum(slow) / training.seconds:.0f} %)" in shown
+    assert f"4 took over twice the median: {100 * sum(slow) / training.seconds:.1f} % of the time" in " ".join(
+        shown.split()
     )
-    assert any(line.split() == ["backward", "53.7", "53.2–54.5", "24.3"] for line in lines)
+
+
+def test_terminal_shows_cautions(capsys):
+    print_report(cpu_report())
+    assert "Caution: Other programs kept up to 0.4 of the 2 cores busy" in capsys.readouterr().out
 
 
 def test_report_of_a_cpu_run_leaves_no_picture_of_an_earlier_one(written, capsys):
@@ -60,14 +99,14 @@ def test_report_of_a_cpu_run_leaves_no_picture_of_an_earlier_one(written, capsys
 
 def test_terminal_shows_markup_as_it_stands(capsys):
     report = cpu_report()
-    report["verdict"]["sentence"] = "[bold]x[/bold] [/nothing] \x1b[31m"
+    report.verdict.sentence = "[bold]x[/bold] [/nothing] \x1b[31m"
     print_report(report)
     assert r"[bold]x[/bold] [/nothing] \x1b[31m" in capsys.readouterr().out
 
 
 def test_comparison_as_a_program(tmp_path):
     for name, report in (("a", cpu_report()), ("b", gpu_report())):
-        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+        (tmp_path / f"{name}.json").write_bytes(encoded(report))
     out = tmp_path / "new" / "folder"
     done = subprocess.run(
         [sys.executable, "profile/report.py", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--out", str(out)],
@@ -87,45 +126,41 @@ def test_comparison_as_a_program(tmp_path):
     assert list(out.iterdir()) == [out / "comparison.png"]
 
 
+def rate_of(images_per_second: float, low: float, high: float) -> Rate:
+    found = rate(images_per_second, 64)
+    found.interval = low, high
+    return found
+
+
 def test_comparison_divides_the_right_way():
     a, b = cpu_report(), cpu_report()
-    a["config"]["batch_size"], b["config"]["batch_size"] = 32, 64
-    a["stages"]["loader"]["images_per_second"] = {
-        "median": 100.0,
-        "p5": 90.0,
-        "p95": 110.0,
-        "count": 9,
-        "relative_ci": 0.1,
-    }
-    b["stages"]["loader"]["images_per_second"] = {
-        "median": 125.0,
-        "p5": 111.0,
-        "p95": 130.0,
-        "count": 9,
-        "relative_ci": 0.1,
-    }
-    b["stages"]["step"]["images_per_second"] = {
-        "median": 59.2,
-        "p5": 50.0,
-        "p95": 111.3,
-        "count": 9,
-        "relative_ci": 0.1,
-    }
-    b["stages"]["decoding"] = None
-    a["step_parts"]["forward"] = {"median": 0.032, "p5": 0.016, "p95": 0.064, "count": 9, "relative_ci": 0.1}
-    b["step_parts"]["forward"] = {"median": 0.128, "p5": 0.1216, "p95": 0.1344, "count": 9, "relative_ci": 0.1}
-    b["step_parts"]["backward"] = summary(2 * 0.1648 / 1.5, 0.01)
-    rows = {row["name"]: row for row in compare(a, b)}
+    a.config["batch_size"], b.config["batch_size"] = 32, 64
+    a.stages.loader, b.stages.loader = rate_of(100.0, 97.0, 103.0), rate_of(125.0, 121.0, 129.0)
+    a.stages.training, b.stages.training = rate_of(100.0, 97.0, 103.0), rate_of(96.0, 93.0, 99.0)
+    b.stages.step = rate_of(59.2, 58.0, 60.0)
+    b.stages.decoding = None
+    b.stages.reading = rate(41_000.0, 64, relative_ci=None)
+    a.step_parts.forward, b.step_parts.forward = summary(0.032), summary(0.128)
+    a.step_parts.forward.median = 1.0  # nobody looks at it
+    b.step_parts.backward = summary(2 * 0.1648 / 1.5)
+    rows = {row.name: row for row in compare(a, b)}
 
-    assert (rows["loader alone"]["times_as_fast"], rows["loader alone"]["spreads_overlap"]) == (1.25, False)
-    assert rows["step alone"]["times_as_fast"] == pytest.approx(0.5)
-    assert rows["step alone"]["spreads_overlap"] is True  # 111.296 is below 111.3
-    assert (rows["decoding alone"]["times_as_fast"], rows["decoding alone"]["spreads_overlap"]) == (None, None)
-    # 1 and 2 ms an image: from 0.5 to 2 in A, from 1.9 to 2.1 in B.
-    assert rows["forward"]["a"] == pytest.approx([1000, 500, 2000])
-    assert rows["forward"]["b"] == pytest.approx([2000, 1900, 2100])
-    assert (rows["forward"]["times_as_fast"], rows["forward"]["spreads_overlap"]) == (pytest.approx(0.5), True)
-    assert (rows["backward"]["times_as_fast"], rows["backward"]["spreads_overlap"]) == (pytest.approx(1.5), False)
+    loader = rows["loader alone"]
+    assert (loader.a, loader.b, loader.times_as_fast, loader.verdict) == (100, 125, 1.25, FASTER)
+    # On the logarithmic scale, the errors add up in squares.
+    half = math.sqrt(math.log(103 / 100) ** 2 + math.log(125 / 121) ** 2)
+    assert loader.interval == pytest.approx(
+        (1.25 * math.exp(-half), 1.25 * math.exp(math.hypot(math.log(100 / 97), math.log(129 / 125))))
+    )
+    assert rows["training"].verdict == UNDECIDED  # 0.92 to 1.002
+    assert (rows["step alone"].times_as_fast, rows["step alone"].verdict) == (pytest.approx(0.5), SLOWER)
+    assert rows["decoding alone"].times_as_fast is rows["decoding alone"].verdict is None
+    reading = rows["reading alone"]
+    assert (reading.times_as_fast, reading.interval, reading.verdict) == (41_000 / 41_250, None, None)
+    # 1 and 2 ms an image.
+    assert (rows["forward"].a, rows["forward"].b) == (1000, 2000)
+    assert rows["forward"].times_as_fast == pytest.approx(0.5)
+    assert rows["backward"].times_as_fast == pytest.approx(1.5)
 
     figure = comparison(list(rows.values()), ["a", "b"])
     marks = {line.get_label(): line for line in figure.axes[0].get_lines()}
@@ -135,19 +170,47 @@ def test_comparison_divides_the_right_way():
     lane = lanes.index("loader alone")
     places = [np.asarray(line.get_xydata()) for line in figure.axes[0].get_lines()]
     bar = next(place for place in places if place[:, 1].tolist() == [lane, lane])
-    np.testing.assert_allclose(bar[:, 0], [111 / 110, 130 / 90])
-    (_, stages), (_, parts) = comparison_tables(list(rows.values()))
-    assert stages[2] == ["loader alone", "100", "90.0–110", "125", "111–130", "× 1.250", "apart"]
-    assert parts[1] == ["forward", "1,000", "500–2,000", "2,000", "1,900–2,100", "× 0.500", "overlap"]
+    assert loader.interval
+    np.testing.assert_allclose(bar[:, 0], loader.interval)
+    (_, stages), (_, parts) = comparison_tables(list(rows.values()), a, b)
+    interval = "–".join(f"{end:.3f}" for end in loader.interval)
+    assert stages[2] == ["loader alone", "100", "97.0–103", "125", "121–129", "× 1.250", interval, "faster"]
+    assert stages[4][-1] == "no difference shown"
+    assert parts[1] == ["forward", "1,000", "2,000", "× 0.500"]
     assert differences(a, b) == {"config.batch_size": [32, 64]}
 
 
-def without(report: dict, *path: str) -> dict:
-    inner = report
+def test_the_interval_of_a_ratio_holds_the_true_one():
+    """Of two runs whose steps are drawn with means of 2 and 3, each rate with the interval that a report gives it."""
+    generator = np.random.default_rng(0)
+    held = decided = 0
+    for _ in range(400):
+        found = []
+        for mean in (2.0, 3.0):
+            series = (mean * generator.gamma(4, 1 / 4, 200)).tolist()
+            low, high = interval_of_mean(series) or (0.0, 0.0)
+            found.append(rate_of(1 / float(np.mean(series)), 1 / high, 1 / low))
+        interval = interval_of_ratio(found[0], found[1])
+        assert interval
+        held += interval[0] <= 1.5 <= interval[1]
+        decided += interval[0] > 1
+    assert 0.91 < held / 400 < 0.99
+    assert decided == 400
+
+
+def without(report: Report, *path: str) -> bytes:
+    plain = inner = json.loads(encoded(report))
     for key in path[:-1]:
         inner = inner[key]
     del inner[path[-1]]
-    return report
+    return json.dumps(plain).encode()
+
+
+def replaced(report: Report, **values: object) -> bytes:
+    return json.dumps(json.loads(encoded(report)) | values).encode()
+
+
+MFU = f'"mfu":{cpu_report().roofline.mfu}'.encode()
 
 
 @pytest.mark.parametrize(
@@ -158,14 +221,15 @@ def without(report: dict, *path: str) -> dict:
         (b"\xff\xfe\x00", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"[1]", "not a report"),
-        (b'{"program": "roofline", "format": 1}', "not a report"),
-        (b'{"program": "throughput", "format": 2}', "a report of format 2, and this program reads format 1"),
-        (json.dumps(without(cpu_report(), "stages", "step", "images_per_second", "p5")).encode(), "p5 is missing"),
-        (json.dumps(without(cpu_report(), "verdict")).encode(), "verdict is missing"),
-        (json.dumps(cpu_report() | {"stages": [1]}).encode(), "stages is not an object"),
-        (json.dumps(cpu_report() | {"created": 5}).encode(), "created is not text"),
-        (json.dumps(cpu_report()).replace("0.605", "NaN").encode(), "roofline.mfu is not a finite number"),
-        (json.dumps(cpu_report()).replace("0.605", "1" + 400 * "0").encode(), "roofline.mfu is not a finite number"),
+        (b'{"program": "roofline", "format": 2}', "not a report"),
+        (b'{"program": "throughput", "format": 1}', "a report of format 1, and this program reads format 2"),
+        (without(cpu_report(), "stages", "step", "interval"), "missing required field `interval` - at `$.stages.step`"),
+        (without(cpu_report(), "verdict"), "missing required field `verdict`"),
+        (replaced(cpu_report(), stages=[1]), "Expected `object`, got `array` - at `$.stages`"),
+        (replaced(cpu_report(), created=5), "Expected `str`, got `int` - at `$.created`"),
+        (replaced(cpu_report(), speed=5), "unknown field `speed`"),
+        (encoded(cpu_report()).replace(MFU, b'"mfu":NaN'), "not JSON"),
+        (encoded(cpu_report()).replace(MFU, b'"mfu":1' + 400 * b"0"), "Number out of range - at `$.roofline.mfu`"),
     ],
 )
 def test_what_is_no_report_is_said_in_a_sentence(content, words, tmp_path, capsys):
@@ -183,11 +247,43 @@ def test_what_is_no_report_is_said_in_a_sentence(content, words, tmp_path, capsy
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_series_of_several_lengths_are_no_report():
+def test_series_of_several_lengths_are_no_report(written):
     report = gpu_report()
-    report["telemetry"]["devices"][1]["series"]["power_watts"].pop()
-    with pytest.raises(UserError, match=r"telemetry.devices\[1\].series has lists of several lengths"):
-        check_report(report, "x")
+    report.telemetry.devices[1].series["power_watts"].pop()
+    written.write_bytes(encoded(report))
+    with pytest.raises(UserError, match="Lists of several lengths"):
+        read_report(written)
+
+
+def test_an_epochs_time_energy_and_price():
+    known = functools.partial(epoch_costs, images_an_epoch=1_281_167, epochs=74, images_per_second=5180.0)
+    costs = known(images_per_joule=4.31, price_per_hour=12.0)
+    # By hand: 1,281,167 / 5,180 = 247.33 s, of which 3,600 cost 12; 297,255 J.
+    assert costs.epoch_seconds == pytest.approx(247.33, abs=0.005)
+    assert costs.epoch_price == pytest.approx(0.82443, rel=1e-4)
+    assert costs.training_price == pytest.approx(74 * 0.82443, rel=1e-4)
+    assert costs.epoch_joules == pytest.approx(297_255, rel=1e-5)
+    assert costs.price_basis == "--price-per-hour 12"
+    costs = known(images_per_joule=4.31, price_per_kwh=0.3)
+    assert costs.epoch_price == pytest.approx(0.3 * 297_255 / 3_600_000, rel=1e-4)
+    assert costs.training_joules == pytest.approx(74 * 297_255, rel=1e-5)
+    costs = known(images_per_joule=None, price_per_kwh=0.3)
+    assert (costs.epoch_joules, costs.epoch_price, costs.price_basis) == (None, None, "--price-per-kwh 0.3")
+    assert known(images_per_joule=4.31).price_basis is None
+
+
+@pytest.mark.parametrize(
+    ("prices", "words"),
+    [
+        ({"price_per_hour": 12.0, "price_per_kwh": 0.3}, "give one"),
+        ({"price_per_hour": -1.0}, "--price-per-hour -1: must be a finite number, 0 or more"),
+        ({"price_per_kwh": math.nan}, "--price-per-kwh nan: must be"),
+        ({"price_per_kwh": math.inf}, "--price-per-kwh inf: must be"),
+    ],
+)
+def test_prices_that_are_none(prices, words):
+    with pytest.raises(UserError, match=words):
+        epoch_costs(images_an_epoch=10, epochs=1, images_per_second=1.0, images_per_joule=1.0, **prices)
 
 
 def test_three_reports_are_too_many(written, capsys):
