@@ -58,8 +58,7 @@ from perf.stages import (
 from perf.telemetry import NvmlSampler, uuids_of
 from perf.timing import Limits
 from perf.trace import summarise_trace
-from perf.tuning import tune
-from perf.tuning_output import print_tuned, result, write_recipe
+from perf.tuning import print_tuned, result, tune, write_recipe
 
 TRACE, RECIPE = "trace.json", "recipe.yaml"
 _SECONDS_A_STAGE = 12.0

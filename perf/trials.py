@@ -11,21 +11,20 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from time import perf_counter
+from typing import Any
 
 import torch
 from nvidia.dali import backend
 
 from common.errors import TrainingError, UserError
 from common.orphans import end_with_torchrun
-from common.ranks import Ranks, first_then_others, gather, ranks_of_this_run
-from engine.assembly import Assembly
+from common.ranks import Ranks, gather, ranks_of_this_run
 from engine.config import Config
-from perf.coordinate_search import Settings
 from perf.machine import hardware
+from perf.report import Hardware
 from perf.stages import (
     Bench,
     assemble_step,
@@ -33,22 +32,25 @@ from perf.stages import (
     open_bench,
     resident,
     time_loader,
+    time_training,
     training_batches,
     training_step,
 )
-from perf.timing import Limits, Timing, rate_of
+from perf.timing import Limits, rate_of
 
 _POLL_SECONDS = 0.2
 _SECONDS_TO_END = 10.0
 _KILLED = "the process was killed, as the kernel does where the machine's memory is used up"
+
+Settings = dict[str, Any]
+"""Flag of train.py, as it is named in its Config → value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """The configuration as it is without changes, and where it runs."""
 
-    hardware: dict
-    """HARDWARE of a report."""
+    hardware: Hardware
     cpu_share: int
     """Cores for each rank."""
     share: int
@@ -64,13 +66,13 @@ class Outcome:
     """Of one trial, of all ranks together."""
 
     images_per_second: float | None = None
-    """Median; None: it failed."""
+    """None: it failed."""
     failure: str | None = None
     out_of_memory: bool = False
 
 
 class Trials:
-    """What the process is told, and what comes of it. Every rank makes one; only rank 0 calls run(), the others follow()."""
+    """What the process is told, and what comes of it. Every rank makes one, and they make all calls together."""
 
     def __init__(self, config: Config, ranks: Ranks, limits: Limits) -> None:
         """ranks: of this process, on the CPU: the GPU is left to the trials."""
@@ -81,59 +83,46 @@ class Trials:
 
     def describe(self) -> Job:
         """Open the data set, however long that takes. Raises UserError and TrainingError as a run of train.py does."""
-        answer = self._ask(("describe", {}, 0), math.inf)
+        answer = self._ask("describe", {}, math.inf)
         if isinstance(answer, Outcome):
             raise TrainingError(f"nothing could be measured: {answer.failure}")
-        assert isinstance(answer, Job)
         return answer
 
     def run(self, stage: str, changes: Settings, limit_seconds: float) -> Outcome:
         """Measure a stage: loader, step or training. changes: of the configuration."""
-        self._number += 1
-        answer = self._ask((stage, changes, self._number), limit_seconds)
+        answer = self._ask(stage, changes, limit_seconds)
         assert isinstance(answer, Outcome)
         return answer
 
-    def follow(self) -> None:
-        """Do as rank 0 does, until it closes."""
-        while order := first_then_others(self._ranks, lambda: None, lambda order: order):
-            with contextlib.suppress(UserError, TrainingError):  # rank 0 raises it
-                self._together(*order)
-        self._end()
-
     def close(self) -> None:
-        first_then_others(self._ranks, lambda: None, lambda order: order)
-        self._end()
+        """End the process; the next call has a new one."""
+        if self._process and self._connection:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+        self._process = self._connection = None
 
-    def _ask(self, question: tuple, limit_seconds: float) -> Job | Outcome:
-        order = first_then_others(self._ranks, lambda: (question, limit_seconds), lambda order: order)
-        return self._together(*order)
-
-    def _together(self, question: tuple, limit_seconds: float) -> Job | Outcome:
-        """The own process's answer, or the failure of another rank's; every rank must call this at the same time."""
+    def _ask(self, stage: str, changes: Settings, limit_seconds: float) -> Job | Outcome:
+        """Rank 0's answer, or a failure of any rank."""
         deadline = perf_counter() + limit_seconds
-        try:
-            if not self._process:
-                self._start()
-            assert self._connection
-            self._connection.send(question)
-        except OSError:
-            pass  # it has died: no answer comes
+        connection = self._connection or self._start()
+        with contextlib.suppress(OSError):  # it has died: no answer comes
+            connection.send((stage, changes, self._number))
+        self._number += 1
         own = None
         while True:
             own = own or self._answer(deadline)
             everyone = gather(own, self._ranks)
-            for answer in everyone:
-                if isinstance(answer, (UserError, TrainingError)):
-                    self._end()
-                    raise answer
             failures = [answer for answer in everyone if isinstance(answer, Outcome) and answer.failure]
-            if failures:
-                self._end()
+            errors = [answer for answer in everyone if isinstance(answer, (UserError, TrainingError))]
+            if failures or errors:
+                self.close()
+                if errors:
+                    raise errors[0]
                 return max(failures, key=lambda failure: failure.out_of_memory)  # others may only have lost the rank
             if None not in everyone:
-                assert isinstance(own, (Job, Outcome))
-                return own
+                assert isinstance(everyone[0], (Job, Outcome))
+                return everyone[0]
 
     def _answer(self, deadline: float) -> Job | Outcome | UserError | TrainingError | None:
         """What the process says within a moment; None: nothing yet."""
@@ -149,21 +138,15 @@ class Trials:
             return Outcome(failure=f"the process ended with exit code {self._process.exitcode}")
         return Outcome(failure="the time was up before it ended") if perf_counter() > deadline else None
 
-    def _start(self) -> None:
+    def _start(self) -> Connection:
         spawn = multiprocessing.get_context("spawn")  # a forked process could not use CUDA, nor OpenMP's threads
-        self._connection, other_end = spawn.Pipe()
-        self._process = spawn.Process(
-            target=serve, args=(other_end, self._config, self._limits), name="trials", daemon=True
-        )
-        self._process.start()
+        connection, other_end = spawn.Pipe()
+        arguments = (other_end, self._config, self._limits)
+        process = spawn.Process(target=serve, args=arguments, name="trials", daemon=True)
+        process.start()
         other_end.close()  # else the end of the process would not be the end of the pipe
-
-    def _end(self) -> None:
-        if self._process and self._connection:
-            self._process.kill()
-            self._process.join()
-            self._connection.close()
-        self._process = self._connection = None
+        self._process, self._connection = process, connection
+        return connection
 
 
 def serve(connection: Connection, config: Config, limits: Limits) -> None:
@@ -174,21 +157,18 @@ def serve(connection: Connection, config: Config, limits: Limits) -> None:
     try:
         with ranks_of_this_run(config.device) as ranks:
             bench = open_bench(config, ranks, limits)
-            for stage, changes, number in _questions(connection):
-                connection.send(_describe(bench) if stage == "describe" else _trial(bench, stage, changes, number))
+            with contextlib.suppress(EOFError, ConnectionError):
+                while True:
+                    stage, changes, number = connection.recv()
+                    connection.send(_describe(bench) if stage == "describe" else _trial(bench, stage, changes, number))
     except (UserError, TrainingError) as error:
         connection.send(error)
-
-
-def _questions(connection: Connection) -> Iterator[tuple[str, Settings, int]]:
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            yield connection.recv()
 
 
 def _describe(bench: Bench) -> Job:
     config, data = bench.config, bench.data
     on_gpu = bench.ranks.device.type == "cuda"
+    names = ("prefetch", "hw_decoder_load", "compile_mode", "grad_compression", "pad_channels")
     return Job(
         hardware=hardware(bench.ranks),
         cpu_share=bench.ranks.cpu_share,
@@ -196,21 +176,21 @@ def _describe(bench: Bench) -> Job:
         has_images=bench.has_images,
         settings={
             "threads": data.threads,
-            "prefetch": config.prefetch,
             "decoder": data.decoder,
-            "hw_decoder_load": config.hw_decoder_load,
             "micro_batch": data.micro_batch,
             "compile": ("on" if on_gpu else "off") if config.compile == "auto" else config.compile,
-            "compile_mode": config.compile_mode,
-            "grad_compression": config.grad_compression,
-            "pad_channels": config.pad_channels,
+            **{name: getattr(config, name) for name in names},
         },
     )
 
 
 def _trial(bench: Bench, stage: str, changes: Settings, number: int) -> Outcome:
+    # Its own seed has each trial read other images, not those that are cached by now.
+    config = replace(bench.config, **changes, seed=(bench.config.seed + number) % 2**63)
+    micro_batch = changes.get("micro_batch", bench.data.micro_batch)
+    data = replace(bench.data, config=config, micro_batch=micro_batch)
     try:
-        rate = _MEASURE[stage](_changed(bench, changes, number))
+        rate = _measure(replace(bench, config=config, data=data), stage)
     except Exception as error:  # whatever it is, it must not end the search
         reason = " ".join(str(error).split()) or type(error).__name__
         out_of_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in reason.lower()  # DALI's
@@ -223,36 +203,16 @@ def _trial(bench: Bench, stage: str, changes: Settings, number: int) -> Outcome:
     return Outcome(images_per_second=rate)
 
 
-def _changed(bench: Bench, changes: Settings, number: int) -> Bench:
-    """The same with other settings; its own seed has each trial read other images, not those that are cached by now."""
-    config = replace(bench.config, **changes, seed=(bench.config.seed + number) % 2**63)
-    micro_batch = changes.get("micro_batch", bench.data.micro_batch)
-    return replace(bench, config=config, data=replace(bench.data, config=config, micro_batch=micro_batch))
-
-
-def _loader(bench: Bench) -> float:
-    timing, _ = time_loader(bench)
-    return _median_rate(bench, timing)
-
-
-def _step(bench: Bench) -> float:
-    return _median_rate(bench, bench.time(training_step(bench, _assembled(bench), resident(bench.data))))
-
-
-def _training(bench: Bench) -> float:
-    step = training_step(bench, _assembled(bench), training_batches(bench))
-    return _median_rate(bench, bench.time(step, queue=bench.config.prefetch))
-
-
-_MEASURE: dict[str, Callable[[Bench], float]] = {"loader": _loader, "step": _step, "training": _training}
-
-
-def _assembled(bench: Bench) -> Assembly:
-    assembly, _ = assemble_step(bench, build_model(bench))
-    if bench.config.compile == "on" and not assembly.compiled:
-        raise UserError("torch.compile finds no compiler")
-    return assembly
-
-
-def _median_rate(bench: Bench, timing: Timing) -> float:
+def _measure(bench: Bench, stage: str) -> float:
+    """Images a second of all ranks."""
+    if stage == "loader":
+        timing, _ = time_loader(bench)
+    else:
+        assembly, _ = assemble_step(bench, build_model(bench))
+        if bench.config.compile == "on" and not assembly.compiled:
+            raise UserError("torch.compile finds no compiler")
+        if stage == "step":
+            timing = bench.time(training_step(bench, assembly, resident(bench.data)))
+        else:
+            timing = time_training(bench, training_step(bench, assembly, training_batches(bench)))
     return rate_of(timing, images=bench.share, ranks=bench.ranks).images_per_second

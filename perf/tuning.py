@@ -2,88 +2,41 @@
 
 Searches, setting by setting, with short measurements by the stages of throughput.py, each in a process that may fail: those of
 the loader by the loader alone, those of the step by the step alone, and the decoder, which may share the GPU with the step, in
-the training loop. What won there is measured against the configuration as it
-was given, in turns, in the training loop; only if it wins there, too, by more than the spread, it goes into DIR/recipe.yaml.
+the training loop. What won there is measured against the configuration as it was given, in turns, in the training loop; only
+if it wins there, too, by more than the spread, it goes into DIR/recipe.yaml.
 
 What changes the result is never touched: batch size, precision, learning rate and so on. All that is tuned leaves a step what it
 is, but for rounding: the GPU's decoder differs from the CPU's by a few grey levels, compiled code and accumulated gradients
 add up in another order, and compressed gradients, tried on several ranks only, are rounded to 16 bits on their way.
 """
 
-import contextlib
-import math
+import collections
+import dataclasses
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from common.errors import TrainingError
-from common.progress import say
-from common.ranks import Ranks
+import msgspec
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from common.errors import UserError
+from common.files import replacing
+from common.progress import printable, say
+from common.ranks import Ranks, first_then_others
 from engine.config import Config
 from engine.data import default_threads
-from perf.coordinate_search import Coordinate, Measure, Settings, TimeUp, beats_spread, climb, paired_gains
+from perf.machine import git_revision
+from perf.search import LEAST_GAIN, Coordinate, Search, Trial, Tuned, in_words
 from perf.timing import Limits
-from perf.trials import Job, Outcome, Trials
+from perf.trials import Job, Settings, Trials
 
 _PREFETCH = (1, 2, 4)
 _HW_DECODER_LOADS = (0.0, 0.5, 0.65, 0.8, 1.0)
-# Shares of the time after which a search begins no trial; the rest is for training.
-_LOADER_UNTIL, _STEP_UNTIL, _DECODER_UNTIL = 0.3, 0.65, 0.8
-LEAST_LOADER_SHARE = 0.01
-"""Of the time of training. If nothing of the loader were hidden behind the step, the best of loaders would gain no more."""
-_GRACE = 0.1  # of the time: so much longer may the last trial of each of them go on
-
-Run = Callable[[str, Settings, float], Outcome]
-"""(stage, changes, limit in seconds) → how it went."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One measurement."""
-
-    stage: str
-    changes: Settings
-    """Of the configuration as it was given."""
-    images_per_second: float | None
-    """Median, of all ranks together; None: it failed."""
-    failure: str | None
-    seconds: float
-    """Until it was over, start of a process and warm-up included."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gain:
-    """The best settings against those that were given, measured in turns."""
-
-    pairs: list[float]
-    """best / given − 1, in images a second."""
-    given_images_per_second: float
-    best_images_per_second: float
-    """Medians."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """What came of a search."""
-
-    stage: str
-    """In which the gain was measured: training, or step where there are no images."""
-    loader_share: float | None
-    """Training's images a second over the loader's, as given; None: not measured."""
-    best: Settings
-    """Changes to the configuration as it was given that won in their own stages."""
-    gain: Gain | None
-    """None: nothing won, or not a single pair could be measured."""
-    needed: Settings
-    """Changes without which the memory does not suffice; the gain is over the configuration with them."""
-    kept: Settings
-    """The best, if they won in `stage`, too; else only what is needed."""
-    trials: list[Trial]
-    not_reached: list[str]
-    """Settings for which the time was up."""
-    seconds: float
 
 
 def tune(config: Config, ranks: Ranks, *, limits: Limits, seconds: float) -> tuple[Job, Tuned] | None:
@@ -93,20 +46,23 @@ def tune(config: Config, ranks: Ranks, *, limits: Limits, seconds: float) -> tup
     from when the data set is open.
     Raises UserError, TrainingError: the configuration as it was given does not run.
     """
+
+    def clock() -> float:
+        return first_then_others(ranks, perf_counter, lambda now: now)  # all ranks search, and must decide alike
+
     trials = Trials(config, ranks, limits)
-    if not ranks.is_main:
-        trials.follow()
-        return None
     try:
         job = trials.describe()
-        return job, Search(job, trials.run, seconds=seconds).run(coordinates(job, config))
+        search = Search(job, trials.run, seconds=seconds, clock=clock, tell=say if ranks.is_main else lambda _: None)
+        tuned = search.run(coordinates(job, config))
     finally:
         trials.close()
+    return (job, tuned) if ranks.is_main else None
 
 
 def coordinates(job: Job, config: Config) -> dict[str, list[Coordinate]]:
     """What is searched, by stage, the most promising first."""
-    cores, on_gpu = job.cpu_share, job.hardware["device"] == "cuda"
+    cores, on_gpu = job.cpu_share, job.hardware.device == "cuda"
     threads = sorted({1, max(1, cores // 2), cores, cores + 1, cores + cores // 2, 2 * cores})
     loader = [_choice("threads", threads), _choice("prefetch", _PREFETCH)]
     step = [Coordinate("compile", lambda _: _compilations(deterministic=config.deterministic))]
@@ -118,7 +74,7 @@ def coordinates(job: Job, config: Config) -> dict[str, list[Coordinate]]:
         loader.append(Coordinate("hw_decoder_load", lambda now: loads if now["decoder"] == "gpu" else []))
     else:  # on a GPU, the largest that fits is the fastest
         step.insert(0, Coordinate("micro_batch", lambda now: _micro_batches_beside(now["micro_batch"], job.share)))
-    if job.hardware["ranks"] > 1:
+    if job.hardware.ranks > 1:
         step.insert(0, _choice("grad_compression", offered("grad_compression")))
     if not job.has_images:
         return {"loader": [], "step": step, "training": []}
@@ -129,128 +85,6 @@ def offered(flag: str) -> tuple[Any, ...]:
     """The values that a flag of train.py can have, less "auto"; none for one whose values are not named."""
     hint = get_type_hints(Config)[flag]
     return tuple(value for value in get_args(hint) if value != "auto") if get_origin(hint) is Literal else ()
-
-
-class Search:
-    """One search, against the clock."""
-
-    def __init__(self, job: Job, run: Run, *, seconds: float, clock: Callable[[], float] = perf_counter) -> None:
-        """The time begins now."""
-        self._given, self._share = job.settings, job.share
-        self._whole = "training" if job.has_images else "step"
-        self._run, self._seconds, self._began, self._clock = run, seconds, clock(), clock
-        self._trials: list[Trial] = []
-
-    def run(self, coordinates: dict[str, list[Coordinate]]) -> Tuned:
-        """Raises TrainingError: the configuration as it was given does not run."""
-        fitting = self._make_fit()
-        best, not_reached = fitting, []
-        loader_share = self._loader_share(fitting) if coordinates["loader"] else None
-        parts = [("loader", _LOADER_UNTIL), ("step", _STEP_UNTIL), ("training", _DECODER_UNTIL)]
-        if loader_share is not None and loader_share < LEAST_LOADER_SHARE:
-            parts = [("step", _STEP_UNTIL)]
-        for stage, until in parts:
-            best, missed = climb(best, coordinates[stage], self._measure(stage, until))
-            not_reached += missed
-        gain = self._gain(fitting, best) if best != fitting else None
-        kept = best if gain and beats_spread(gain.pairs) else fitting
-        return Tuned(
-            stage=self._whole,
-            loader_share=loader_share,
-            best=self._changes(best),
-            gain=gain,
-            needed=self._changes(fitting),
-            kept=self._changes(kept),
-            trials=self._trials,
-            not_reached=not_reached,
-            seconds=self._passed(),
-        )
-
-    def _make_fit(self) -> Settings:
-        """The settings as given or, if memory is too small for them, with the micro-batch halved until it suffices."""
-        settings = self._given
-        while True:
-            outcome = self._try(self._whole, settings, math.inf)  # without it there is nothing to compare with
-            if outcome.images_per_second:
-                return settings
-            if not outcome.out_of_memory or settings["micro_batch"] == 1:
-                raise TrainingError(f"the configuration as it was given does not run: {outcome.failure}")
-            half = settings["micro_batch"] // 2
-            smaller = next(size for size in range(half, 0, -1) if self._share % size == 0)
-            settings = {**settings, "micro_batch": smaller}
-
-    def _loader_share(self, settings: Settings) -> float | None:
-        training, loader = self._trials[-1].images_per_second, None
-        with contextlib.suppress(TimeUp):
-            loader = self._measure("loader", _LOADER_UNTIL)(settings)
-        return training / loader if training and loader else None
-
-    def _gain(self, given: Settings, best: Settings) -> Gain | None:
-        pairs: list[float] = []
-        rates: dict[str, list[float]] = {"given": [], "best": []}
-        measure = self._measure(self._whole, 1.0)
-
-        def noted(settings: Settings) -> float | None:
-            rate = measure(settings)
-            rates["best" if settings == best else "given"] += [rate] if rate else []
-            return rate
-
-        try:
-            for gain in paired_gains(given, best, noted):
-                if gain is None:
-                    return None
-                pairs.append(gain)
-        except TimeUp:
-            pass
-        if not pairs:
-            return None
-        return Gain(
-            pairs=pairs,
-            given_images_per_second=statistics.median(rates["given"]),
-            best_images_per_second=statistics.median(rates["best"]),
-        )
-
-    def _measure(self, stage: str, until: float) -> Measure:
-        """until: share of the time after which none is begun."""
-
-        def measure(settings: Settings) -> float | None:
-            if self._passed() >= until * self._seconds:
-                raise TimeUp
-            limit_seconds = (until + _GRACE) * self._seconds - self._passed()
-            return self._try(stage, settings, limit_seconds).images_per_second
-
-        return measure
-
-    def _try(self, stage: str, settings: Settings, limit_seconds: float) -> Outcome:
-        began, changes = self._passed(), self._changes(settings)
-        outcome = self._run(stage, changes, limit_seconds)
-        trial = Trial(
-            stage=stage,
-            changes=changes,
-            images_per_second=outcome.images_per_second,
-            failure=outcome.failure,
-            seconds=self._passed() - began,
-        )
-        self._trials.append(trial)
-        rate = f"{trial.images_per_second:,.1f} images/s" if trial.images_per_second else f"failed: {trial.failure}"
-        say(f"{self._passed():4.0f} s  {stage}, {in_words(changes)}: {rate}")
-        return outcome
-
-    def _changes(self, settings: Settings) -> Settings:
-        return {name: value for name, value in settings.items() if value != self._given[name]}
-
-    def _passed(self) -> float:
-        return self._clock() - self._began
-
-
-def in_words(changes: Settings) -> str:
-    """As flags of train.py."""
-    flags = {name.replace("_", "-"): value for name, value in changes.items()}
-    words = [
-        f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
-        for flag, value in flags.items()
-    ]
-    return " ".join(words) or "as given"
 
 
 def _choice(name: str, values) -> Coordinate:
@@ -274,3 +108,87 @@ def _compilations(*, deterministic: bool) -> list[Settings]:
     # What is chosen by its speed may be something else the next time, and then it rounds otherwise.
     modes = [mode for mode in offered("compile_mode") if not (deterministic and "autotune" in mode)]
     return [{"compile": "off"}, *({"compile": "on", "compile_mode": mode} for mode in modes)]
+
+
+def sentences(tuned: Tuned) -> list[str]:
+    """The gain, what is kept and what is not."""
+    said = []
+    gain, needed, best = tuned.gain, in_words(tuned.needed), in_words(tuned.best)
+    if tuned.needed:
+        said.append(f"The memory does not suffice for the configuration as given; {needed} is kept.")
+    if gain:
+        low, high = gain.interval
+        said.append(
+            f"{tuned.stage}: {gain.given_images_per_second:,.1f} images/s {needed}, {gain.best_images_per_second:,.1f} "
+            f"with {best}: {100 * gain.median:+.1f} % (median of {len(gain.pairs)} pairs of measurements; "
+            f"{100 * gain.confidence:.0f} % confidence: {100 * low:+.1f} to {100 * high:+.1f} %)."
+        )
+    if tuned.loader_share is not None and tuned.loader_share < LEAST_GAIN:
+        said.append(
+            f"The loader takes {100 * tuned.loader_share:.2g} % of the time of training: its settings are not searched."
+        )
+    if gain and tuned.kept == tuned.best:
+        said.append("The gain is above the spread: it is kept.")
+    elif gain:
+        said.append("The gain is not above the spread of at least three pairs: it is not kept.")
+    elif tuned.best != tuned.needed:
+        said.append(f"{best} won by itself, but {tuned.stage} with it could not be measured: it is not kept.")
+    else:
+        said.append(f"No change won by {100 * LEAST_GAIN:g} %: none is kept.")
+    if tuned.not_reached:
+        said.append(
+            f"Not searched to the end, the time was up: {', '.join(tuned.not_reached)}; give more with --tune-seconds."
+        )
+    return said
+
+
+def print_tuned(tuned: Tuned) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("stage", "settings", "images/s", "lowest–highest", "trials"):
+        table.add_column(name, justify="left" if name in ("stage", "settings") else "right")
+    groups: dict[tuple[str, str], list[Trial]] = collections.defaultdict(list)
+    for trial in tuned.trials:
+        groups[trial.stage, in_words(trial.changes)].append(trial)
+    for (stage, words), trials in groups.items():
+        rates = [trial.images_per_second for trial in trials if trial.images_per_second]
+        failures = [trial.failure for trial in trials if trial.failure]
+        median = f"{statistics.median(rates):,.1f}" if rates else "failed"
+        spread = f"{min(rates):,.1f}–{max(rates):,.1f}" if len(rates) > 1 else ""
+        table.add_row(*map(Text, (stage, words, median, spread or "".join(failures[:1]), str(len(trials)))))
+    console = Console()
+    console.print(table)
+    for sentence in sentences(tuned):
+        console.print(Text(sentence))
+
+
+def write_recipe(path: Path, job: Job, tuned: Tuned, command: str) -> None:
+    """Write what is kept, with how it was found. Raises UserError: it cannot be written."""
+    hardware = job.hardware
+    lines = [
+        f"{date.today()}, {hardware.name}, {hardware.ranks} rank(s), torch {hardware.torch}, DALI {hardware.dali}, "
+        f"revision {git_revision() or 'unknown'}",
+        command,
+        *sentences(tuned),
+        "To be used with the same flags of train.py and --recipe; a flag overrides what is in here.",
+    ]
+    text = "".join(f"# {printable(line)}\n" for line in lines) + yaml.safe_dump(tuned.kept, sort_keys=False)
+    try:
+        with replacing(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+
+
+def result(config: Config, job: Job, tuned: Tuned, *, tune_seconds: float, recipe: Path) -> dict:
+    """What the last line says."""
+    return {
+        "program": "tune",
+        "arch": config.arch,
+        "data": config.data,
+        "batch_size": config.batch_size,
+        "hardware": msgspec.to_builtins(job.hardware),
+        "given": job.settings,
+        **dataclasses.asdict(tuned),
+        "tune_seconds": tune_seconds,
+        "recipe": str(recipe),
+    }
