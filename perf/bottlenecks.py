@@ -60,12 +60,7 @@ class Scale(NamedTuple):
 
 
 def answer(report: Report, scale: Scale) -> Finding:
-    return (
-        _input(report, scale)
-        or _launch(report, scale)
-        or _overhead(report, scale)
-        or _forward_and_backward(report, scale)
-    )
+    return _input(report, scale) or _launch(report, scale) or _overhead(report) or _forward_and_backward(report, scale)
 
 
 # ---- the questions ----------------------------------------------------------------------------------------------------
@@ -176,8 +171,11 @@ def _launch(report: Report, scale: Scale) -> Finding | None:
     )
 
 
-def _overhead(report: Report, scale: Scale) -> Finding | None:
-    parts, step = report.step_parts, _step_seconds(report, scale)
+def _overhead(report: Report) -> Finding | None:
+    parts, step = (
+        report.step_parts,
+        _step_seconds(report, Scale()),
+    )  # of the same steps, as fast or as slow as they were
     all_reduce = parts.all_reduce.mean if parts.all_reduce else 0.0
     if max(all_reduce, parts.optimizer.mean) < _LARGE_PART * step:
         return None

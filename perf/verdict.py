@@ -84,18 +84,18 @@ def judge(report: Report) -> Verdict:
     finding = throttled(report)
     if not finding and ratio and (excess := _excess(report)):
         cautions.insert(0, excess)
-        finding = _inconclusive(excess, [("training, of its ceiling", 100 * ratio, "%"), _widest(report)])
+        limit = report.ceiling.images_per_second
+        finding = _inconclusive(excess, [("training", ratio * limit, "images/s"), ("its ceiling", limit, "images/s")])
     if not finding:
         finding = answer(report, Scale())
         wide, narrow = (_other_answers(report, finding.bound, narrow_too=narrow_too) for narrow_too in (False, True))
         either = " or ".join([finding.bound, *sorted(wide or narrow)])
         if wide:
-            others = max(rate.cores_of_others for rate in _rates(report).values())
             cautions = cautions or [
                 "The rates are not known well enough: measure again on a quiet machine, for more --seconds."
             ]
             why = f"within what is known of the rates, the limit may be {either}. {cautions[0]}"
-            finding = _inconclusive(why, [_widest(report), ("cores of other programs, at most", others, "cores")])
+            finding = _inconclusive(why, _widest(report))
         elif narrow:
             cautions.append(f"A close call: within the intervals of the rates, the limit may be {either}.")
     return Verdict(
@@ -150,16 +150,16 @@ def _cautions(report: Report) -> list[str]:
     """Why the figures are less sure than they look."""
     rates, cores, cautions = _rates(report), report.hardware.cores, []
     for stage, rate in rates.items():
+        name, steps = _named(stage).capitalize(), rate.images // report.config["batch_size"]
+        more = "--steps" if rate.stopped_by == "steps" else "--seconds"
         if rate.interval is None or rate.relative_ci is None:
             cautions.append(
-                f"{_named(stage)} was measured for {rate.images // report.config['batch_size']} steps only, too few to say how "
-                "sure its rate is: give it more --seconds."
+                f"{name} was measured for {steps} steps only, too few to say how sure its rate is: give it more {more}."
             )
         elif rate.relative_ci > _SURE:
             low, high = rate.interval
             cautions.append(
-                f"{_named(stage)} is known to ±{rate.relative_ci:.0%} only ({low:,.0f} to {high:,.0f} images/s): give it more "
-                "--seconds."
+                f"{name} is known to ±{rate.relative_ci:.0%} only ({low:,.0f} to {high:,.0f} images/s): give it more {more}."
             )
     others = [rate.cores_of_others for rate in rates.values()]
     if max(others) > _MANY_OTHERS * cores:
@@ -167,7 +167,7 @@ def _cautions(report: Report) -> list[str]:
         each = ", ".join(f"{rate.cores_of_others:.1f} beside {_named(stage)}" for stage, rate in rates.items())
         cautions.append(
             f"{'The machine changed: other' if changed else 'Other'} programs kept some of the {cores} cores busy "
-            f"({each.replace('The', 'the').replace('Training', 'training')}). Measure again on a quiet machine."
+            f"({each}). Measure again on a quiet machine."
         )
     floor, measured = floor_of_passes(report), passes_seconds(report)
     if floor > 1.1 * measured:
@@ -181,8 +181,9 @@ def _cautions(report: Report) -> list[str]:
 def _excess(report: Report) -> str | None:
     """A sentence if training is above its ceiling, further than by chance: its parts were measured on a slower machine."""
     ratio, rates, set_by = report.ceiling.training_over_ceiling or 0.0, _rates(report), report.ceiling.set_by
-    by_chance = sum((rate.relative_ci or 0.0) ** 2 for stage, rate in rates.items() if stage in ("training", set_by))
-    if ratio <= _IMPOSSIBLE + by_chance**0.5:
+    known_to = [rate.relative_ci for stage, rate in rates.items() if stage in ("training", set_by)]
+    by_chance = sum((_FEW_STEPS - 1 if each is None else each) ** 2 for each in known_to) ** 0.5
+    if ratio <= _IMPOSSIBLE + by_chance:
         return None
     return (
         f"Training makes {ratio:.2f} times the images that loader and step by themselves allow: the machine was slower when "
@@ -191,16 +192,19 @@ def _excess(report: Report) -> str | None:
     )
 
 
-def _widest(report: Report) -> tuple[str, float, str]:
-    """The figure of the rate that is known least."""
-    known = {stage: _known_between(report, stage) for stage in _rates(report)}
-    margins = {stage: (high - low) / 2 for stage, (low, high) in known.items()}
-    stage = max(margins, key=lambda stage: margins[stage])
-    return f"{stage} rate, uncertain by ±", 100 * margins[stage], "%"
+def _widest(report: Report) -> list[tuple[str, float, str]]:
+    """Two figures: the least and the most that a rate may be, of the one that is known least."""
+    stages = [stage for stage in _rates(report) if stage != "training" or on_gpu(report)]  # as in the questions
+    known = {stage: _known_between(report, stage) for stage in stages}
+    stage = max(stages, key=lambda stage: known[stage][1] / known[stage][0])
+    rate, (low, high) = _rates(report)[stage].images_per_second, known[stage]
+    return [
+        (f"{_named(stage)}, {end}", rate * factor, "images/s") for end, factor in (("at least", low), ("at most", high))
+    ]
 
 
 def _named(stage: str) -> str:
-    return "Training" if stage == "training" else f"The {stage} alone"
+    return "training" if stage == "training" else f"the {stage} alone"
 
 
 def _slow_rank(report: Report) -> str:
