@@ -14,6 +14,7 @@ import functools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
     from common.start import begin
@@ -32,7 +33,7 @@ from engine.config import Config, parse_args
 from model.weights import to_torchvision
 from perf.plot_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, png
 
-_ARCH = "E"
+_ARCH: Final = "E"
 _DEFAULT_FLAGS = ["--crop", "32", "--train-scale", "36", "--batch-size", "50", "--epochs", "5", "--schedule", "cosine"]
 _DEFAULT_FLAGS += ["--warmup-epochs", "1", "--checkpoint-minutes", "1", "--keep", "1"]
 _FIXED_FLAGS = ["--arch", _ARCH, "--log-every", "1"]  # to know the step in which a loss is no number any more

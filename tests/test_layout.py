@@ -103,7 +103,7 @@ def test_what_is_declared_is_imported():
     sources = files("*.py", ":!tests", ":!docs")
     imported = set().union(*(of_others(ast.walk(ast.parse(path.read_text()))) for path in sources))
     names = {DISTRIBUTIONS.get(module, module).lower() for module in imported}
-    assert not declared("requirements.txt") - names - {"tensorboard", "jinja2", ""}
+    assert not declared("requirements.txt") - names - {"tensorboard", ""}
 
 
 def test_what_is_optional_is_imported_where_it_is_used():
