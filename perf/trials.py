@@ -154,6 +154,8 @@ def serve(connection: Connection, config: Config, limits: Limits) -> None:
     end_with_torchrun()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, too, which ends this process
     os.dup2(2, 1)  # the last line on stdout is the parent's
+    if "MASTER_PORT" in os.environ:  # torchrun, or else the parent of rank 0, has a store there: a second cannot listen
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     try:
         with ranks_of_this_run(config.device) as ranks:
             bench = open_bench(config, ranks, limits)
