@@ -69,9 +69,9 @@ def test_a_slow_disk(tmp_path):
 
 @pytest.mark.parametrize("flags", [(), ("--order", "window", "--window-shards", "4")])
 def test_storage_of_100_images_a_second(tmp_path, flags):
-    """Windows of 80 images come at once, every 0.8 s; the network is so small that training waits for them."""
-    own = prepared_digits(tmp_path / "prepared", shard_images=20)
-    report = profile(tmp_path / "out", *own, "--micro-batch", "8", *flags, plant="limited_storage")
+    """Windows of 320 images, 5 steps, come at once, every 3.2 s; a step is shorter than the 0.64 s that its images take."""
+    own = [*prepared_digits(tmp_path / "prepared", shard_images=80), "--batch-size", "64"]
+    report = profile(tmp_path / "out", *own, *flags, plant="limited_storage")
     stages, parts = report.stages, report.training_parts
     for rate in (stages.reading, stages.loader):
         assert rate.images_per_second == pytest.approx(100, rel=0.05)
