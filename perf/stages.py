@@ -34,6 +34,7 @@ from pipeline.tables import ShardTable
 
 _STAGES_WITH_DATA = 4
 _READING, _DECODING, _LOADER, _TRAINING = range(_STAGES_WITH_DATA)
+_FEW_WINDOWS = 10  # of an epoch
 _HOST_STEPS = 5
 _DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,9 +66,15 @@ class Bench:
         """False for synthetic data."""
         return self.data.manifest is not None
 
-    def time(self, step: Callable[[], object], *, laps: Laps | None = None, queue: int = 0, period: int = 1) -> Timing:
-        """Every rank must call this; the steps may wait for each other. queue, period: as for measure()."""
-        return measure(step, laps=laps or self.laps, ranks=self.ranks, limits=self.limits, queue=queue, period=period)
+    def time(
+        self, step: Callable[[], object], *, laps: Laps | None = None, queue: int = 0, feed: "Feed | None" = None
+    ) -> Timing:
+        """Every rank must call this; the steps may wait for each other. queue: as for measure(), if there is no feed."""
+        limits, period = self.limits, 1
+        if feed:
+            queue, period = feed.queue, feed.period
+            limits = replace(limits, least_laps=math.ceil(limits.least_laps / feed.windows))
+        return measure(step, laps=laps or self.laps, ranks=self.ranks, limits=limits, queue=queue, period=period)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +85,10 @@ class Feed:
     """The first sample."""
     queue: int
     """Steps that may lie ready; with windows, steps until the middle of the second."""
-    period: int
-    """Steps in a window of shards, on average; 1 where each batch is read by itself."""
+    period: int = 1
+    """Steps after which a window of shards ends at the same place of a step again; 1 where each batch is read by itself."""
+    windows: int = 1
+    """In a period."""
 
 
 def feed_of(bench: Bench, stage: int) -> Feed:
@@ -91,21 +100,32 @@ def feed_of(bench: Bench, stage: int) -> Feed:
     gc.collect()  # ends the loader of an earlier stage, which is in cycles of references and would read on
     data, config = bench.data, bench.config
     plan, images, batch = data.train_plan(), data.train_images, config.batch_size
-    start, queue = stage * images // _STAGES_WITH_DATA, math.ceil(config.prefetch / bench.passes)
+    queue = math.ceil(config.prefetch / bench.passes)
     read_ahead = math.ceil(config.read_ahead / bench.passes) if isinstance(plan.table, ShardTable) else 0
     if (group := plan.read_group) is None:
-        return Feed(start=start, queue=queue + read_ahead, period=1)
+        return Feed(start=stage * images // _STAGES_WITH_DATA, queue=queue + read_ahead)
 
     def window(number: int) -> int:
         return group(plan.samples(np.array([number])))
 
-    period = max(1, round(images / (window(images) - window(0)) / batch))
-    places = range(start, start + batch + 2 * images)
-    end = places[bisect.bisect_right(places, window(start + batch), key=window)]
-    to_the_middle = 1 + period // 2 - (SETTLING_STEPS + 1)  # which measure() adds
-    if period < read_ahead:  # windows so small that several are under way at a time
+    def begin(window_number: int) -> int:
+        return bisect.bisect_left(range(2 * images), window_number, key=window)
+
+    windows = window(images) - window(0)  # of an epoch
+    size = begin(windows - 1) / (windows - 1) if windows > 1 else images  # of all but the last, on average
+    if windows < _FEW_WINDOWS and abs(images - begin(windows - 1) - size) > 0.05 * size:
+        number, period = windows, round(images / batch)  # the last window is another one: whole epochs are alike
+    else:
+        near = max(0.1, size / batch / 50)  # so little of a window that many periods later it still is the middle
+        fits = (count for count in range(1, 9) if abs(count * size / batch - round(count * size / batch)) <= near)
+        number = next(fits, 1)
+        period = max(1, round(number * size / batch))
+    # Three windows and more lie between the first one and the epoch's last, where there are that many.
+    first = stage * (windows - 6 if windows >= _FEW_WINDOWS else windows) // _STAGES_WITH_DATA
+    to_the_middle = 1 + round(size / batch / 2) - (SETTLING_STEPS + 1)  # which measure() adds
+    if size < read_ahead * batch:  # windows so small that several are under way at a time
         to_the_middle += read_ahead
-    return Feed(start=end - batch, queue=max(queue, to_the_middle), period=period)
+    return Feed(start=max(0, begin(first + 1) - batch), queue=max(queue, to_the_middle), period=period, windows=number)
 
 
 def open_bench(config: Config, ranks: Ranks, limits: Limits) -> Bench:
@@ -126,7 +146,7 @@ def time_reading(bench: Bench) -> Timing:
     """Nothing but reading what a step needs. Not for synthetic data."""
     feed = feed_of(bench, _READING)
     read = _times(bench.passes, reading_alone(bench.data, feed.start))
-    return bench.time(read, laps=Laps(torch.device("cpu")), queue=feed.queue, period=feed.period)
+    return bench.time(read, laps=Laps(torch.device("cpu")), feed=feed)
 
 
 def time_decoding(bench: Bench) -> Timing:
@@ -142,7 +162,7 @@ def time_loader(bench: Bench) -> tuple[Timing, float]:
     next(batches)
     first_batch_seconds = perf_counter() - began
     load = _times(bench.passes, lambda: next(batches))
-    return bench.time(load, queue=feed.queue, period=feed.period), first_batch_seconds
+    return bench.time(load, feed=feed), first_batch_seconds
 
 
 def build_model(bench: Bench) -> VGG:
@@ -204,8 +224,7 @@ def training_batches(bench: Bench) -> Iterator[Batch]:
 
 def time_training(bench: Bench, step: Callable[[], object]) -> Timing:
     """A training step that new training_batches() feed."""
-    feed = feed_of(bench, _TRAINING)
-    return bench.time(step, queue=feed.queue, period=feed.period)
+    return bench.time(step, feed=feed_of(bench, _TRAINING))
 
 
 def host_seconds(bench: Bench, assembly: Assembly, step: Callable[[], object]) -> float | None:

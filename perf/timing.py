@@ -99,7 +99,7 @@ def measure(
         affordable = math.ceil(_LEAST_SHARE_OF_TIME * limits.seconds / _pace(step, laps, 1))
         queue = first_then_others(ranks, lambda: min(queue, affordable), lambda decided: decided)
     pace = _pace(step, laps, queue + (period > 1 or not queue))
-    steps_a_lap, unit, count = first_then_others(
+    steps_a_lap, count = first_then_others(
         ranks, lambda: _first_block(pace, limits, queue, period), lambda decided: decided
     )
     made, taken, not_counted, cpu_seconds, pauses = 0, [], SETTLING_STEPS + queue + 1, 0.0, 0.0
@@ -116,7 +116,7 @@ def measure(
         taken += laps.take()
         seconds = np.array([sum(lap.values()) for lap in taken] or [pace * steps_a_lap])
         spent = max(perf_counter() - began - pauses, float(seconds.sum()))
-        decide = functools.partial(laps_to_go, seconds, spent, made, steps_a_lap, limits, unit=unit)
+        decide = functools.partial(laps_to_go, seconds, spent, made, steps_a_lap, limits, period=period)
         count, stopped_by = first_then_others(ranks, decide, lambda decided: decided)
         if count and ranks.world_size > 1 and queue:  # while the ranks waited for rank 0, their queues filled up
             laps.pause()
@@ -134,7 +134,7 @@ def measure(
     return Timing(
         laps=[{part: seconds / steps_a_lap for part, seconds in lap.items()} for lap in taken],
         steps_a_lap=steps_a_lap,
-        laps_a_period=unit,
+        laps_a_period=period,
         stopped_by=stopped_by,
         cpu_seconds=cpu_seconds / made / steps_a_lap,
         cores_of_others=max(0.0, busy_seconds() - busy_before - own_seconds) / (ended - began),
@@ -180,18 +180,18 @@ def by_period(series: np.ndarray, laps_a_period: int) -> np.ndarray:
 
 
 def laps_to_go(
-    seconds: np.ndarray, spent: float, made: int, steps_a_lap: int, limits: Limits, *, unit: int = 1
+    seconds: np.ndarray, spent: float, made: int, steps_a_lap: int, limits: Limits, *, period: int = 1
 ) -> tuple[int, str]:
     """How many laps more and, where that is 0, why.
 
-    seconds: of the laps so far, as far as they are known, at least one; spent: seconds until now; unit: laps of which only
+    seconds: of the laps so far, as far as they are known, at least one; spent: seconds until now; period: laps of which only
     whole multiples are made. The interval's width goes with the root of the number of laps; since that is only so on average,
     the number is at most doubled before the next look.
     """
     most = limits.steps // steps_a_lap if limits.steps else math.inf
     if made >= most:
         return 0, "steps"
-    units, unit_seconds = by_period(seconds, unit), float(seconds.mean()) * unit
+    units, unit_seconds = by_period(seconds, period), float(seconds.mean()) * period
     interval = interval_of_mean(units)
     relative_ci = (interval[1] - interval[0]) / 2 / float(units.mean()) if interval else math.inf
     precise = relative_ci <= _RELATIVE_CI and len(units) >= _LEAST_LAPS_FOR_PRECISION
@@ -201,9 +201,9 @@ def laps_to_go(
     affordable = int((limits.seconds - spent) / unit_seconds)
     if affordable < 1:
         return 0, "time"
-    units_made = made / unit
+    units_made = made / period
     wanted = early / unit_seconds if precise else units_made * (relative_ci / _RELATIVE_CI) ** 2 - units_made
-    more = unit * math.ceil(max(1, min(units_made, wanted, affordable)))
+    more = period * math.ceil(max(1, min(units_made, wanted, affordable)))
     return int(min(more, most - made)), ""
 
 
@@ -218,16 +218,15 @@ def _pace(step: Callable[[], object], laps: Laps, steps: int) -> float:
     return sum(lap.values()) / steps
 
 
-def _first_block(pace: float, limits: Limits, queue: int, period: int) -> tuple[int, int, int]:
-    """Steps in a lap, laps in a period, and laps to begin with."""
+def _first_block(pace: float, limits: Limits, queue: int, period: int) -> tuple[int, int]:
+    """Steps in a lap, which is one where there are periods, and laps to begin with."""
     most = 2 * queue if queue else math.inf  # what comes out of a queue may be fast for a moment
-    steps_a_lap = int(max(1, min(math.ceil(_LAP_SECONDS / pace), most, period if period > 1 else most)))
+    steps_a_lap = int(max(1, min(math.ceil(_LAP_SECONDS / pace), most))) if period == 1 else 1
     if limits.steps:  # few steps are single ones, so that all of them are made
         steps_a_lap = min(steps_a_lap, max(1, limits.steps // _LEAST_LAPS_FOR_PRECISION))
-    unit = max(1, round(period / steps_a_lap))
-    affordable = int(limits.seconds / (pace * steps_a_lap * unit))
-    count = unit * max(limits.least_laps, min(_LAPS_AT_FIRST, affordable))
-    return steps_a_lap, unit, min(count, limits.steps // steps_a_lap) if limits.steps else count
+    affordable = int(limits.seconds / (pace * steps_a_lap * period))
+    count = period * max(limits.least_laps, min(_LAPS_AT_FIRST, affordable))
+    return steps_a_lap, min(count, limits.steps // steps_a_lap) if limits.steps else count
 
 
 # ---- what the values say ------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Reading and decoding alone do what the loader does: the same bytes, the same windows, in the plan's order; and what a stage's
 figures are when the storage is slow."""
 
-import dataclasses
 import io
 import itertools
 import time
@@ -200,14 +199,32 @@ def test_training_waits_for_slow_storage_as_long_as_it_waits(digits, flags, monk
     assert timing.part("data_wait").mean() / timing.step_seconds.mean() == pytest.approx(0.5, abs=0.03)
 
 
-def test_a_stage_begins_a_step_before_a_windows_end_and_counts_whole_windows(digits):
-    bench = bench_of(digits, "--order", "window", "--window-shards", "8", seconds=1)
+@pytest.mark.parametrize(
+    ("shards", "batch", "period", "windows"),
+    [
+        (8, 4, 20, 1),  # 18 windows an epoch
+        (7, 5, 14, 1),
+        (6, 8, 15, 2),  # 7.5 steps a window
+        (40, 4, 359, 4),  # 4 windows an epoch, the last one of 24 shards
+        (36, 4, 90, 1),  # of 36 shards, as the others
+        (144, 4, 359, 1),  # one
+    ],
+)
+def test_a_stage_begins_a_step_before_a_windows_end_and_lasts_whole_windows(digits, shards, batch, period, windows):
+    flags = ["--order", "window", "--window-shards", str(shards), "--batch-size", str(batch)]
+    bench = bench_of(digits, *flags, seconds=1)
     plan, feeds = bench.data.train_plan(), [feed_of(bench, stage) for stage in range(4)]
     assert plan.read_group
     for feed in feeds:
-        assert feed.period == 20
-        begin, end = (plan.read_group(plan.samples(np.array([feed.start + n]))) for n in (3, 4))
+        assert (feed.period, feed.windows) == (period, windows)
+        begin, end = (plan.read_group(plan.samples(np.array([feed.start + n]))) for n in (batch - 1, batch))
         assert end == begin + 1
-    assert len({feed.start for feed in feeds}) == 4
-    plain = feed_of(bench_of(digits, "--batch-size", "8", "--micro-batch", "4", seconds=1), 0)
-    assert plain == dataclasses.replace(plain, start=0, queue=1 + 4, period=1), "2 and 8 micro-batches"
+        half_a_window = min(shards, 144) * 10 / batch / 2
+        assert 2 + 1 + feed.queue == pytest.approx(1 + half_a_window + 8 * (half_a_window < 4), abs=1)
+    assert len({feed.start for feed in feeds}) == min(4, -(-144 // shards))
+
+
+def test_without_windows_a_stage_begins_at_a_quarter_of_the_epoch(digits):
+    bench = bench_of(digits, "--batch-size", "8", "--micro-batch", "4", seconds=1)
+    assert [feed_of(bench, stage).start for stage in range(4)] == [0, 359, 718, 1077]
+    assert feed_of(bench, 0).queue == 1 + 4, "2 and 8 micro-batches"
