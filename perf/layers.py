@@ -13,8 +13,8 @@ from perf.laps import Laps
 from pipeline.loader import Batch
 
 _WARM_UP_PASSES = 2  # the search for kernels, and the memory that later passes use again
-_SECONDS = 1.0
-_FEWEST_PASSES, _MOST_PASSES = 3, 20
+_SECONDS = 2.0  # at most, but for one pass of each kind
+_MOST_PASSES = 20
 _LOSS = "loss"
 
 
@@ -64,8 +64,10 @@ def layer_seconds(network: nn.Module, batch: Batch, *, precision: Precision, dev
             began = perf_counter()
             run()
             laps.take(wait=True)
-        passes = int(_SECONDS / (perf_counter() - began))
-        for _ in range(min(_MOST_PASSES, max(_FEWEST_PASSES, passes))):
+            pace = perf_counter() - began
+            if pace > _SECONDS:
+                break
+        for _ in range(min(_MOST_PASSES, max(1, int(_SECONDS / pace)))):
             run()
         taken = laps.take(wait=True)
     except torch.OutOfMemoryError:

@@ -102,6 +102,9 @@ def test_links_of_the_table():
     assert pairs is not None
     assert (pairs.peer_bytes_per_second, pairs.in_switch) == (31.5e9, False), "eight are not joined by bridges of two"
     assert pairs.source.startswith("A40's PCIe from the table; ")
+    sixteen = links(H100, "--gpus-per-node", "16")
+    assert sixteen is not None
+    assert (sixteen.peer_bytes_per_second, sixteen.in_switch) == (63e9, False), "one board's switches join eight"
     rack = links(msgspec.structs.replace(H100, name="GB200"))
     assert rack is not None
     assert (rack.gpus_per_node, rack.peer_bytes_per_second, rack.in_switch) == (72, 900e9, True)

@@ -19,6 +19,7 @@ from perf.scaling import (
     buckets,
     fastest,
     floor_seconds,
+    floor_times,
     predict,
 )
 
@@ -215,3 +216,13 @@ def test_kernels_follow_one_another():
     kernels = [Work(flops=3 * 10**12, bytes=10**9), Work(flops=10**12, bytes=5 * 10**9), Work(flops=0, bytes=10**9)]
     assert floor_seconds(kernels, peaks) == pytest.approx(3 + 5 + 1)
     assert floor_seconds([Work(flops=4 * 10**12, bytes=7 * 10**9)], peaks) == pytest.approx(7), "as one kernel"
+
+
+def test_the_floors_backward_pass_goes_from_the_last_layer_to_the_first():
+    layers = layer_costs("A", classes=10, crop=32, batch=2, bytes_per_value=4)
+    peaks = Peaks(name="it", source="table", flops_per_second=1e12, bytes_per_second=1e9, watts=None)
+    for fused in (True, False):
+        times = floor_times(layers, peaks, batch=2, passes=1, precision="fp32", fused=fused)
+        first, last = times.backward[-1], times.backward[0]
+        assert (first.parameters, last.parameters) == ((64 * 27, 64), (10 * 4096, 10))
+        assert last.seconds < first.seconds, "ten classes, and 64 channels of 32 × 32 pixels"
