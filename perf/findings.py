@@ -6,7 +6,6 @@ from datetime import datetime, timezone
 import torch
 
 from common.process import usable_cores
-from common.progress import say
 from common.ranks import Ranks
 from engine.config import Config, default_data, parse_args, to_dict
 from perf.laps import BACKWARD, DATA_WAIT, FORWARD, OPTIMIZER
@@ -35,7 +34,6 @@ from perf.timing import Timing, rate_of, summarise
 from perf.verdict import NO_VERDICT, ceiling, judge
 from pipeline.tables import ShardTable
 
-_MANY_OTHERS = 0.1  # of the cores
 _NOT_OF_A_PROFILE = ("out", "resume", "lr", "epochs", "steps", "checkpoint_minutes", "keep", "allow_changed_data")
 _MEMORY_USED = "memory_used_bytes"
 
@@ -173,7 +171,6 @@ def make_report(
         verdict=NO_VERDICT,
     )
     report.verdict = judge(report)
-    _warn_of_others(report)
     return report
 
 
@@ -181,15 +178,6 @@ def changed(config: Config) -> list[str]:
     """The keys whose values are not the defaults for this data set, in the order of --help."""
     default = to_dict(parse_args(["--data", config.data])) | {"data": default_data()}
     return [key for key, value in to_dict(config).items() if key not in _NOT_OF_A_PROFILE and value != default[key]]
-
-
-def _warn_of_others(report: Report) -> None:
-    others = max(rate.cores_of_others for name in STAGES if (rate := getattr(report.stages, name)))
-    if others > _MANY_OTHERS * report.hardware.cores:
-        say(
-            f"warning: other programs kept up to {others:.1f} of the {report.hardware.cores} cores busy meanwhile; "
-            "measure again on a quiet machine"
-        )
 
 
 def _resolved(bench: Bench, *, compiled: bool) -> dict:

@@ -180,10 +180,12 @@ def best_of(peaks: Sequence[Peaks]) -> Peaks:
 def run_stages(bench: Bench, trace: Path | None) -> Findings:
     """Measure one stage after the other; every rank must call this. trace: the file to write one to."""
     ranks, found = bench.ranks, Findings()
+    windows = ", or three windows of shards" if bench.config.order == "window" else ""
 
     def begin(stage: str) -> None:
         if ranks.is_main:
-            say(f"measuring {stage}, for up to {bench.limits.seconds:g} s")
+            fed = windows if stage in ("reading", "the loader", "training") else ""
+            say(f"measuring {stage}, for up to {bench.limits.seconds:g} s{fed}")
 
     if bench.has_images:
         begin("reading")
@@ -213,7 +215,7 @@ def run_stages(bench: Bench, trace: Path | None) -> Findings:
     if ranks.device.type == "cuda":
         found.reserved_bytes = torch.cuda.max_memory_reserved(ranks.device)
     found.trace = traced(step, ranks, trace)
-    del step, assembly, model
+    del step, assembly, model  # their memory is the next network's
     # Eager, one layer after the other, of a network of its own: DDP's and the compiler's hooks are of the whole.
     found.layer_seconds = layer_seconds(
         build_model(bench), next(resident(bench.data)), precision=bench.precision, device=ranks.device
