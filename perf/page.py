@@ -113,12 +113,12 @@ def _throttled(device: Device) -> str:
 
 
 def layer_table(report: Report) -> Table:
-    """Each layer's work, floors and measured time, forward and backward of one step together."""
-    header = ["layer", "kind", "GFLOP", "MB", "floor, ms", "unfused, ms", "measured, ms", "of its floor", "of the step"]
+    """Each layer's work, floors and measured time, forward and backward of one step; measured with bias, ReLU and dropout."""
+    header = ["layer", "kind", "GFLOP", "MB", "floor, ms", "unfused, ms", "measured, ms", "of unfused", "of the step"]
     step = report.stages.step.step_seconds.mean
     rows = []
     for layer in report.roofline.layers:
-        times = ratio(layer.measured_seconds, layer.floor_seconds)
+        times = ratio(layer.measured_seconds, layer.floor_seconds_unfused)
         rows.append(
             [
                 text_of(layer.name),

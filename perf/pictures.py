@@ -6,8 +6,9 @@ Each function takes a report and returns a figure, or the sentence that says why
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from perf.bottlenecks import floor_of_passes
 from perf.plot_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, lanes, new_figure
 from perf.report import Rate, Report
 from perf.words import (
@@ -60,6 +61,7 @@ def _draw_strip(axes: Axes, title: str, rate: Rate) -> None:
     axes.plot(places[slow], times[slow], "o", color=VERMILION, markersize=4)
     axes.axhline(1e3 * rate.step_seconds.mean, color="black", linewidth=0.8)
     axes.set(ylim=(0, 1.12 * times.max()), xlim=(-0.01 * len(times) - 0.5, 1.01 * len(times)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("ms a step" if rate.steps_a_lap == 1 else f"ms a step,\nlaps of {rate.steps_a_lap}")
     words = f"{title}: mean {number(1e3 * rate.step_seconds.mean)} ms, median {number(1e3 * rate.step_seconds.median)}"
     count, share = slow_laps(rate)
@@ -75,7 +77,9 @@ def _draw_histogram(axes: Axes, rate: Rate) -> None:
     colours = [VERMILION if edge > 2e3 * rate.step_seconds.median else BLUE for edge in edges[:-1]]
     axes.barh(edges[:-1], counts, height=np.diff(edges), align="edge", color=colours)
     axes.set(xscale="log", xlim=(0.6, 1.6 * max(counts)))
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_locator(FixedLocator([10**power for power in range(5) if 10**power <= 1.6 * max(counts)]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="x", alpha=0.3)
 
 
@@ -92,19 +96,23 @@ GAP = {
 def gap_of_step(report: Report) -> dict[str, float]:
     """Seconds of a step alone by what they are for (GAP); they add up to it, or to the floor if that is longer.
 
-    floor: all work at the hardware's peaks, bias, ReLU and dropout fused into the layers. memory_passes: what the floor with
-    none of these fused takes beyond that. layers: what the layers, measured one by one, take beyond their floors. rest: all
-    else, as an optimizer and an all-reduce below their peaks, starting kernels, the loss. Each is at most what the ones before
-    it leave: a compiled step fuses some passes, and its layers may be faster than by themselves.
+    floor: all work at the hardware's peaks, bias, ReLU and dropout fused into the layers. memory_passes: these by themselves, at
+    the memory's peak, as far as the step has not fused them. layers: what the layers, measured one by one and not compiled, take
+    beyond their unfused floors. rest: all else, as an optimizer and an all-reduce below their peaks, starting kernels, the loss.
+    Each is at most what the ones before it leave.
     """
     roofline = report.roofline
-    floor, left = roofline.floor_seconds.total, report.stages.step.step_seconds.mean - roofline.floor_seconds.total
+    fused, left = roofline.floor_seconds, report.stages.step.step_seconds.mean - roofline.floor_seconds.total
     beyond = [
-        layer.measured_seconds - layer.floor_seconds for layer in roofline.layers if layer.measured_seconds is not None
+        layer.measured_seconds - layer.floor_seconds_unfused
+        for layer in roofline.layers
+        if layer.measured_seconds is not None
     ]
-    wanted = {"memory_passes": roofline.floor_seconds_unfused.total - floor, "layers": sum(beyond)}
-    found = {"floor": floor}
-    for name, seconds in wanted.items():
+    found = {"floor": fused.total}
+    for name, seconds in (
+        ("memory_passes", floor_of_passes(report) - fused.forward - fused.backward),
+        ("layers", sum(beyond)),
+    ):
         found[name] = max(0.0, min(seconds, left))
         left -= found[name]
     return {**found, "rest": max(0.0, left)}

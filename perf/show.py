@@ -181,7 +181,7 @@ def print_report(report: Report) -> None:
 def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     for place, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if place else "left", no_wrap=place < len(header) - 1)
+        table.add_column(Text(name), justify="right" if place else "left")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

@@ -123,7 +123,7 @@ def headline_rate(report: Report) -> Rate:
 def speed_sentence(report: Report) -> str:
     """What stands behind the headline's images/s."""
     rate, where = headline_rate(report), "in training" if report.stages.training else "in the step alone"
-    known = f"95 % confidence: {interval_of(rate)}" if rate.interval else "too few steps for a confidence interval"
+    known = f"95 % confidence: {interval_of(rate)}" if rate.interval else "how sure, nobody knows"
     return f"{where}; {known}. A step takes {milliseconds(rate.step_seconds.mean)} ms on average."
 
 
@@ -142,7 +142,8 @@ def surety_sentence(report: Report) -> str:
         "steps": "the steps were used up before the wanted precision was reached",
     }.get(rate.stopped_by, printable(rate.stopped_by))
     slow, share = slow_laps(rate)
-    words = f"With 95 % confidence, from {_steps(report, rate):,} steps in {duration(rate.seconds)}; {why}."
+    known = "With 95 % confidence" if rate.interval else "Too few laps for a confidence interval"
+    words = f"{known}, from {_steps(report, rate):,} steps in {duration(rate.seconds)}; {why}."
     slow, share = slow_laps(rate)
     laps = "steps" if rate.steps_a_lap == 1 else f"laps of {rate.steps_a_lap} steps"
     return (

@@ -120,7 +120,7 @@ def test_page_has_all_that_was_measured():
     cells = [layer.floor_seconds, layer.floor_seconds_unfused, layer.measured_seconds]
     shown = "\n".join(number(1e3 * seconds) for seconds in cells)
     share = f"{100 * layer.measured_seconds / (512 / 6020):.1f} %"
-    assert f"{shown}\n× {number(layer.measured_seconds / layer.floor_seconds)}\n{share}\n" in text
+    assert f"{shown}\n× {number(layer.measured_seconds / layer.floor_seconds_unfused)}\n{share}\n" in text
 
 
 def test_page_tells_settings_that_were_changed_from_the_rest():
@@ -214,7 +214,8 @@ def test_what_is_missing_is_not_measured_and_never_nought():
     report.hardware.ranks = 2
     text = page_of(report).text
     assert "118 images/s" in text
-    assert "in the step alone; too few steps for a confidence interval" in text
+    assert "in the step alone; how sure, nobody knows." in text
+    assert "Too few laps for a confidence interval, from 120 steps" in text
     assert "all-reduce, exposed\nnot measured\nnot measured\n" in text
 
 
