@@ -80,11 +80,13 @@ def make_report(
     *,
     peaks: Peaks,
     links: Links | None,
+    algorithm: str,
     sampler: NvmlSampler | None,
     price_per_hour: float | None,
     price_per_kwh: float | None,
 ) -> Report | None:
-    """On rank 0; None on the others, which must call this too. sampler: of the first rank of each machine."""
+    """On rank 0; None on the others, which must call this too. algorithm: of the all-reduce, as for roofline(). sampler: of the
+    first rank of each machine."""
     ranks, config = bench.ranks, bench.config
     rates = {
         name: rate_of(timing, images=bench.share, ranks=ranks) if (timing := getattr(found, name)) else None
@@ -114,6 +116,7 @@ def make_report(
         ),
         peaks=peaks,
         links=links,
+        algorithm=algorithm,
         measured=Measured(
             step_seconds=stages.step.step_seconds.mean,
             # On a CPU they are those of GPUs that had nothing to do.

@@ -146,7 +146,7 @@ def profile(config: Config, ranks: Ranks, limits: Limits, options: argparse.Name
     """
     bench = open_bench(config, ranks, limits)
     peaks = [peaks_here(ranks.device, bench.precision.name)]  # on all ranks at the same time: they may share a CPU
-    links = links_from(options, peaks[0], ranks_a_machine=_ranks_a_machine(ranks))
+    links = links_from(options, peaks[0], ranks_a_machine=_ranks_a_machine(ranks), ranks=ranks.world_size)
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(ranks.device)
@@ -162,6 +162,7 @@ def profile(config: Config, ranks: Ranks, limits: Limits, options: argparse.Name
         found,
         peaks=best_of(peaks),
         links=links,
+        algorithm=options.all_reduce,
         sampler=sampler,
         price_per_hour=options.price_per_hour,
         price_per_kwh=options.price_per_kwh,

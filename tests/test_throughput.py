@@ -152,9 +152,15 @@ def test_synthetic_data_has_only_the_step(tmp_path, monkeypatch, capsys):
         "2",
         "--steps",
         "3",
+        "--network-gbits-per-second",
+        "10",
+        "--all-reduce",
+        "tree",
     ]
     assert throughput.main([*flags, "--out", str(tmp_path)]) == 0
     report = read_report(tmp_path / "report.json")
+    assert "network 10 Gbit/s" in report.roofline.links.source
+    assert {row.algorithm for row in report.roofline.scaling} == {"tree"}
     assert [name for name in STAGES if getattr(report.stages, name)] == ["step"]
     assert report.training_parts is None
     assert report.costs is None
