@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from common.ranks import ranks_of_this_run
-from perf.report import Report, read_report
+from perf.report import STAGES, Rate, Report, read_report
 from pipeline.digits import digits_folder
 from pipeline.prepare import Settings, prepare
 from tests import planted
@@ -44,6 +44,13 @@ def flags_of(report: Report) -> list[str]:
     return [advice.flags for advice in report.verdict.tries]
 
 
+def rates_of(report: Report) -> list[Rate]:
+    """Of all stages: none is missing."""
+    rates = [getattr(report.stages, name) for name in STAGES]
+    assert None not in rates
+    return rates
+
+
 def prepared_digits(folder: Path, *, shard_images: int) -> list[str]:
     """Prepare them; the flags that train on them."""
     folder.mkdir()
@@ -60,9 +67,10 @@ def test_a_slow_disk(tmp_path):
     assert report.verdict.bound == "input"
     assert "reading" in report.verdict.sentence
     assert flags_of(report)[0] == "--read-threads 2"
-    assert 8 < report.stages.reading.images_per_second < 10.5
-    assert 8 < report.stages.loader.images_per_second < 10.5
-    assert report.stages.decoding.images_per_second > 100
+    reading, decoding, loader, *_ = rates_of(report)
+    assert 8 < reading.images_per_second < 10.5
+    assert 8 < loader.images_per_second < 10.5
+    assert decoding.images_per_second > 100
     assert report.ceiling.set_by == "loader", "waiting takes no core from the step"
     assert report.ceiling.training_over_ceiling == pytest.approx(1, abs=0.1)
 
@@ -73,11 +81,12 @@ def test_storage_that_gives_20_images_a_second(tmp_path, flags):
     report = profile(
         tmp_path / "out", *prepared_digits(tmp_path / "prepared", shard_images=10), *flags, plant="limited_storage"
     )
-    stages, parts = report.stages, report.training_parts
+    (reading, _, loader, _, training), parts = rates_of(report), report.training_parts
+    assert parts
     assert parts.step.mean < 0.35, "otherwise nothing is planted"
-    for rate in (stages.reading, stages.loader, stages.training):
+    for rate in (reading, loader, training):
         assert rate.images_per_second == pytest.approx(planted.IMAGES_PER_SECOND, rel=0.05)
-    wait = parts.data_wait.mean / stages.training.step_seconds.mean
+    wait = parts.data_wait.mean / training.step_seconds.mean
     assert wait == pytest.approx(1 - parts.step.mean * planted.IMAGES_PER_SECOND / 8, abs=0.03)
 
 
@@ -114,6 +123,7 @@ def test_a_slow_host_and_a_tiny_batch(tmp_path):
     assert report.verdict.bound == "launch"
     assert flags_of(report) == ["--compile", "--batch-size 2"]
     layers = 8 + 8 + 5 + 3 + 2 + 2  # convolutions and ReLUs, pools; linear layers, ReLUs, dropouts
+    assert report.host_seconds_per_step
     assert report.host_seconds_per_step > 0.02 * (layers + 3)  # and the three modules that hold them
 
 
@@ -122,6 +132,7 @@ def test_all_reduce_of_a_tiny_batch(tmp_path):
     report = profile(tmp_path / "out", "--data", "digits", "--batch-size", "2", ranks=2)
     assert report.verdict.bound == "communication"
     assert flags_of(report)[0] == "--grad-compression bf16"
+    assert report.all_reduce
     assert report.all_reduce.bytes_per_rank == 4 * 28_144_010
 
 

@@ -164,6 +164,7 @@ def test_stalls_do_not_vanish(monkeypatch, stalling):
     assert rate.images_per_second == pytest.approx(rate.images / rate.seconds)
     assert rate.images_per_second == pytest.approx(truth, rel=0.02)
     assert rate.seconds == pytest.approx(timing.ended - timing.began)
+    assert rate.interval
     assert rate.interval[0] <= truth <= rate.interval[1]
     assert max(rate.series_seconds) > 0.0025, "and they are seen in the series"
 
