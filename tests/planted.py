@@ -14,7 +14,7 @@ import torch
 from engine.step import TrainStep
 from pipeline.storage import FolderStorage
 
-IMAGES_PER_SECOND = 20.0  # less than a step on one thread trains
+IMAGES_PER_SECOND = 8.0  # less than a step on one thread trains
 STALLING, OF, STALL_SECONDS = 8, 40, 0.1
 
 

@@ -76,18 +76,17 @@ def test_a_slow_disk(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [(), ("--order", "window", "--window-shards", "4")])
-def test_storage_that_gives_20_images_a_second(tmp_path, flags):
-    """Windows of 40 images, 5 steps, come at once, every 2 s; a step is shorter than the 0.4 s that its images take."""
-    report = profile(
-        tmp_path / "out", *prepared_digits(tmp_path / "prepared", shard_images=10), *flags, plant="limited_storage"
-    )
+def test_slow_storage(tmp_path, flags):
+    """Windows of 20 images, 5 steps, come at once, every 2.5 s; a step is shorter than the 0.5 s that its images take."""
+    own = [*prepared_digits(tmp_path / "prepared", shard_images=5), "--batch-size", "4"]
+    report = profile(tmp_path / "out", *own, *flags, plant="limited_storage")
     (reading, _, loader, _, training), parts = rates_of(report), report.training_parts
     assert parts
-    assert parts.step.mean < 0.35, "otherwise nothing is planted"
+    assert parts.step.mean < 0.45, "otherwise nothing is planted"
     for rate in (reading, loader, training):
         assert rate.images_per_second == pytest.approx(planted.IMAGES_PER_SECOND, rel=0.05)
     wait = parts.data_wait.mean / training.step_seconds.mean
-    assert wait == pytest.approx(1 - parts.step.mean * planted.IMAGES_PER_SECOND / 8, abs=0.03)
+    assert wait == pytest.approx(1 - parts.step.mean * planted.IMAGES_PER_SECOND / 4, abs=0.03)
 
 
 def test_steps_that_stall(tmp_path):
