@@ -82,11 +82,12 @@ def test_slow_storage(tmp_path, flags):
     report = profile(tmp_path / "out", *own, *flags, plant="limited_storage")
     (reading, _, loader, _, training), parts = rates_of(report), report.training_parts
     assert parts
-    assert parts.step.mean < 0.45, "otherwise nothing is planted"
-    for rate in (reading, loader, training):
+    for rate in (reading, loader):
         assert rate.images_per_second == pytest.approx(planted.IMAGES_PER_SECOND, rel=0.05)
+    truth = min(planted.IMAGES_PER_SECOND, 4 / parts.step.mean)  # a machine that is busy may be slower than the storage
+    assert training.images_per_second == pytest.approx(truth, rel=0.05)
     wait = parts.data_wait.mean / training.step_seconds.mean
-    assert wait == pytest.approx(1 - parts.step.mean * planted.IMAGES_PER_SECOND / 4, abs=0.03)
+    assert wait == pytest.approx(1 - parts.step.mean * truth / 4, abs=0.03)
 
 
 def test_steps_that_stall(tmp_path):
