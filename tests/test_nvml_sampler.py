@@ -383,6 +383,8 @@ def test_mig(stub):
     report = run_python(SAMPLE.format(seconds=0.2), env)
     (gpu,) = report["devices"]
     assert (gpu["index"], gpu["uuid"][:8], gpu["name"]) == (0, "MIG-1902", "Stub GPU MIG 1g.10gb")
+    assert gpu["is_mig"] is True
+    assert {name: gpu[name] for name in LIMITS} == LIMITS, "of the whole GPU"
     own = {
         "memory_used_bytes": 17 * 2**30,
         "jpeg_engine_utilisation_percent": 32,
