@@ -29,6 +29,11 @@ _POWER_CAP_SHARE = 0.5
 # A card at its power limit lowers its clock in every large matrix product: that is its speed. Far below, something is wrong.
 _POWER_CAP_CLOCK = 0.7
 _LOWERED_LIMIT = 0.95  # of the card's default limit
+_HELD_DOWN = {
+    "hw_thermal": "heat (look at the cooling)",
+    "sw_thermal": "heat (look at the cooling)",
+    "hw_power_brake": "a power brake (the machine's power supply asked for it: look at that, and at the rack's)",
+}
 _WAIT_SHARE = 0.05  # of a training step on a GPU, beside which the loader has cores of its own
 _HOST_SHARE_ON_GPU = 0.9  # host and device work at the same time
 _HOST_SHARE_ON_CPU = 0.5  # there, one after the other
@@ -113,13 +118,6 @@ def _held_down(gpu: Device) -> tuple[float, str, str, Device]:
     if setting >= _POWER_CAP_SHARE and clock <= _POWER_CAP_CLOCK:
         found.append((setting, "applications_clocks_setting", "a fixed clock (nvidia-smi -rac and -rgc lift it)"))
     return (*max(found, default=(0.0, "", "")), gpu)
-
-
-_HELD_DOWN = {
-    "hw_thermal": "heat (look at the cooling)",
-    "sw_thermal": "heat (look at the cooling)",
-    "hw_power_brake": "a power brake (the machine's power supply asked for it: look at that, and at the rack's)",
-}
 
 
 def _relative_clock(gpu: Device) -> float | None:
