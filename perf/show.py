@@ -57,6 +57,7 @@ PICTURES: dict[str, Callable[[Report], Figure | str]] = {
     "roofline": roofline,
 }
 COMPARISON = "comparison.png"
+_TABLE_WIDTH = 110
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,13 +124,13 @@ def write_comparison(a: Report, b: Report, names: list[str], out: Path) -> dict:
         console.print(Text(f"{letter}: {name}\n   {subject(report)}\n   {verdict_sentence(report)}"))
         console.print(Text("".join(f"   Caution: {sentence}\n" for sentence in cautions(report)), end=""))
     for header, lines in comparison_tables(rows, a, b):
-        console.print(_table("", header, lines))
+        _print_table("", header, lines)
     console.print(
         "Clocks, caches and neighbours change from run to run, and no interval has that in it: measure both runs again."
     )
     if differing:
         cells = [[printable(key), *map(text_of, values)] for key, values in differing.items()]
-        console.print(_table("What differs", ["", "A", "B"], cells))
+        _print_table("What differs", ["", "A", "B"], cells)
     else:
         console.print("Configuration, hardware and code are the same.")
     return {"rows": msgspec.to_builtins(rows), "differences": differing, "picture": str(out / COMPARISON)}
@@ -146,7 +147,7 @@ def write_sweep(path: Path, out: Path) -> dict:
     _write({names[program]: png(figure) if figure else None for program, figure in figures.items()}, out)
     console = Console()
     for program, group in groups.items():
-        console.print(_table(f"{path.stem}: {program}", *sweep_table(group)))
+        _print_table(f"{path.stem}: {program}", *sweep_table(group))
     failed = [row for row in rows if row[ERROR]]
     if failed:
         console.print(f"{len(failed)} of {len(rows)} runs failed.")
@@ -172,19 +173,20 @@ def print_report(report: Report) -> None:
         console.print(Text(f"Caution: {sentence}", style="yellow"))
     for place, (flags, why) in enumerate(flags_to_try(report), start=1):
         console.print(Text.assemble(f"  {place}. ", (flags, "bold"), f"  {why}"))
-    console.print(_table("", *stage_table(report)))
-    console.print(_table("", *part_table(report)))
+    _print_table("", *stage_table(report))
+    _print_table("", *part_table(report))
     for words in (ceiling_sentence, warm_up_sentence, memory_sentence):
         console.print(Text(words(report)))
 
 
-def _table(title: str, header: list[str], rows: list[list[str]]) -> Table:
+def _print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """At its full width: on a narrower terminal, which breaks its lines, no column is lost."""
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     for place, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if place else "left")
+        table.add_column(Text(name), justify="right" if place else "left", no_wrap=place < len(header) - 1)
     for row in rows:
         table.add_row(*map(Text, row))
-    return table
+    Console(width=max(Console().width, _TABLE_WIDTH)).print(table)
 
 
 def _drawn(figure: Figure | str) -> bytes | str:
