@@ -2,13 +2,18 @@
 
 import json
 import math
+import types
 
 import msgspec
 import pytest
 import torch
 
-from perf import peaks, throughput
-from perf.report import STAGES, read_report
+from common.ranks import Ranks
+from engine.config import parse_args
+from perf import findings, peaks, throughput
+from perf.report import STAGES, Quantiles, read_report
+from perf.timing import Timing
+from tests.made_up_report import gpu_report
 from tests.runs import run
 
 SMALL = ["--arch", "A", "--data", "digits", "--batch-size", "4", "--steps", "5", "--seconds", "60"]
@@ -188,3 +193,52 @@ def test_two_ranks(tmp_path, flags):
         assert len(rate.images_per_second_per_rank) == 2
         assert rate.images_per_second == pytest.approx(2 * min(rate.images_per_second_per_rank))
     assert (report.warm_up.compile_seconds is None) == (not flags)
+
+
+def timing_of(laps: list[dict[str, float]]) -> Timing:
+    return Timing(
+        laps=laps, steps_a_lap=1, laps_a_period=1, stopped_by="steps", cpu_seconds=0.0, cores_of_others=0.0,
+        warm_up_steps=0, warm_up_seconds=0.0, began=0.0, ended=1.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("with_it", "without", "exposed"), [((0.5, 0.7), (0.4, 0.42), 0.19), ((0.3, 0.3), (0.4, 0.4), 0.0)]
+)
+def test_the_parts_of_a_step_add_up_with_an_all_reduce(with_it, without, exposed):
+    """Also where noise has the backward pass longer without it."""
+    step = timing_of([{"forward": 0.2, "backward": seconds, "optimizer": 0.1} for seconds in with_it])
+    alone = timing_of([{"forward": 0.3, "backward": seconds, "optimizer": 0.2} for seconds in without])
+    parts = findings._step_parts(findings.Findings(step=step, step_without_all_reduce=alone))
+    assert parts.all_reduce
+    assert parts.all_reduce.mean == pytest.approx(exposed)
+    assert sum(part.mean for part in msgspec.structs.astuple(parts)) == pytest.approx(step.step_seconds.mean())
+
+
+def test_peak_memory_is_all_that_the_gpu_had_given_away(monkeypatch):
+    """NVML's reading of rank 0's own GPU, DALI's memory included; or torch's figure, where that is more or NVML has none."""
+    own = types.SimpleNamespace(uuid="abc", total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: own)
+    ranks = Ranks(
+        rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cuda", 0), patient_group=None
+    )
+    telemetry = gpu_report().telemetry
+    device = telemetry.devices[0]
+    device.uuid, device.machine = "GPU-abc", 0
+    device.fields["memory_used_bytes"] = Quantiles(median=1, p5=1, p95=1, min=1, max=9 << 30, mean=1)
+
+    def peak(reserved: int) -> int:
+        memory = findings._memory(ranks, findings.Findings(reserved_bytes=reserved), telemetry)
+        assert memory
+        assert memory.total_bytes == own.total_memory
+        return memory.peak_bytes
+
+    assert (peak(5 << 30), peak(10 << 30)) == (9 << 30, 10 << 30)
+    device.machine = 1
+    assert peak(5 << 30) == 5 << 30, "another machine's"
+
+
+def test_what_differs_from_the_data_sets_defaults():
+    assert set(findings.changed(parse_args(["--data", "digits"]))) <= {"data"}
+    flags = ["--data", "digits", "--arch", "A", "--crop", "32", "--batch-size", "8", "--lr", "1", "--no-compile"]
+    assert set(findings.changed(parse_args(flags))) - {"data"} == {"arch", "batch_size", "compile"}
