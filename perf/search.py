@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from common.errors import TrainingError
-from common.progress import say
 from perf.trials import Job, Outcome, Settings
 
 LEAST_GAIN = 0.01
@@ -164,19 +163,11 @@ def gain_of(pairs: list[tuple[float, float]]) -> Gain:
 class Search:
     """One search, against the clock."""
 
-    def __init__(
-        self,
-        job: Job,
-        run: Run,
-        *,
-        seconds: float,
-        clock: Callable[[], float] = perf_counter,
-        tell: Callable[[str], None] = say,
-    ) -> None:
-        """The time begins now. tell: of each trial."""
+    def __init__(self, job: Job, run: Run, *, seconds: float, clock: Callable[[], float] = perf_counter) -> None:
+        """The time begins now."""
         self._given, self._share = job.settings, job.share
         self._whole = "training" if job.has_images else "step"
-        self._run, self._seconds, self._began, self._clock, self._tell = run, seconds, clock(), clock, tell
+        self._run, self._seconds, self._began, self._clock = run, seconds, clock(), clock
         self._trials: list[Trial] = []
 
     def run(self, coordinates: dict[str, list[Coordinate]]) -> Tuned:
@@ -239,12 +230,7 @@ class Search:
     def _try(self, stage: str, settings: Settings, limit_seconds: float) -> Outcome:
         began, changes = self._passed(), self._changes(settings)
         outcome = self._run(stage, changes, limit_seconds)
-        ended = self._passed()
-        self._trials.append(Trial(stage=stage, changes=changes, seconds=ended - began, **vars(outcome)))
-        rate = (
-            f"{outcome.images_per_second:,.1f} images/s" if outcome.images_per_second else f"failed: {outcome.failure}"
-        )
-        self._tell(f"{ended:4.0f} s  {stage}, {in_words(changes)}: {rate}")
+        self._trials.append(Trial(stage=stage, changes=changes, seconds=self._passed() - began, **vars(outcome)))
         return outcome
 
     def _changes(self, settings: Settings) -> Settings:
@@ -252,13 +238,3 @@ class Search:
 
     def _passed(self) -> float:
         return self._clock() - self._began
-
-
-def in_words(changes: Settings) -> str:
-    """As flags of train.py."""
-    flags = {name.replace("_", "-"): value for name, value in changes.items()}
-    words = [
-        f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
-        for flag, value in flags.items()
-    ]
-    return " ".join(words) or "as given"

@@ -1,9 +1,6 @@
-"""python profile/sweep.py --csv FILE --program train.py [--ranks N] FLAGS: one run of a sweep, and its row in the CSV file.
+"""One run of a sweep, and its row in the CSV file. A run whose row is there is skipped; of one that fails the row says why."""
 
-The scripts in sweeps/ call this once for each point of their grid. A run whose row is there is skipped; one that fails has
-a row that says why. FLAGS are the program's own, --out apart: each run has a folder of its own beside the CSV file.
-"""
-
+import argparse
 import hashlib
 import json
 import math
@@ -110,14 +107,7 @@ def _do(argv: list[str] | None) -> int:
     parser.add_argument("--keep-checkpoints", action="store_true", help="also after the run's end")
     try:
         options, flags = parser.parse_known_args(argv)
-        point = describe(
-            options.program,
-            flags,
-            ranks=options.ranks,
-            variant=options.variant,
-            label=options.label,
-            folder=options.csv.with_suffix(""),
-        )
+        point = describe(options, flags)
         name = f"{options.place}  {printable(options.label)}"
         if options.dry_run:
             note = "  # has a row" if _has_row(options.csv, point, options.retry_failed) else ""
@@ -138,35 +128,31 @@ def _do(argv: list[str] | None) -> int:
         raise UserError(f"{place}: {error.strerror or error}; name another CSV file") from error
 
 
-def describe(program: str, flags: Sequence[str], *, ranks: int, variant: str, label: str, folder: Path) -> Point:
-    """The point that a program's flags mean. Raises UserError: wrong flags.
-
-    variant: tells runs apart that differ in nothing else, as those of strong and of weak scaling on one rank; may be empty.
-    label: readable, for the name of the folder in `folder`.
-    """
+def describe(options: argparse.Namespace, flags: Sequence[str]) -> Point:
+    """The point that a program's flags mean. Raises UserError: wrong flags."""
     if any(re.fullmatch(r"--(out|resume)(=.*)?", flag) for flag in flags):
         raise UserError("--out, --resume: a sweep gives each run a folder of its own; name the CSV file with CSV=FILE")
-    if ranks < 1:
-        raise UserError(f"--ranks {ranks}: must be at least 1")
+    if options.ranks < 1:
+        raise UserError(f"--ranks {options.ranks}: must be at least 1")
     own = FlagParser(add_help=False, allow_abbrev=False)
-    if program == THROUGHPUT:
+    if options.program == THROUGHPUT:
         own.add_argument("--seconds", dest="seconds_a_stage", default="")
-    options, others = own.parse_known_args(flags)
+    found, others = own.parse_known_args(flags)
     config = parse_args(others)
     settings = {name: _text(value) for name, value in to_dict(config).items() if name not in _NO_SETTING}
     identity = {
-        "program": program,
-        "variant": variant,
-        "ranks": str(ranks),
+        "program": options.program,
+        "variant": options.variant,
+        "ranks": str(options.ranks),
         "card": card(config.device),
         "git_revision": git_revision() or "",
-        **vars(options),
+        **vars(found),
         **settings,
     }
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=5).hexdigest()
-    name = re.sub(r"[^\w.]+", "-", label).strip("-")[:60]
-    out = folder / f"{name or Path(program).stem}-{digest}"
-    return Point(program=program, flags=tuple(flags), ranks=ranks, identity=identity, out=out)
+    name = re.sub(r"[^\w.]+", "-", options.label).strip("-")[:60] or Path(options.program).stem
+    out = options.csv.with_suffix("") / f"{name}-{digest}"
+    return Point(program=options.program, flags=tuple(flags), ranks=options.ranks, identity=identity, out=out)
 
 
 def _has_row(path: Path, point: Point, retry_failed: bool) -> bool:

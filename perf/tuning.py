@@ -31,9 +31,9 @@ from common.ranks import Ranks, first_then_others
 from engine.config import Config
 from engine.data import default_threads
 from perf.machine import git_revision
-from perf.search import LEAST_GAIN, Coordinate, Search, Trial, Tuned, in_words
+from perf.search import LEAST_GAIN, Coordinate, Search, Trial, Tuned
 from perf.timing import Limits
-from perf.trials import Job, Settings, Trials
+from perf.trials import Job, Outcome, Settings, Trials
 
 _PREFETCH = (1, 2, 4)
 _HW_DECODER_LOADS = (0.0, 0.5, 0.65, 0.8, 1.0)
@@ -50,11 +50,20 @@ def tune(config: Config, ranks: Ranks, *, limits: Limits, seconds: float) -> tup
     def clock() -> float:
         return first_then_others(ranks, perf_counter, lambda now: now)  # all ranks search, and must decide alike
 
+    def run(stage: str, changes: Settings, limit_seconds: float) -> Outcome:
+        outcome = trials.run(stage, changes, limit_seconds)
+        rate = (
+            f"{outcome.images_per_second:,.1f} images/s" if outcome.images_per_second else f"failed: {outcome.failure}"
+        )
+        if ranks.is_main:
+            say(f"{perf_counter() - began:4.0f} s  {stage}, {in_words(changes)}: {rate}")
+        return outcome
+
     trials = Trials(config, ranks, limits)
     try:
         job = trials.describe()
-        search = Search(job, trials.run, seconds=seconds, clock=clock, tell=say if ranks.is_main else lambda _: None)
-        tuned = search.run(coordinates(job, config))
+        began = perf_counter()
+        tuned = Search(job, run, seconds=seconds, clock=clock).run(coordinates(job, config))
     finally:
         trials.close()
     return (job, tuned) if ranks.is_main else None
@@ -108,6 +117,16 @@ def _compilations(*, deterministic: bool) -> list[Settings]:
     # What is chosen by its speed may be something else the next time, and then it rounds otherwise.
     modes = [mode for mode in offered("compile_mode") if not (deterministic and "autotune" in mode)]
     return [{"compile": "off"}, *({"compile": "on", "compile_mode": mode} for mode in modes)]
+
+
+def in_words(changes: Settings) -> str:
+    """As flags of train.py."""
+    flags = {name.replace("_", "-"): value for name, value in changes.items()}
+    words = [
+        f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
+        for flag, value in flags.items()
+    ]
+    return " ".join(words) or "as given"
 
 
 def sentences(tuned: Tuned) -> list[str]:

@@ -64,7 +64,7 @@ def sweep(folder: Path, *flags: str, name: str = "lr", **others: str) -> subproc
         env=variables(folder, **others),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 

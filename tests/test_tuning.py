@@ -17,10 +17,10 @@ from common.errors import TrainingError, UserError
 from common.ranks import ranks_of_this_run
 from engine.config import Config, parse_args
 from perf import throughput
-from perf.search import Coordinate, Search, TimeUp, beats_spread, climb, gain_of, in_words, paired_rates
+from perf.search import Coordinate, Search, TimeUp, beats_spread, climb, gain_of, paired_rates
 from perf.timing import Limits
 from perf.trials import Job, Outcome, Trials
-from perf.tuning import coordinates, sentences, write_recipe
+from perf.tuning import coordinates, in_words, sentences, write_recipe
 from tests import made_up_worker
 from tests.made_up_report import cpu_report
 from tests.runs import results_of, run
