@@ -267,7 +267,7 @@ def _print_floor(job: Job, result: Roofline, step_seconds: float | None) -> None
         f"{peaks.name}: {peaks.flops_per_second / 1e12:,.3g} TFLOP/s, {peaks.bytes_per_second / 1e9:,.4g} GB/s ({peaks.source})"
     )
     print(f"{result.flops_per_image / 1e9:,.2f} GFLOP a training image\n")
-    power = f", {rate / job.ranks / peaks.watts:,.3g} images/joule at {peaks.watts:,} W" if peaks.watts else ""
+    power = f", {rate / job.ranks / peaks.watts:,.3g} images/joule at {peaks.watts:,g} W" if peaks.watts else ""
     notes = {
         "optimizer": f"  {result.optimizer_bytes / 1e6:,.0f} MB",
         "all_reduce": f"  {result.all_reduce_bytes / 1e6:,.0f} MB, beside the backward pass",

@@ -289,13 +289,13 @@ def links_from(
         return value
 
     usual = card.machine_gpus if card else 1
-    gpus = noted(
-        "{:g} GPUs a machine", from_flags=arguments.gpus_per_node, as_in_this_run=ranks_a_machine, assumed=usual
-    )
+    gpus = noted("machines of {:g}", from_flags=arguments.gpus_per_node, as_in_this_run=ranks_a_machine, assumed=usual)
     gbits = noted("network {:g} Gbit/s", from_flags=network, assumed=_NETWORK_GBITS_PER_SECOND)
     latency = noted("latency {:g} µs", from_flags=arguments.latency_us, assumed=_LATENCY_MICROSECONDS)
     joined = card is not None and card.joined_by_nvlink(int(gpus))
-    if card and not peer:
+    if gpus == 1 and not peer:  # nothing goes over it
+        bytes_per_second = card.bytes_per_second_to_peers(1) if card else gbits * 1e9 / 8
+    elif card and not peer:
         fabric = "Infinity Fabric" if card.source.startswith("AMD") else "NVLink"
         words = f"{card.name}'s {fabric if joined else 'PCIe'}"
         bytes_per_second = noted(words, from_the_table=card.bytes_per_second_to_peers(int(gpus)))

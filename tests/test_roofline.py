@@ -96,7 +96,7 @@ def test_links_of_the_table():
         gpus_per_node=8,
         latency_seconds=1e-5,
         in_switch=True,
-        source="H100's NVLink from the table; 8 GPUs a machine, network 400 Gbit/s, latency 10 µs assumed",
+        source="H100's NVLink from the table; machines of 8, network 400 Gbit/s, latency 10 µs assumed",
     )
     pairs = links(msgspec.structs.replace(H100, name="A40"))
     assert pairs is not None
@@ -119,12 +119,12 @@ def test_links_of_flags_and_of_this_run():
         gpus_per_node=4,
         latency_seconds=3e-6,
         in_switch=True,
-        source="4 GPUs a machine, network 800 Gbit/s, latency 3 µs, 200 GB/s within a machine from flags",
+        source="machines of 4, network 800 Gbit/s, latency 3 µs, 200 GB/s within a machine from flags",
     )
     run = links(H100, ranks_a_machine=2)
     assert run is not None
     assert run.gpus_per_node == 2
-    assert "2 GPUs a machine as in this run" in run.source
+    assert "machines of 2 as in this run" in run.source
 
 
 def test_nothing_is_predicted_over_links_that_nobody_named():
@@ -135,6 +135,7 @@ def test_nothing_is_predicted_over_links_that_nobody_named():
     assert (result.links, result.scaling, result.floor_seconds.all_reduce) == (None, [], 0.0)
     named = links(CPU_PEAKS, "--network-gbits-per-second", "10")
     assert named is not None
+    assert named.source == "network 10 Gbit/s from flags; machines of 1, latency 10 µs assumed"
     assert (named.gpus_per_node, named.network_bytes_per_second, named.peer_bytes_per_second) == (1, 1.25e9, 1.25e9)
     assert [row.ranks for row in roofline(JOB, peaks=CPU_PEAKS, links=named).scaling] == [1, 2, 4, 8, 64, 512]
 
