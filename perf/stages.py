@@ -157,7 +157,7 @@ def time_decoding(bench: Bench) -> Timing:
 
 def time_loader(bench: Bench) -> tuple[Timing, float]:
     """The loader, of which nobody uses the images; and the seconds until it had the first of them."""
-    began, feed = perf_counter(), feed_of(bench, _LOADER)
+    feed, began = feed_of(bench, _LOADER), perf_counter()
     batches = bench.data.train_batches(feed.start)
     next(batches)
     first_batch_seconds = perf_counter() - began
