@@ -39,8 +39,7 @@ _PATIENCE_SECONDS = 240
 _INTERFACE = "uplink"
 # Of each 1514 bytes that Ethernet carries: 14 are its own header, 20 IP's, 32 TCP's with time stamps.
 _PAYLOAD_SHARE = 1448 / 1514
-_BURST_BYTES = 32 << 10  # what passes at once after a pause: little against the messages
-_QUEUE_MILLISECONDS = 50
+_BURST = f"burst {32 << 10} latency 50ms"  # what passes at once after a pause: little against the messages
 
 
 @dataclass(frozen=True)
@@ -160,37 +159,32 @@ def limited_machines(count: int, *, mbits_per_second: float) -> Iterator[list[Ma
     switch = f"{prefix}-switch"
     machines = [Machine(f"{prefix}-{number}", f"10.78.0.{number + 1}") for number in range(count)]
     try:
-        _command("ip", "netns", "add", switch)
-        _command("ip", "-n", switch, "link", "add", "switch", "type", "bridge")
-        _command("ip", "-n", switch, "link", "set", "switch", "up")
+        _commands(f"""ip netns add {switch}
+            ip -n {switch} link add switch type bridge
+            ip -n {switch} link set switch up""")
         for number, machine in enumerate(machines):
-            _connect(machine, switch, f"port{number}", mbits_per_second)
+            name, port = machine.namespace, f"port{number}"
+            _commands(f"""ip netns add {name}
+                ip -n {name} link add {_INTERFACE} type veth peer name {port} netns {switch}
+                ip -n {switch} link set {port} master switch up
+                ip -n {name} address add {machine.address}/24 dev {_INTERFACE}
+                ip -n {name} link set {_INTERFACE} up
+                ip -n {name} link set lo up
+                ip netns exec {name} tc qdisc add dev {_INTERFACE} root tbf rate {mbits_per_second}mbit {_BURST}""")
         yield machines
     finally:
         for namespace in (switch, *(machine.namespace for machine in machines)):
             subprocess.run(["ip", "netns", "delete", namespace], check=False, capture_output=True)
 
 
-def _connect(machine: Machine, switch: str, port: str, mbits_per_second: float) -> None:
-    inside = ("ip", "-n", machine.namespace)
-    _command("ip", "netns", "add", machine.namespace)
-    _command(*inside, "link", "add", _INTERFACE, "type", "veth", "peer", "name", port, "netns", switch)
-    _command("ip", "-n", switch, "link", "set", port, "master", "switch", "up")
-    _command(*inside, "address", "add", f"{machine.address}/24", "dev", _INTERFACE)
-    _command(*inside, "link", "set", _INTERFACE, "up")
-    _command(*inside, "link", "set", "lo", "up")
-    limit = ("rate", f"{mbits_per_second}mbit", "burst", str(_BURST_BYTES), "latency", f"{_QUEUE_MILLISECONDS}ms")
-    _command(*machine.command("tc", "qdisc", "add", "dev", _INTERFACE, "root", "tbf", *limit))
-
-
-def _command(*words: str) -> None:
-    done = subprocess.run(words, check=False, capture_output=True, text=True)
-    if done.returncode:
-        why = " ".join(done.stderr.split()) or " ".join(words)
-        cure = (
-            "run this as root" if os.geteuid() else "where root may not, in a container, start that with --privileged"
-        )
-        raise UserError(f"cannot make a network namespace ({why}); {cure}")
+def _commands(lines: str) -> None:
+    for line in lines.splitlines():
+        done = subprocess.run(line.split(), check=False, capture_output=True, text=True)
+        if done.returncode:
+            why = " ".join(done.stderr.split()) or line.strip()
+            as_root = "where root may not, in a container, start that with --privileged"
+            cure = "run this as root" if os.geteuid() else as_root
+            raise UserError(f"cannot make a network namespace ({why}); {cure}")
 
 
 if __name__ == "__main__":

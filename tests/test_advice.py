@@ -120,7 +120,7 @@ def test_root_is_not_told_to_be_root(monkeypatch, user, cure):
     refused = subprocess.CompletedProcess([], 1, "", "mount failed:\nOperation not permitted\n")
     monkeypatch.setattr(allreduce.subprocess, "run", lambda *_, **__: refused)
     with pytest.raises(UserError, match=cure) as caught:
-        allreduce._command("ip", "netns", "add", "a")
+        allreduce._commands("ip netns add a")
     assert "\n" not in str(caught.value)
 
 
