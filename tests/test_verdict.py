@@ -319,10 +319,15 @@ def test_what_is_unsure_and_does_not_matter_is_a_caution():
 
 
 def test_the_step_of_a_gpu_takes_no_cores():
-    plants = [passes(0.5, 0.6), busy(step=13.0)]
-    assert judge(planted("cuda", *plants)).bound == "compute"
+    """With half of the cores more it would be twice as fast, and its kernels efficient: on a CPU."""
+    assert judge(planted("cuda", passes(0.3, 0.45), busy(step=13.0))).bound == "kernels"
     assert judge(planted("cpu", passes(0.5, 0.51), busy(step=1.3))).bound == "compute"
     assert judge(planted("cpu", passes(0.2, 0.24), busy(step=1.3))).bound == "inconclusive"
+
+
+def test_a_wait_is_hardly_longer_than_it_was_however_much_training_varies():
+    for share, bound in ((0.01, "compute"), (0.04, "inconclusive"), (0.2, "input")):
+        assert judge(planted("cuda", wait_for_images(share), vary(0.08, "training"))).bound == bound, share
 
 
 def test_parts_of_the_same_steps_are_as_fast_or_as_slow_as_those():
