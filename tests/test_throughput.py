@@ -164,6 +164,7 @@ def test_synthetic_data_has_only_the_step(tmp_path, monkeypatch, capsys):
     ]
     assert throughput.main([*flags, "--out", str(tmp_path)]) == 0
     report = read_report(tmp_path / "report.json")
+    assert report.roofline.links
     assert "network 10 Gbit/s" in report.roofline.links.source
     assert {row.algorithm for row in report.roofline.scaling} == {"tree"}
     assert [name for name in STAGES if getattr(report.stages, name)] == ["step"]

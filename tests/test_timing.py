@@ -50,6 +50,12 @@ def autoregressive(correlation, count, spread, generator):
     return 1 + spread * signal.lfilter([1], [1, -correlation], noise, axis=1)
 
 
+def interval_of(values) -> tuple[float, float]:
+    interval = interval_of_mean(values)
+    assert interval
+    return interval
+
+
 # ---- intervals ---------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +76,7 @@ def test_the_interval_holds_the_mean_when_it_is_what_stops_the_measuring(correla
             made = min(made + more, len(series))
             if made == len(series):
                 break
-        low, high = interval_of_mean(series[:made])
+        low, high = interval_of(series[:made])
         hits += low <= 1 <= high
         assert made == len(series) or (why == "precision" and made >= 30)
     assert hits / replicates >= 0.9
@@ -87,7 +93,7 @@ def test_the_interval_is_as_wide_as_the_means_spread(correlation):
 
 def test_independent_values_have_about_students_interval():
     values = np.random.default_rng(1).normal(5, 1, size=6000)
-    low, high = interval_of_mean(values)
+    low, high = interval_of(values)
     expected = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
     assert (low + high) / 2 == pytest.approx(values.mean())
     assert expected[1] - expected[0] <= high - low < 1.6 * (expected[1] - expected[0])
@@ -99,7 +105,7 @@ def test_slow_waves_widen_the_interval():
     hits = 0
     for _ in range(300):
         waves = np.repeat(generator.normal(1, 0.1, size=30), 30) + generator.normal(0, 0.3, size=900)
-        low, high = interval_of_mean(waves)
+        low, high = interval_of(waves)
         hits += low <= 1 <= high
     assert hits >= 0.9 * 300
 
