@@ -13,13 +13,13 @@ from torch.profiler import ProfilerActivity
 
 from perf.trace import summarise_trace
 
-PAUSE_SECONDS = 0.05
+PAUSE_SECONDS = 0.1  # longer than a busy machine makes a thread wait
 
 
 def test_a_real_profile_of_a_cpu():
     """Each step pauses, then multiplies two large matrices: the pause is the longest gap, the product the costliest operator."""
-    large, small = torch.randn(700, 700), torch.randn(8)
-    large @ large
+    large, small = torch.randn(1200, 1200), torch.randn(8)
+    torch.sin(torch.mm(large, large)[0])  # what is called first takes longer
     with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
         began = time.perf_counter()
         for _ in range(3):
