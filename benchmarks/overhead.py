@@ -65,13 +65,13 @@ def _run(argv: list[str] | None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("of", choices=("trainer", "sampler"), help="the training loop, or the sampler of NVML")
-    parser.add_argument("--rounds", type=int, default=20, help="turns of each that are counted, at least 2")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each that are counted, at least 3")
     parser.add_argument("--interval-ms", type=float, default=100.0, help="milliseconds between two samples of a GPU")
     arguments, flags = parser.parse_known_args(argv)
     if not arguments.interval_ms >= 1:
         raise UserError(f"--interval-ms is {arguments.interval_ms:g}: give it at least 1")
-    if arguments.rounds < 2:
-        raise UserError(f"--rounds is {arguments.rounds}: a confidence interval needs 2")
+    if arguments.rounds < 3:
+        raise UserError(f"--rounds is {arguments.rounds}: a confidence interval needs 3")
     with tempfile.TemporaryDirectory() as out:
         # One step more than whole turns: the trainer's last turn ends when the next batch is asked for.
         steps = str(_STEPS_A_TURN * (arguments.rounds + 1) + 1)

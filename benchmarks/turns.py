@@ -111,13 +111,13 @@ def spread(values: Sequence[float], digits: int) -> list[float]:
 
 
 def interval(ratios: Sequence[float]) -> list[float] | None:
-    """[low, high], between which the ratio lies with 95 % confidence, the rounds taken as independent; None for one round.
+    """[low, high], between which the ratio lies with 95 % confidence, the rounds taken as independent; None for fewer than three.
 
     From nine rounds on the median's, by order statistics, which a few disturbed rounds do not widen. Fewer are too few for it:
     then Student's, of the logarithms' mean.
     """
     count, ordered = len(ratios), sorted(ratios)
-    if count < 2:
+    if count < 3:  # two values may lie anywhere
         return None
     if count >= _LEAST_FOR_ORDER_STATISTICS:
         rank = int(stats.binom.ppf((1 - _CONFIDENCE) / 2, count, 0.5))

@@ -96,7 +96,7 @@ def test_sampler_overhead(tmp_path, monkeypatch):
     ("flags", "message"),
     [
         ([], "the following arguments are required"),
-        (["trainer", "--rounds", "1"], "--rounds is 1"),
+        (["trainer", "--rounds", "2"], "--rounds is 2"),
         (["x"], "invalid choice"),
     ],
 )
