@@ -179,16 +179,20 @@ def _cautions(report: Report) -> list[str]:
 
 
 def _excess(report: Report) -> str | None:
-    """A sentence if training is above its ceiling, further than by chance: its parts were measured on a slower machine."""
+    """A sentence if training is above its ceiling, further than by chance. Of rates without intervals nobody knows by how much
+    chance may have it: then no verdict hangs on them."""
     ratio, rates, set_by = report.ceiling.training_over_ceiling or 0.0, _rates(report), report.ceiling.set_by
     known_to = [rate.relative_ci for stage, rate in rates.items() if stage in ("training", set_by)]
-    by_chance = sum((_FEW_STEPS - 1 if each is None else each) ** 2 for each in known_to) ** 0.5
+    by_chance = sum(each**2 for each in known_to if each) ** 0.5
     if ratio <= _IMPOSSIBLE + by_chance:
         return None
+    makes = f"Training makes {ratio:.2f} times the images that loader and step by themselves allow"
+    if None in known_to:
+        return f"{makes}, and too few steps were measured to say whether by chance. Give them more --seconds or --steps."
     return (
-        f"Training makes {ratio:.2f} times the images that loader and step by themselves allow: the machine was slower when "
-        f"those were measured (other programs kept {rates['step'].cores_of_others:.1f} cores busy beside the step alone, "
-        f"{rates['training'].cores_of_others:.1f} beside training). Measure again on a quiet machine."
+        f"{makes}: the machine was slower when those were measured (other programs kept {rates['step'].cores_of_others:.1f} "
+        f"cores busy beside the step alone, {rates['training'].cores_of_others:.1f} beside training). Measure again on a quiet "
+        "machine."
     )
 
 
@@ -208,16 +212,18 @@ def _named(stage: str) -> str:
 
 
 def _slow_rank(report: Report) -> str:
-    """A sentence about the rank for which the others wait; empty if there is none."""
-    found = [(_SLOW_RANK, 0, "")]
+    """A sentence about the rank for which the others wait; empty if there is none that is slower than by chance."""
+    found = []
     for stage in ("reading", "decoding", *_DECISIVE):
         rate: Rate | None = getattr(report.stages, stage)
         if rate:
             rates = rate.images_per_second_per_rank
-            found.append((1 - min(rates) / median(rates), rate.slowest_rank, stage))
-    share, rank, stage = max(found)
-    if not stage:
+            known_to = 1 - 1 / _FEW_STEPS if rate.relative_ci is None else rate.relative_ci
+            if (share := 1 - min(rates) / median(rates)) > max(_SLOW_RANK, known_to):
+                found.append((share, rate.slowest_rank, stage))
+    if not found:
         return ""
+    share, rank, stage = max(found)
     machine = rank * report.hardware.machines // report.hardware.ranks
     where = f" (machine {machine})" if report.hardware.machines > 1 else ""
     return f" Rank {rank}{where} is {share:.0%} slower than the median rank in {stage}: in training, all wait for it."

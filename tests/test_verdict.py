@@ -357,6 +357,16 @@ def test_training_is_above_its_ceiling_only_beyond_what_the_intervals_allow():
         assert judge(report).bound == bound, (ratio, relative_ci)
 
 
+def test_few_steps_beyond_the_ceiling_carry_no_verdict():
+    """Three steps each, half of a step in the all-reduce, and training at 1.49 times its ceiling."""
+    report = planted("cuda", slow_part("all_reduce", 0.5), vary(None, "step", "training"))
+    assert judge(report).bound == "communication"
+    report.ceiling.training_over_ceiling = 1.49
+    verdict = judge(report)
+    assert verdict.bound == "inconclusive"
+    assert "too few steps were measured to say whether by chance" in verdict.sentence
+
+
 def test_a_step_that_is_faster_than_its_floor_is_suspicious():
     (caution,) = judge(planted("cpu", passes(1.1, 1.3))).cautions
     assert "less than their floor" in caution
@@ -511,6 +521,14 @@ def test_the_slowest_rank_is_named_and_is_what_the_loader_makes():
     )
     loader.images_per_second_per_rank = [5000.0, 5000.0, 4800.0, 5000.0]
     assert "Rank" not in judge(report).sentence
+    for relative_ci, gap, named in ((0.44, 0.23, False), (0.44, 0.5, True), (None, 0.4, False), (None, 0.6, True)):
+        loader.interval = (
+            None
+            if relative_ci is None
+            else ((1 - relative_ci) * loader.images_per_second, (1 + relative_ci) * loader.images_per_second)
+        )
+        loader.images_per_second_per_rank = [5000.0, 5000.0, (1 - gap) * 5000.0, 5000.0]
+        assert ("Rank 2" in judge(report).sentence) == named, (relative_ci, gap)
 
 
 # ---- the ceiling ------------------------------------------------------------------------------------------------------
