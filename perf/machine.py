@@ -73,18 +73,22 @@ def git_revision() -> str | None:
     return head.decode().strip() + digest
 
 
-def busy_seconds(root: Path = Path("/")) -> float:
-    """Processor time, since some moment in the past, of all programs that take it from the cores that this process may use.
-
-    Where a CPU quota gives it fewer cores than its affinity names: of its control group with that quota, as programs outside it
-    leave the quota alone (unless all quotas together are more than the machine has, which does not show here). Otherwise: of the
-    system and of all programs on the cores of its affinity. root: of the file system.
+def watched(root: Path = Path("/")) -> Path | frozenset[int]:
+    """Whose processor time busy_seconds() counts: all programs' on the cores that this process may use, by their numbers; or
+    its control group's, where a CPU quota gives it fewer cores than its affinity names. Programs outside of the group leave the
+    quota alone (unless all quotas together are more than the machine has, which does not show here). root: of the file system.
     """
-    cores = os.sched_getaffinity(0)
+    cores = frozenset(os.sched_getaffinity(0))
     quotas = [(quota, folder) for folder in cpu_groups(root) if (quota := cpu_quota(folder))]
     quota, group = min(quotas, default=(len(cores), root))
-    if quota < len(cores) and (seconds := _group_seconds(group)) is not None:
-        return seconds
+    return group if quota < len(cores) and _group_seconds(group) is not None else cores
+
+
+def busy_seconds(root: Path = Path("/")) -> float:
+    """Processor time, since some moment in the past, of all programs that take it from the cores that this process may use."""
+    cores = watched(root)
+    if isinstance(cores, Path):
+        return _group_seconds(cores) or 0.0
     ticks = 0
     with open(root / "proc/stat") as lines:
         for name, *counts in map(str.split, lines):

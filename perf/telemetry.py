@@ -257,14 +257,14 @@ def telemetry_of(
     when in this rank's values of time.perf_counter(). All ranks begin a stage at the same time, by which the machines' clocks
     are put together: seconds are those since the sampling began on rank 0's machine.
     """
-    from common.ranks import gather
+    from common.ranks import from_each_machine
 
     own = None
     if sampler is not None:
         first = min((start for start, _ in windows.values()), default=sampler.started) - sampler.started
         own = first, sampler.report(), {name: sampler.report(*window) for name, window in windows.items()}
-    machines = [each for each in gather(own, ranks) if each is not None]
-    if not ranks.is_main:
+    machines = [each for each in from_each_machine(own, ranks) if each is not None]
+    if not machines:
         return None
     assert sampler is not None, "rank 0 is the local rank 0 of its machine"
     main_first, main, _ = machines[0]

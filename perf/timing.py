@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 
 from common.ranks import Ranks, first_then_others, gather
 from perf.laps import Lap, Laps
-from perf.machine import busy_seconds
+from perf.machine import busy_seconds, watched
 from perf.report import Rate, Summary
 
 SETTLING_STEPS = 2  # the optimizer's state, the caches, and on a GPU the search for kernels
@@ -129,15 +129,16 @@ def measure(
     laps.pause()
     taken += laps.take(wait=True)
     ended = perf_counter()
-    # All ranks of a machine do the same.
-    own_seconds = ranks.local_world_size * (process_time() - own_before)
+    busy, own = busy_seconds() - busy_before, (ranks.rank - ranks.local_rank, watched(), process_time() - own_before)
+    # The ranks that the same cores of the same machine are for.
+    of_ranks = sum(seconds for *where, seconds in gather(own, ranks) if where == [*own[:2]])
     return Timing(
         laps=[{part: seconds / steps_a_lap for part, seconds in lap.items()} for lap in taken],
         steps_a_lap=steps_a_lap,
         laps_a_period=period,
         stopped_by=stopped_by,
         cpu_seconds=cpu_seconds / made / steps_a_lap,
-        cores_of_others=max(0.0, busy_seconds() - busy_before - own_seconds) / (ended - began),
+        cores_of_others=max(0.0, busy - of_ranks) / (ended - began),
         warm_up_steps=not_counted,
         warm_up_seconds=began - entered + pauses,
         began=began,

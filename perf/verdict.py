@@ -188,7 +188,9 @@ def _excess(report: Report) -> str | None:
         return None
     makes = f"Training makes {ratio:.2f} times the images that loader and step by themselves allow"
     if None in known_to:
-        return f"{makes}, and too few steps were measured to say whether by chance. Give them more --seconds or --steps."
+        return (
+            f"{makes}, and too few steps were measured to say whether by chance. Give them more --seconds or --steps."
+        )
     return (
         f"{makes}: the machine was slower when those were measured (other programs kept {rates['step'].cores_of_others:.1f} "
         f"cores busy beside the step alone, {rates['training'].cores_of_others:.1f} beside training). Measure again on a quiet "

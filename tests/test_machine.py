@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.ranks import Ranks
-from perf.machine import busy_seconds, hardware
+from perf.machine import busy_seconds, hardware, watched
 
 TICKS = os.sysconf("SC_CLK_TCK")
 # user, nice, system, idle, iowait, irq, softirq, steal, guest, guest_nice: proc(5). Core 10 is not core 1.
@@ -38,6 +38,7 @@ def write_groups(root, groups: str, files: dict[str, str]) -> None:
 
 def test_only_the_cores_of_this_process_count(root):
     assert busy_seconds(root) == 21 + 1000
+    assert watched(root) == {0, 10}
 
 
 V2 = {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000", "a/b/cpu.stat": "usage_usec 3000000\n"}

@@ -10,6 +10,7 @@ from common import ranks as common_ranks
 from common.ranks import Ranks
 from perf.telemetry import mean_watts, telemetry_of
 from tests.nvml_stub import compile_stub, environment, run_python
+from tests.runs import run
 
 ENERGY = 300.0  # watts of GPU 0 of the stub
 
@@ -62,11 +63,11 @@ def gathered(monkeypatch, samplers: list[Any], windows: list[dict]):
     """telemetry_of on each rank: the others first, whose answers rank 0 then has."""
     given: list = []
 
-    def gather(own, ranks):
+    def from_each_machine(own, ranks):
         given.append(own)
-        return [given[-1], *given[:-1]]
+        return [] if ranks.rank else [given[-1], *given[:-1]]
 
-    monkeypatch.setattr(common_ranks, "gather", gather)
+    monkeypatch.setattr(common_ranks, "from_each_machine", from_each_machine)
     world_size = len(samplers)
     for number in range(1, world_size):
         assert telemetry_of(samplers[number], windows[number], rank(number, world_size)) is None
@@ -114,3 +115,26 @@ def test_watts_are_of_one_gpu_and_never_of_a_part_of_one(monkeypatch, said):
     assert mean_watts(found, "step") is None
     found.stages["training"][0].is_mig = True
     assert mean_watts(found, "training") is None
+
+
+FOUR_RANKS = """
+import torch.distributed as dist
+from dataclasses import replace
+from pathlib import Path
+from common.ranks import from_each_machine, ranks_of_this_run
+with ranks_of_this_run("cpu") as ranks:
+    bytes_sent = []
+    send = dist.send_object_list
+    dist.send_object_list = lambda objects, **where: (bytes_sent.append(len(objects[0])), send(objects, **where))
+    machines = replace(ranks, local_rank=ranks.rank % 2, local_world_size=2)  # two ranks a machine
+    received = [len(each) for each in from_each_machine("x" * (1 + 100_000 * ranks.rank), machines)]
+    Path(__file__).with_name(f"{ranks.rank}.txt").write_text(f"{received} {bytes_sent}")
+"""
+
+
+def test_the_first_rank_of_each_machine_sends_and_rank_0_alone_receives(tmp_path):
+    script = tmp_path / "four.py"
+    script.write_text(FOUR_RANKS)
+    run(script=str(script), ranks=4)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in range(4)]
+    assert said == ["[1, 200001] []", "[] []", "[] [200001]", "[] []"]

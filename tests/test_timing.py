@@ -251,6 +251,19 @@ def test_a_busy_neighbour_is_seen():
     assert 0.3 < timing.cores_of_others <= len(os.sched_getaffinity(0)) + 0.1  # the system counts in ticks of 10 ms
 
 
+@pytest.mark.parametrize(
+    ("machine", "cores", "others"), [(0, {0, 1}, 5 - 2 * 2), (0, {2, 3}, 5 - 2), (8, {0, 1}, 5 - 2)]
+)
+def test_ranks_on_the_same_cores_are_no_other_programs(monkeypatch, machine, cores, others):
+    """Each of two ranks keeps two cores busy, and five are."""
+    step = Step(monkeypatch, lambda n: 0.01)
+    monkeypatch.setattr("perf.timing.watched", lambda: frozenset({0, 1}))
+    monkeypatch.setattr("perf.timing.gather", lambda own, ranks: [own, (machine, frozenset(cores), own[-1])])
+    two = Ranks(rank=0, world_size=2, local_rank=0, local_world_size=2, device=torch.device("cpu"), patient_group=None)
+    timing = measure(step, laps=Laps(two.device), ranks=two, limits=Limits(seconds=4, steps=None))
+    assert timing.cores_of_others == pytest.approx(others)
+
+
 def test_the_slowest_rank_sets_the_rate(monkeypatch):
     timing = time_it(Step(monkeypatch, lambda n: 0.01))
     slower = np.linspace(0.03, 0.05, len(timing.laps))
