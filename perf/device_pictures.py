@@ -219,7 +219,7 @@ PANELS = (
 def telemetry(report: Report) -> Figure | str:
     """The picture, or a sentence that says why there is none."""
     found = report.telemetry
-    if not found.available or not found.devices:
+    if not found.devices:
         return _NO_GPU.format(reason=text_of(found.reason or "it was not measured").rstrip("."))
     devices = [device for device in found.devices if device.series.get("seconds")]
     if not devices:

@@ -15,6 +15,7 @@ from perf.report import (
     PROGRAM,
     STAGES,
     AllReduceAlone,
+    Costs,
     DeviceMemory,
     Links,
     Peaks,
@@ -25,7 +26,6 @@ from perf.report import (
     Trace,
     TrainingParts,
     WarmUp,
-    epoch_costs,
 )
 from perf.roofline import Job, Measured, roofline
 from perf.stages import Bench
@@ -161,7 +161,7 @@ def make_report(
         ),
         roofline=limit,
         costs=epoch_costs(
-            images_an_epoch=bench.data.train_images,
+            images=bench.data.train_images,
             epochs=config.epochs,
             images_per_second=whole.images_per_second,
             images_per_joule=limit.images_per_joule,
@@ -175,6 +175,29 @@ def make_report(
     )
     report.verdict = judge(report)
     return report
+
+
+def epoch_costs(
+    *,
+    images: int,
+    epochs: int,
+    images_per_second: float,
+    images_per_joule: float | None,
+    price_per_hour: float | None = None,
+    price_per_kwh: float | None = None,
+) -> Costs:
+    """What an epoch of so many images takes at these rates.
+
+    images_per_second: of all ranks, in training. images_per_joule: of the GPUs alone; None where it was not measured.
+    price_per_hour: of all machines together. price_per_kwh: of the GPUs' energy, so the least that the power costs.
+    """
+    seconds, joules = images / images_per_second, images / images_per_joule if images_per_joule else None
+    price = basis = None
+    if price_per_hour is not None:
+        price, basis = price_per_hour * seconds / 3600, f"--price-per-hour {price_per_hour:g}"
+    elif price_per_kwh is not None:
+        price, basis = joules and price_per_kwh * joules / 3.6e6, f"--price-per-kwh {price_per_kwh:g}"
+    return Costs(epochs=epochs, seconds=seconds, joules=joules, price=price, price_basis=basis)
 
 
 def changed(config: Config) -> list[str]:

@@ -48,7 +48,7 @@ def page(report: Report, pictures: Mapping[str, bytes | str]) -> str:
         pictures=sources,
         why_none={name: picture for name, picture in pictures.items() if isinstance(picture, str)},
         telemetry=list(_telemetry(report)),
-        remark=printable(report.telemetry.reason) if report.telemetry.available and report.telemetry.reason else None,
+        remark=printable(report.telemetry.reason) if report.telemetry.devices and report.telemetry.reason else None,
         layers=layer_table(report),
         predictions=prediction_table(report),
         costs=cost_table(report),
@@ -61,7 +61,7 @@ def page(report: Report, pictures: Mapping[str, bytes | str]) -> str:
 
 def _telemetry(report: Report):
     """Of each GPU: its name, a table of its readings over the whole run and each stage, and sentences."""
-    for place, device in enumerate(report.telemetry.devices if report.telemetry.available else []):
+    for place, device in enumerate(report.telemetry.devices):
         columns = {"whole run": device} | {
             STAGES.get(stage, name_of(stage)).removesuffix(" alone"): devices[place]
             for stage, devices in report.telemetry.stages.items()
@@ -150,12 +150,12 @@ def prediction_table(report: Report) -> Table:
     return header, [
         [
             number(row.ranks),
-            number(row.images_per_second),
-            percent(row.efficiency),
-            number(row.images_per_second_compressed),
-            percent(row.efficiency_compressed),
-            milliseconds(row.all_reduce_seconds),
-            milliseconds(row.exposed_seconds),
+            number(row.plain.images_per_second),
+            percent(row.plain.efficiency),
+            number(row.compressed.images_per_second),
+            percent(row.compressed.efficiency),
+            milliseconds(row.plain.all_reduce_seconds),
+            milliseconds(row.plain.exposed_seconds),
             text_of(row.algorithm) if row.ranks > 1 else "",
         ]
         for row in report.roofline.scaling
@@ -188,14 +188,14 @@ def cost_table(report: Report) -> Table | None:
     costs = report.costs
     if costs is None:
         return None
-    epochs = round(costs.training_seconds / costs.epoch_seconds)
-    rows = [["time", duration(costs.epoch_seconds), duration(costs.training_seconds)]]
-    joules = costs.epoch_joules, costs.training_joules
-    energy = [NOT_MEASURED if each is None else f"{number(each / 3.6e6)} kWh" for each in joules]
+    times = 1, costs.epochs
+    rows = [["time", *(duration(each * costs.seconds) for each in times)]]
+    energy = [NOT_MEASURED if costs.joules is None else f"{number(each * costs.joules / 3.6e6)} kWh" for each in times]
     rows.append(["energy of the GPUs", *energy])
     if costs.price_basis:
-        rows.append([f"price, {text_of(costs.price_basis)}", number(costs.epoch_price), number(costs.training_price)])
-    return ["", "an epoch", f"the training, {epochs:,} epoch{'s' * (epochs != 1)}"], rows
+        prices = [number(None if costs.price is None else each * costs.price) for each in times]
+        rows.append([f"price, {text_of(costs.price_basis)}", *prices])
+    return ["", "an epoch", f"the training, {costs.epochs:,} epoch{'s' * (costs.epochs != 1)}"], rows
 
 
 def trace_tables(report: Report) -> tuple[str, Table, Table] | None:
@@ -218,7 +218,7 @@ def trace_tables(report: Report) -> tuple[str, Table, Table] | None:
         ]
         for kernel in trace.kernels
     ]
-    gaps = [[text_of(gap.before), milliseconds(gap.seconds)] for gap in trace.gaps]
+    gaps = [[text_of(before), milliseconds(seconds)] for seconds, before in trace.gaps]
     return (
         sentence,
         ([name, "ms a step", "of the step", "calls a step"], kernels),

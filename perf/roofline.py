@@ -306,9 +306,7 @@ def _print_scaling(result: Roofline, algorithm: str) -> None:
     both = f"{'float32':>14}{'of linear':>10}{'16 bits':>14}{'of linear':>10}"
     print(f"{'GPUs':>6}{both}{'float32':>14}{'16 bits':>14}  algorithm")
     for row in result.scaling:
-        print(
-            f"{row.ranks:6}{row.images_per_second:14,.0f}{100 * row.efficiency:9.1f}%"
-            f"{row.images_per_second_compressed:14,.0f}{100 * row.efficiency_compressed:9.1f}%"
-            f"{row.images_per_second_without_overlap:14,.0f}{row.images_per_second_compressed_without_overlap:14,.0f}"
-            f"  {row.algorithm if row.ranks > 1 else ''}"
-        )
+        pair = row.plain, row.compressed
+        beside = "".join(f"{each.images_per_second:14,.0f}{100 * each.efficiency:9.1f}%" for each in pair)
+        after = "".join(f"{each.images_per_second_without_overlap:14,.0f}" for each in pair)
+        print(f"{row.ranks:6}{beside}{after}  {row.algorithm if row.ranks > 1 else ''}")

@@ -35,7 +35,7 @@ from common.errors import UserError
 from common.flags import above_zero, whole_above_zero
 from perf.costs import LayerCost, Work, optimizer_bytes
 from perf.peaks import find_card
-from perf.report import Links, Peaks, Prediction
+from perf.report import Links, Peaks, Prediction, Scaled
 
 ALGORITHMS = ("ring", "tree", "in-switch")
 RANKS = (1, 2, 4, 8, 64, 512)
@@ -124,7 +124,7 @@ def all_reduce_seconds(size_bytes: float, *, ranks: int, links: Links, algorithm
     Ranks fill machines: all on one, or gpus_per_node on each. Raises UserError where they do not; in-switch without such a
     switch.
     """
-    if not links.filled_by(ranks):
+    if not _fill_machines(ranks, links):
         raise UserError(
             f"{ranks} GPUs do not fill machines of {links.gpus_per_node}; give --gpus-per-node a divisor of {ranks}"
         )
@@ -142,6 +142,11 @@ def all_reduce_seconds(size_bytes: float, *, ranks: int, links: Links, algorithm
         return flat(size_bytes, *peers)
     # A ring's two halves are the reduce-scatter and the all-gather.
     return _ring(size_bytes, *peers) + flat(size_bytes, *machines)
+
+
+def _fill_machines(ranks: int, links: Links) -> bool:
+    """Whether so many devices are all on one machine, or all of those on each."""
+    return ranks <= links.gpus_per_node or ranks % links.gpus_per_node == 0
 
 
 def fastest(size_bytes: float, *, ranks: int, links: Links) -> str:
@@ -218,30 +223,30 @@ def predict(times: ComputeTimes, *, links: Links, algorithm: str, ranks: Sequenc
     """For each number of GPUs, beside the backward pass and after it, with gradients in float32 and in 16 bits. Numbers that do
     not fill their machines are left out. With "best", the algorithm that is named is the one of the largest bucket."""
     largest = max(bucket.parameters for bucket in buckets(times.backward)) * _FLOAT32_BYTES
-    rows = []
-    for count in filter(links.filled_by, ranks):
-        plain, compressed = (
-            all_reduce_beside(times.backward, ranks=count, links=links, algorithm=algorithm, bytes_per_gradient=size)
-            for size in (_FLOAT32_BYTES, 2)
+
+    def scaled(count: int, bytes_per_gradient: int) -> Scaled:
+        reduced = all_reduce_beside(
+            times.backward, ranks=count, links=links, algorithm=algorithm, bytes_per_gradient=bytes_per_gradient
         )
-        images, seconds = count * times.batch, times.seconds
-        rows.append(
-            Prediction(
-                ranks=count,
-                images_per_second=images / (seconds + plain.exposed_seconds),
-                efficiency=seconds / (seconds + plain.exposed_seconds),
-                images_per_second_compressed=images / (seconds + compressed.exposed_seconds),
-                efficiency_compressed=seconds / (seconds + compressed.exposed_seconds),
-                all_reduce_seconds=plain.seconds,
-                exposed_seconds=plain.exposed_seconds,
-                algorithm=fastest(largest, ranks=count, links=links) if algorithm == "best" else algorithm,
-                images_per_second_without_overlap=images / (seconds + plain.seconds),
-                images_per_second_compressed_without_overlap=images / (seconds + compressed.seconds),
-                all_reduce_seconds_compressed=compressed.seconds,
-                exposed_seconds_compressed=compressed.exposed_seconds,
-            )
+        seconds = times.seconds + reduced.exposed_seconds
+        return Scaled(
+            images_per_second=count * times.batch / seconds,
+            efficiency=times.seconds / seconds,
+            all_reduce_seconds=reduced.seconds,
+            exposed_seconds=reduced.exposed_seconds,
+            images_per_second_without_overlap=count * times.batch / (times.seconds + reduced.seconds),
         )
-    return rows
+
+    return [
+        Prediction(
+            ranks=count,
+            algorithm=fastest(largest, ranks=count, links=links) if algorithm == "best" else algorithm,
+            plain=scaled(count, _FLOAT32_BYTES),
+            compressed=scaled(count, 2),
+        )
+        for count in ranks
+        if _fill_machines(count, links)
+    ]
 
 
 # ---- links ---------------------------------------------------------------------------------------------------------

@@ -267,7 +267,7 @@ def telemetry_of(
     if not machines:
         return None
     assert sampler is not None, "rank 0 is the local rank 0 of its machine"
-    main_first, main, _ = machines[0]
+    main_first = machines[0][0]
     devices: list[Device] = []
     stages: dict[str, list[Device]] = {name: [] for name in windows}
     reasons = []
@@ -283,11 +283,7 @@ def telemetry_of(
                 msgspec.convert({**device, "machine": machine, "series": {}}, Device) for device in part["devices"]
             ]
     return Telemetry(
-        available=bool(devices),
         reason="; ".join(reasons) or None,
-        interval_seconds=main["interval_seconds"],
-        samples=max(whole["samples"] for _, whole, _ in machines),
-        seconds=main["seconds"],
         devices=devices,
         stages=stages,
         stage_seconds={

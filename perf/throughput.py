@@ -36,7 +36,7 @@ from engine.config import Config, parse_args
 from perf.findings import Findings, make_report
 from perf.layers import layer_seconds
 from perf.peaks import peaks_here
-from perf.report import REPORT_JSON, STAGES, Peaks, Report, Trace, encoded
+from perf.report import REPORT_JSON, STAGES, Peaks, Report, Trace
 from perf.roofline import add_link_flags, links_from
 from perf.show import write_report
 from perf.stages import (
@@ -270,7 +270,7 @@ def write(report: Report, out: Path) -> dict:
     path = out / REPORT_JSON
     try:
         with replacing(path) as file:
-            file.write(encoded(report))
+            file.write(msgspec.json.encode(report) + b"\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
     shown = write_report(report, out)

@@ -236,7 +236,9 @@ def _first_block(pace: float, limits: Limits, queue: int, period: int) -> tuple[
 def summarise(values: Sequence[float] | np.ndarray) -> Summary:
     """Of at least one value."""
     p5, median, p95 = np.percentile(values, (5, 50, 95)).tolist()
-    return Summary(mean=float(np.mean(values)), median=median, p5=p5, p95=p95, count=len(values))
+    return Summary(
+        mean=float(np.mean(values)), median=median, p5=p5, p95=p95, min=float(np.min(values)), max=float(np.max(values))
+    )
 
 
 def interval_of_mean(values: Sequence[float] | np.ndarray) -> tuple[float, float] | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch.autograd import DeviceType
 
-from perf.report import Gap, Kernel, Trace
+from perf.report import Kernel, Trace
 
 if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent
@@ -48,17 +48,18 @@ def summarise_trace(profiler: profile, *, steps: int, on_gpu: bool) -> Trace:
             Kernel(name=name, seconds_per_step=total / steps, calls_per_step=calls[name] / steps)
             for name, total in seconds.most_common(_MOST)
         ],
-        gaps=sorted(gaps, key=lambda gap: -gap.seconds)[:_MOST],
+        gaps=sorted(gaps, reverse=True)[:_MOST],
     )
 
 
-def _busy_and_gaps(work: list[FunctionEvent], first: float) -> tuple[float, list[Gap]]:
+def _busy_and_gaps(work: list[FunctionEvent], first: float) -> tuple[float, list[tuple[float, str]]]:
     """Seconds in which at least one event ran, and the spans after `first` (microseconds) and between them in which none did."""
-    busy, end, gaps = 0.0, first, []
+    busy, end = 0.0, first
+    gaps: list[tuple[float, str]] = []
     for event in sorted(work, key=lambda event: event.time_range.start):
         start, stop = event.time_range.start, event.time_range.end
         if start > end:
-            gaps.append(Gap(seconds=_MICRO * (start - end), before=event.name))
+            gaps.append((_MICRO * (start - end), event.name))
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return _MICRO * busy, gaps

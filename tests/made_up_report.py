@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from perf import report as contract
@@ -16,17 +17,16 @@ from perf.report import (
     DeviceMemory,
     Figure,
     FloorSeconds,
-    Gap,
     Hardware,
     Kernel,
     Layer,
     Links,
     Peaks,
     Prediction,
-    Quantiles,
     Rate,
     Report,
     Roofline,
+    Scaled,
     Stages,
     StepParts,
     Summary,
@@ -47,14 +47,15 @@ _POOLS = {4: (64, 112), 9: (128, 56), 16: (256, 28), 23: (512, 14), 30: (512, 7)
 _LINEAR = {0: (25088, 4096), 3: (4096, 4096), 6: (4096, 1000)}
 
 
-def summary(mean: float, spread: float = 0.02, count: int = 120) -> Summary:
+def summary(mean: float, spread: float = 0.02) -> Summary:
     """The median is the mean; p5 and p95 lie `spread` of it below, and one and a half times as much above."""
-    return Summary(mean=mean, median=mean, p5=mean * (1 - spread), p95=mean * (1 + 1.5 * spread), count=count)
+    p5, p95 = mean * (1 - spread), mean * (1 + 1.5 * spread)
+    return Summary(mean=mean, median=mean, p5=p5, p95=p95, min=p5, max=p95)
 
 
 def summary_of(values: Sequence[float]) -> Summary:
-    p5, median, p95 = (float(value) for value in np.percentile(values, (5, 50, 95)))
-    return Summary(mean=float(np.mean(values)), median=median, p5=p5, p95=p95, count=len(values))
+    low, p5, median, p95, high = np.percentile(values, (0, 5, 50, 95, 100)).tolist()
+    return Summary(mean=float(np.mean(values)), median=median, p5=p5, p95=p95, min=low, max=high)
 
 
 def rate(
@@ -244,21 +245,9 @@ def cpu_report() -> Report:
             scaling_from="measured",
             scaling=[],
         ),
-        costs=Costs(
-            epoch_seconds=16.4,
-            training_seconds=14 * 16.4,
-            epoch_joules=None,
-            training_joules=None,
-            epoch_price=None,
-            training_price=None,
-            price_basis=None,
-        ),
+        costs=Costs(epochs=14, seconds=16.4, joules=None, price=None, price_basis=None),
         telemetry=Telemetry(
-            available=False,
             reason="libnvidia-ml.so.1 was not found: there is no NVIDIA driver here",
-            interval_seconds=0.1,
-            samples=0,
-            seconds=0.0,
             devices=[],
             stages={},
             stage_seconds={},
@@ -348,9 +337,9 @@ def gpu_report() -> Report:
             )
         ],
         gaps=[
-            Gap(seconds=0.0119, before="sm90_xmma_fprop_implicit_gemm_indexed_bf16f32_nhwckrsc_nhwc"),
-            Gap(seconds=0.0104, before="sm90_xmma_fprop_implicit_gemm_indexed_bf16f32_nhwckrsc_nhwc"),
-            Gap(seconds=0.00031, before="void multi_tensor_apply_kernel<FusedSgdMathFunctor>"),
+            (0.0119, "sm90_xmma_fprop_implicit_gemm_indexed_bf16f32_nhwckrsc_nhwc"),
+            (0.0104, "sm90_xmma_fprop_implicit_gemm_indexed_bf16f32_nhwckrsc_nhwc"),
+            (0.00031, "void multi_tensor_apply_kernel<FusedSgdMathFunctor>"),
         ],
     )  # fmt: skip
     report.ceiling = Ceiling(
@@ -380,12 +369,10 @@ def gpu_report() -> Report:
     )
     images = 1_281_167
     report.costs = Costs(
-        epoch_seconds=images / 5180,
-        training_seconds=74 * images / 5180,
-        epoch_joules=images / 4.31,
-        training_joules=74 * images / 4.31,
-        epoch_price=12 * images / 5180 / 3600,
-        training_price=12 * 74 * images / 5180 / 3600,
+        epochs=74,
+        seconds=images / 5180,
+        joules=images / 4.31,
+        price=12 * images / 5180 / 3600,
         price_basis="--price-per-hour 12",
     )
     devices = [_device(0, 1.0), _device(1, 0.94)]
@@ -394,11 +381,7 @@ def gpu_report() -> Report:
         devices[1].series[missing] = [None] * len(devices[1].series["seconds"])
         devices[1].missing[missing] = "Not Supported"
     report.telemetry = Telemetry(
-        available=True,
         reason=None,
-        interval_seconds=0.1,
-        samples=600,
-        seconds=60.0,
         devices=devices,
         stages={stage: [_part(device, *span) for device in devices] for stage, span in _STAGE_SECONDS.items()},
         stage_seconds=dict(_STAGE_SECONDS),
@@ -423,17 +406,20 @@ def _prediction(ranks: int) -> Prediction:
     efficiency, compressed = (1.0, 1.0) if ranks == 1 else (0.98, 0.99)
     return Prediction(
         ranks=ranks,
+        algorithm="ring" if ranks <= 8 else "tree",
+        plain=_scaled(ranks, efficiency, 0.0052, 2_850.0),
+        compressed=_scaled(ranks, compressed, 0.0026, 2_930.0),
+    )
+
+
+def _scaled(ranks: int, efficiency: float, all_reduce_seconds: float, without_overlap: float) -> Scaled:
+    several = ranks > 1
+    return Scaled(
         images_per_second=3_010.0 * ranks * efficiency,
         efficiency=efficiency,
-        images_per_second_compressed=3_010.0 * ranks * compressed,
-        efficiency_compressed=compressed,
-        all_reduce_seconds=0.0 if ranks == 1 else 0.0052,
-        exposed_seconds=0.0 if ranks == 1 else 0.0012,
-        algorithm="ring" if ranks <= 8 else "tree",
-        images_per_second_without_overlap=2_850.0 * ranks,
-        images_per_second_compressed_without_overlap=2_930.0 * ranks,
-        all_reduce_seconds_compressed=0.0 if ranks == 1 else 0.0026,
-        exposed_seconds_compressed=0.0 if ranks == 1 else 0.0006,
+        all_reduce_seconds=several * all_reduce_seconds,
+        exposed_seconds=several * 0.23 * all_reduce_seconds,
+        images_per_second_without_overlap=without_overlap * ranks,
     )
 
 
@@ -481,31 +467,14 @@ def _joules(series: dict[str, list[float | None]]) -> float:
     return 0.1 * sum(watts for watts in series["power_watts"] if watts is not None)
 
 
-def _field(values: list[float | None]) -> Quantiles | None:
+def _field(values: list[float | None]) -> Summary | None:
     known = [value for value in values if value is not None]
-    if not known:
-        return None
-    p5, median, p95 = (float(value) for value in np.percentile(known, (5, 50, 95)))
-    return Quantiles(median=median, p5=p5, p95=p95, min=min(known), max=max(known), mean=sum(known) / len(known))
+    return summary_of(known) if known else None
 
 
 def _part(device: Device, start: float, end: float) -> Device:
     """A device within a span of time."""
     inside = [place for place, second in enumerate(device.series["seconds"]) if second and start <= second <= end]
     series = {name: [values[place] for place in inside] for name, values in device.series.items()}
-    return Device(
-        machine=device.machine,
-        index=device.index,
-        uuid=device.uuid,
-        name=device.name,
-        energy_joules=_joules(series),
-        energy_source=device.energy_source,
-        fields={name: _field(series[name]) for name in device.fields},
-        throttled_fraction=dict(device.throttled_fraction or {}),
-        max_sm_clock_mhz=device.max_sm_clock_mhz,
-        power_limit_watts=device.power_limit_watts,
-        default_power_limit_watts=device.default_power_limit_watts,
-        is_mig=device.is_mig,
-        missing=dict(device.missing),
-        series={},
-    )
+    fields = {name: _field(series[name]) for name in device.fields}
+    return msgspec.structs.replace(device, energy_joules=_joules(series), fields=fields, series={})

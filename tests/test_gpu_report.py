@@ -20,7 +20,6 @@ from benchmarks.photographs import photograph_folder
 from common.errors import UserError
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
-from perf.report import encoded
 from pipeline.manifest import open_manifest
 from tests.made_up_report import cpu_report
 from tests.made_up_report import gpu_report as made_up_throughput
@@ -111,7 +110,7 @@ def test_a_run_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "hardware", lambda ranks: machine)
     steps = json.dumps({"batch_size": 2, "rounds": 5, "steps": TURNS})
     inputs = json.dumps({"batch_size": 2, "threads": 8, "rounds": 5, "inputs": INPUTS})
-    (tmp_path / "report.json").write_bytes(encoded(made_up_throughput()))
+    (tmp_path / "report.json").write_bytes(msgspec.json.encode(made_up_throughput()))
     (tmp_path / "tests.xml").write_text(JUNIT)
     runs = [
         Run(kind="tests", name="tests/gpu", command=["-c", "import os; os._exit(1)"], report=tmp_path / "tests.xml"),

@@ -69,11 +69,11 @@ def test_measured_steps():
     assert result.mfu == pytest.approx(256 * 92.648e9 / 0.05 / 989.4e12, rel=1e-4)
     assert result.images_per_joule == pytest.approx(256 / 30)
     assert result.scaling_from == "measured"
-    assert result.scaling[0].images_per_second == pytest.approx(256 / 0.05)
+    assert result.scaling[0].plain.images_per_second == pytest.approx(256 / 0.05)
     parts = Measured(forward_seconds=0.012, backward_seconds=0.025, optimizer_seconds=0.001)
     result = roofline(Job(**{**vars(JOB), "ranks": 8}), peaks=H100, links=LINKS, measured=parts)
     assert (result.mfu, result.scaling_from) == (None, "measured")
-    assert result.scaling[0].images_per_second == pytest.approx(256 / 0.038)
+    assert result.scaling[0].plain.images_per_second == pytest.approx(256 / 0.038)
     # of several ranks, a step alone does not say what the all-reduce took
     alone = roofline(Job(**{**vars(JOB), "ranks": 8}), peaks=H100, links=LINKS, measured=Measured(step_seconds=0.05))
     assert alone.scaling_from == "floor"

@@ -183,17 +183,17 @@ def test_predictions():
     links = Links(peer_bytes_per_second=100e9, network_bytes_per_second=10e9, gpus_per_node=4, latency_seconds=0.0)
     rows = {row.ranks: row for row in predict(times, links=links, algorithm="ring")}
     assert list(rows) == [1, 2, 4, 8, 64, 512]
-    assert rows[1].images_per_second == pytest.approx(32 / 0.065)
-    assert rows[1].images_per_second_without_overlap == rows[1].images_per_second
-    assert rows[1].exposed_seconds == rows[1].all_reduce_seconds == 0.0
+    assert rows[1].plain.images_per_second == pytest.approx(32 / 0.065)
+    assert rows[1].plain.images_per_second_without_overlap == rows[1].plain.images_per_second
+    assert rows[1].plain.exposed_seconds == rows[1].plain.all_reduce_seconds == 0.0
     # 8 on 2 machines: 1.5 · S / 100 GB/s + 1 · S / 10 GB/s = 0.115 ms a MB: 4.6 ms, then 46 ms at the end of the pass
-    assert rows[8].all_reduce_seconds == pytest.approx(0.0506)
-    assert rows[8].exposed_seconds == pytest.approx(0.046)
-    assert rows[8].images_per_second == pytest.approx(8 * 32 / (0.065 + 0.046))
-    assert rows[8].images_per_second_compressed == pytest.approx(8 * 32 / (0.065 + 0.023))
-    assert rows[8].images_per_second_without_overlap == pytest.approx(8 * 32 / (0.065 + 0.0506))
-    assert rows[8].images_per_second_compressed_without_overlap == pytest.approx(8 * 32 / (0.065 + 0.0253))
-    assert rows[8].efficiency == pytest.approx(0.065 / (0.065 + 0.046))
+    assert rows[8].plain.all_reduce_seconds == pytest.approx(0.0506)
+    assert rows[8].plain.exposed_seconds == pytest.approx(0.046)
+    assert rows[8].plain.images_per_second == pytest.approx(8 * 32 / (0.065 + 0.046))
+    assert rows[8].compressed.images_per_second == pytest.approx(8 * 32 / (0.065 + 0.023))
+    assert rows[8].plain.images_per_second_without_overlap == pytest.approx(8 * 32 / (0.065 + 0.0506))
+    assert rows[8].compressed.images_per_second_without_overlap == pytest.approx(8 * 32 / (0.065 + 0.0253))
+    assert rows[8].plain.efficiency == pytest.approx(0.065 / (0.065 + 0.046))
     three = Links(peer_bytes_per_second=1e9, network_bytes_per_second=1e9, gpus_per_node=3, latency_seconds=0.0)
     assert [row.ranks for row in predict(times, links=three, algorithm="ring")] == [1, 2]
 

@@ -12,12 +12,12 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from common.errors import UserError
-from perf.report import encoded
 from perf.show import main as report
 from perf.sweep import RESULTS, cause_in, results_in
 from perf.sweep_plot import Point, efficiency, independent, plot_sweep, points_of, sweep_table, varying
@@ -422,7 +422,7 @@ def test_the_results_of_a_report(tmp_path):
     report = gpu_report()
     report.stages.loader = None
     report.stages.step.interval = None
-    (tmp_path / "report.json").write_bytes(encoded(report))
+    (tmp_path / "report.json").write_bytes(msgspec.json.encode(report))
     (tmp_path / "out").write_text(f'for people\n{{"program": "throughput", "report": "{tmp_path}/report.json"}}\n')
     found = results_in(tmp_path / "out", "profile/throughput.py")
     assert found

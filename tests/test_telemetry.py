@@ -79,7 +79,7 @@ def test_every_machine_is_there_in_rank_0s_time(monkeypatch, said):
     later = {**said, "started": said["started"] + 0.05}
     samplers = [Kept(said, 0.0), Kept(later, 1000.0), None]
     found = gathered(monkeypatch, samplers, [windows_of(said, 0.0), windows_of(said, 1000.0), windows_of(said, 0.0)])
-    assert found.available
+    assert found.devices
     assert found.reason is None
     assert [(device.machine, device.index) for device in found.devices] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     for devices in found.stages.values():
@@ -100,11 +100,11 @@ def test_a_machine_without_a_driver_is_named(monkeypatch, said):
     none["windows"] = dict.fromkeys(said["windows"], none["whole"])
     windows = [windows_of(said, 0.0)] * 2
     found = gathered(monkeypatch, [Kept(said, 0.0), Kept(none, 0.0)], windows)
-    assert found.available
+    assert found.devices
     assert found.reason == "machine 1: no NVIDIA driver"
     assert {device.machine for device in found.devices} == {0}
     found = gathered(monkeypatch, [Kept(none, 0.0)], windows)
-    assert (found.available, found.reason, found.stages) == (False, "no NVIDIA driver", {"step": [], "training": []})
+    assert (found.devices, found.reason, found.stages) == ([], "no NVIDIA driver", {"step": [], "training": []})
 
 
 def test_watts_are_of_one_gpu_and_never_of_a_part_of_one(monkeypatch, said):

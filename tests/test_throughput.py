@@ -11,7 +11,7 @@ import torch
 from common.ranks import Ranks
 from engine.config import parse_args
 from perf import findings, peaks, throughput
-from perf.report import STAGES, Quantiles, read_report
+from perf.report import STAGES, Summary, read_report
 from perf.timing import Timing
 from tests.made_up_report import gpu_report
 from tests.runs import run
@@ -82,8 +82,8 @@ def test_what_engineers_look_for_is_there(profiled):
     assert all(layer.measured_seconds > 0 for layer in report.roofline.layers)
     assert report.memory is None
     seconds = 1437 / report.stages.training.images_per_second
-    assert report.costs.epoch_seconds == pytest.approx(seconds)
-    assert report.costs.training_price == pytest.approx(14 * seconds * 2 / 3600)
+    assert report.costs.seconds == pytest.approx(seconds)
+    assert report.costs.price == pytest.approx(seconds * 2 / 3600)
     assert report.costs.price_basis == "--price-per-hour 2"
 
 
@@ -126,6 +126,8 @@ def test_by_default_each_run_has_a_new_folder():
     [
         (["--seconds", "0"], "--seconds 0: must be above 0"),
         (["--price-per-kwh", "-1"], "--price-per-kwh -1: must be a finite number, 0 or more"),
+        (["--price-per-hour", "nan"], "--price-per-hour nan: must be a finite number, 0 or more"),
+        (["--price-per-kwh", "inf"], "--price-per-kwh inf: must be a finite number, 0 or more"),
         (["--price-per-kwh", "0.3", "--price-per-hour", "2"], "not allowed with"),
         (["--seconds", "soon"], "invalid float value"),
         (["--crop", "33"], "--crop 33: must be a multiple of 32"),
@@ -226,7 +228,7 @@ def test_peak_memory_is_all_that_the_gpu_had_given_away(monkeypatch):
     telemetry = gpu_report().telemetry
     device = telemetry.devices[0]
     device.uuid, device.machine = "GPU-abc", 0
-    device.fields["memory_used_bytes"] = Quantiles(median=1, p5=1, p95=1, min=1, max=9 << 30, mean=1)
+    device.fields["memory_used_bytes"] = Summary(median=1, p5=1, p95=1, min=1, max=9 << 30, mean=1)
 
     def peak(reserved: int) -> int:
         memory = findings._memory(ranks, findings.Findings(reserved_bytes=reserved), telemetry)

@@ -118,7 +118,7 @@ def test_few_values_have_no_interval_and_equal_ones_an_empty_one():
 def test_a_summary():
     values = [5.0, 1.0, 4.0, 2.0, 3.0, 9.0]
     summary = summarise(values)
-    assert (summary.count, summary.mean, summary.median) == (6, 4.0, 3.5)
+    assert (summary.min, summary.max, summary.mean, summary.median) == (1.0, 9.0, 4.0, 3.5)
     assert summary.p5 == pytest.approx(np.quantile(values, 0.05))
     assert summary.p95 == pytest.approx(np.quantile(values, 0.95))
 

@@ -5,11 +5,12 @@ import shlex
 from collections.abc import Callable
 from functools import cache
 
+import msgspec
 import pytest
 
 from engine.config import parse_args
 from perf.advice import SHARED_CORES
-from perf.report import Device, Layer, Rate, Report, Stages, TrainingParts, encoded
+from perf.report import Device, Layer, Rate, Report, Stages, TrainingParts
 from perf.verdict import NO_VERDICT, ceiling, judge
 from tests.made_up_report import cpu_report, gpu_report, rate, summary
 
@@ -184,7 +185,7 @@ def test_the_planted_bottleneck_is_named_with_its_two_figures(device, plant, bou
     report.verdict = NO_VERDICT
     assert judge(report) == verdict, "the verdict that is there already does not matter"
     report.verdict = verdict
-    encoded(report)
+    msgspec.json.encode(report)
 
 
 # ---- throttled --------------------------------------------------------------------------------------------------------
@@ -493,7 +494,7 @@ def test_what_was_not_measured_does_not_matter():
     report.stages = Stages(reading=None, decoding=None, loader=None, step=report.stages.step, training=None)
     report.training_parts = report.host_seconds_per_step = report.step_parts.all_reduce = None
     report.ceiling.training_over_ceiling = None
-    report.telemetry.available, report.telemetry.devices, report.telemetry.stages = False, [], {}
+    report.telemetry.devices, report.telemetry.stages = [], {}
     assert judge(report).bound == "compute"
     report = healthy("cuda")
     for gpu in report.telemetry.stages["training"]:
