@@ -141,7 +141,6 @@ def surety_sentence(report: Report) -> str:
         "time": "the time was up before the wanted precision was reached",
         "steps": "the steps were used up before the wanted precision was reached",
     }.get(rate.stopped_by, printable(rate.stopped_by))
-    slow, share = slow_laps(rate)
     known = "With 95 % confidence" if rate.interval else "Too few laps for a confidence interval"
     words = f"{known}, from {_steps(report, rate):,} steps in {duration(rate.seconds)}; {why}."
     slow, share = slow_laps(rate)
@@ -152,9 +151,13 @@ def surety_sentence(report: Report) -> str:
 
 
 def slow_laps(rate: Rate) -> tuple[int, float]:
-    """How many laps of the series took more than twice the median, and their share of all the time."""
-    slow = [seconds for seconds in rate.series_seconds if seconds > _SLOW * rate.step_seconds.median]
-    return len(slow), sum(slow) / sum(rate.series_seconds) if slow else 0.0
+    """How many laps of the series took more than twice the median, and their share of all the time.
+
+    A slow value of a long series is the longest step of several, so what counts is the time that the others leave.
+    """
+    others = [seconds for seconds in rate.series_seconds if seconds <= _SLOW * rate.step_seconds.median]
+    slow = len(rate.series_seconds) - len(others)
+    return slow, max(0.0, 1 - sum(others) * rate.steps_a_lap / rate.seconds) if slow else 0.0
 
 
 def _steps(report: Report, rate: Rate) -> int:

@@ -27,7 +27,8 @@ from perf.compare import (
 from perf.findings import epoch_costs
 from perf.report import Rate, Report, read_report
 from perf.show import main, print_report, write_report
-from perf.timing import interval_of_mean
+from perf.timing import interval_of_mean, thinned
+from perf.words import slow_laps
 from tests.made_up_report import cpu_report, gpu_report, rate, summary
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +84,21 @@ def test_slow_steps_are_counted_with_the_time_they_took(capsys, monkeypatch):
     assert f"4 took over twice the median: {100 * sum(slow) / training.seconds:.1f} % of the time" in " ".join(
         shown.split()
     )
+
+
+def test_a_stall_in_a_thinned_series_takes_no_more_time_than_it_took():
+    """A value of a series that is too long to keep is the stall itself, though it stands for ten laps."""
+    series = np.full(20_000, 0.01)
+    series[::400] = 0.1
+    values, neighbours = thinned(series)
+    seconds, median = float(series.sum()), float(np.median(series))
+    steps = msgspec.structs.replace(summary(0.01), median=median)
+    long = msgspec.structs.replace(
+        rate(100, 1), series_seconds=values, steps_a_lap=neighbours, seconds=seconds, step_seconds=steps
+    )
+    slow, share = slow_laps(long)
+    assert (neighbours, slow) == (10, 50)
+    assert share == pytest.approx(50 * (0.1 + 9 * 0.01) / seconds)
 
 
 def test_terminal_shows_cautions(capsys):
