@@ -24,7 +24,7 @@ from common.progress import printable
 from perf import pictures
 from perf.compare import compare, comparison, comparison_tables, differences
 from perf.device_pictures import roofline, telemetry
-from perf.page import page
+from perf.page import cost_table, page
 from perf.plot_style import png
 from perf.report import Report, read_report
 from perf.sweep_plot import by_program, plot_sweep, sweep_table, varying
@@ -175,6 +175,8 @@ def print_report(report: Report) -> None:
         console.print(Text.assemble(f"  {place}. ", (flags, "bold"), f"  {why}"))
     _print_table("", *stage_table(report))
     _print_table("", *part_table(report))
+    if costs := cost_table(report):
+        _print_table("", *costs)
     for words in (ceiling_sentence, warm_up_sentence, memory_sentence):
         console.print(Text(words(report)))
 

@@ -118,8 +118,8 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     if options.seconds is None:
         options.seconds = _SECONDS_A_TRIAL if options.tune else _SECONDS_A_STAGE
     for flag, seconds in (("--seconds", options.seconds), ("--tune-seconds", options.tune_seconds)):
-        if not seconds > 0:
-            raise UserError(f"{flag} {seconds:g}: must be above 0")
+        if not 0 < seconds < math.inf:
+            raise UserError(f"{flag} {seconds:g}: must be above 0, and a finite number")
     for flag, price in (("--price-per-hour", options.price_per_hour), ("--price-per-kwh", options.price_per_kwh)):
         if price is not None and not 0 <= price < math.inf:
             raise UserError(f"{flag} {price:g}: must be a finite number, 0 or more")

@@ -101,6 +101,17 @@ def test_a_stall_in_a_thinned_series_takes_no_more_time_than_it_took():
     assert share == pytest.approx(50 * (0.1 + 9 * 0.01) / seconds)
 
 
+def test_terminal_shows_what_was_asked_of_it_for_a_price(capsys):
+    report = gpu_report()
+    assert report.costs
+    report.costs.price, report.costs.price_basis, report.costs.epochs = 12.5, "--price-per-hour 12", 10
+    print_report(report)
+    assert any(
+        line.split() == ["price,", "--price-per-hour", "12", "12.5", "125"]
+        for line in capsys.readouterr().out.splitlines()
+    )
+
+
 def test_terminal_shows_cautions(capsys):
     print_report(cpu_report())
     assert "Caution: Other programs kept up to 0.4 of the 2 cores busy" in capsys.readouterr().out

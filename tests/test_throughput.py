@@ -125,6 +125,7 @@ def test_by_default_each_run_has_a_new_folder():
     ("flags", "words"),
     [
         (["--seconds", "0"], "--seconds 0: must be above 0"),
+        (["--seconds", "inf"], "--seconds inf: must be above 0, and a finite number"),
         (["--price-per-kwh", "-1"], "--price-per-kwh -1: must be a finite number, 0 or more"),
         (["--price-per-hour", "nan"], "--price-per-hour nan: must be a finite number, 0 or more"),
         (["--price-per-kwh", "inf"], "--price-per-kwh inf: must be a finite number, 0 or more"),
