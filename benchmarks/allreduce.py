@@ -15,26 +15,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from time import perf_counter
-
-if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
-    from common.start import begin
-
-    begin()
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from benchmarks import flag_parser, program
 from common.errors import TrainingError, UserError
-from common.flags import FlagParser
-from common.process import end, run_program
+from common.process import end
 from perf.report import Links
 from perf.scaling import all_reduce_seconds
 
 _FLOAT_BYTES = 4
 _PORT = 29400  # any: no one else is in the namespace
-_TIMES = {"small": 20, "large": 5}
+_TIMES, _TIMES_SMALL = 5, 20
 _PATIENCE_SECONDS = 240
 _INTERFACE = "uplink"
 # Of each 1514 bytes that Ethernet carries: 14 are its own header, 20 IP's, 32 TCP's with time stamps.
@@ -42,8 +37,7 @@ _PAYLOAD_SHARE = 1448 / 1514
 _BURST = f"burst {32 << 10} latency 50ms"  # what passes at once after a pause: little against the messages
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(NamedTuple):
     namespace: str
     address: str
 
@@ -52,14 +46,9 @@ class Machine:
         return ["ip", "netns", "exec", self.namespace, *words]
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: _run(argv))
-
-
-def _run(argv: list[str] | None) -> int:
-    parser = FlagParser(
-        prog="python -m benchmarks.allreduce", description="Predicted and measured all-reduce over limited links."
-    )
+@program
+def main(argv: list[str] | None) -> dict:
+    parser = flag_parser("allreduce", "Predicted and measured all-reduce over limited links.")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3], help="numbers of ranks to try")
     parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 4, 16], help="sizes to try")
     parser.add_argument("--mbits-per-second", type=float, default=100, help="of each link, in each direction")
@@ -69,8 +58,7 @@ def _run(argv: list[str] | None) -> int:
     rows = [row for ranks in arguments.ranks for row in check(ranks, arguments)]
     print_rows(rows, arguments.mbits_per_second)
     largest = max(abs(row["measured_over_predicted"] - 1) for row in rows)
-    print(json.dumps({"mbits_per_second": arguments.mbits_per_second, "rows": rows, "largest_error": largest}))
-    return 0
+    return {"mbits_per_second": arguments.mbits_per_second, "rows": rows, "largest_error": largest}
 
 
 def check(ranks: int, arguments: argparse.Namespace) -> list[dict]:
@@ -80,12 +68,12 @@ def check(ranks: int, arguments: argparse.Namespace) -> list[dict]:
         smallest_seconds, *measured = measure(machines, [_FLOAT_BYTES, *sizes])
     rate, latency = arguments.mbits_per_second * 1e6 / 8 * _PAYLOAD_SHARE, smallest_seconds / (2 * (ranks - 1))
     links = Links(peer_bytes_per_second=rate, network_bytes_per_second=rate, gpus_per_node=1, latency_seconds=latency)
-    rows = []
-    for size, seconds in zip(sizes, measured, strict=True):
-        predicted = all_reduce_seconds(size, ranks=ranks, links=links, algorithm="ring")
-        row = {"ranks": ranks, "bytes": size, "latency_seconds": latency, "predicted_seconds": predicted}
-        rows.append({**row, "measured_seconds": seconds, "measured_over_predicted": seconds / predicted})
-    return rows
+    predicted = [all_reduce_seconds(size, ranks=ranks, links=links, algorithm="ring") for size in sizes]
+    return [
+        {"ranks": ranks, "bytes": size, "latency_seconds": latency, "predicted_seconds": model}
+        | {"measured_seconds": seconds, "measured_over_predicted": seconds / model}
+        for size, model, seconds in zip(sizes, predicted, measured, strict=True)
+    ]
 
 
 def measure(machines: list[Machine], sizes: list[int]) -> list[float]:
@@ -120,19 +108,17 @@ def rank(sizes: list[int]) -> None:
     """One rank: print the median seconds of each size as JSON. torchrun's variables say which one it is."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    print(json.dumps([_median_seconds(torch.ones(size // _FLOAT_BYTES)) for size in sizes]))
+    medians = []
+    for size in sizes:
+        values, seconds = torch.ones(size // _FLOAT_BYTES), []
+        for _ in range(1 + (_TIMES_SMALL if values.numel() == 1 else _TIMES)):
+            dist.barrier()
+            began = perf_counter()
+            dist.all_reduce(values)
+            seconds.append(perf_counter() - began)
+        medians.append(statistics.median(seconds[1:]))  # the first opens the connections
+    print(json.dumps(medians))
     dist.destroy_process_group()
-
-
-def _median_seconds(values: torch.Tensor) -> float:
-    dist.all_reduce(values)  # opens the connections
-    seconds = []
-    for _ in range(_TIMES["small" if values.numel() == 1 else "large"]):
-        dist.barrier()
-        began = perf_counter()
-        dist.all_reduce(values)
-        seconds.append(perf_counter() - began)
-    return statistics.median(seconds)
 
 
 def print_rows(rows: list[dict], mbits_per_second: float) -> None:

@@ -8,27 +8,21 @@ a pair take turns (benchmarks/turns.py).
 import argparse
 import functools
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
-if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
-    from common.start import begin
-
-    begin()
-
 import numpy as np
 import torch
 
+from benchmarks import flag_parser, program
 from benchmarks.photographs import photograph_folder
 from benchmarks.turns import OURS, print_table, summarise, take_turns
 from common.errors import UserError
 from common.files import cache_folder
-from common.flags import FlagParser
 from common.heap import share_one_heap
-from common.process import end, run_program, usable_cores
+from common.process import end, usable_cores
 from common.ranks import ranks_of_this_run
 from engine.config import Config
 from engine.data import Data, open_data
@@ -42,12 +36,9 @@ from pipeline.plan import Samples, rescaled_sizes, source_windows
 from pipeline.prepared import is_prepared
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: _run(argv))
-
-
-def _run(argv: list[str] | None) -> int:
-    parser = FlagParser(prog="python -m benchmarks.evaluation", description="Compare ways of evaluating: images/s.")
+@program
+def main(argv: list[str] | None) -> dict:
+    parser = flag_parser("evaluation", "Compare ways of evaluating: images/s.")
     parser.add_argument("--data", type=Path, help="folder with train/ and val/ (default: made from two photographs)")
     parser.add_argument("--arch", default="A", help="network of the dense pass")
     parser.add_argument("--dense-crop", type=int, default=32, help="its crop in pixels")
@@ -63,15 +54,12 @@ def _run(argv: list[str] | None) -> int:
     with ranks_of_this_run(arguments.device) as ranks:
         config = Config(data=str(folder), device=arguments.device)
         data = open_data(config, ranks, choose_precision("auto", ranks.device))
-        results = {
-            "dense": compare(dense_passes(data, arguments), arguments.rounds, data.val_images),
-            "multicrop": compare(crop_passes(data, arguments), arguments.rounds, data.val_images),
-        }
+        passes = {"dense": dense_passes(data, arguments), "multicrop": crop_passes(data, arguments)}
+        results = {name: compare(both, arguments.rounds, data.val_images) for name, both in passes.items()}
     for name, rows in results.items():
         print_table(name, rows)
     settings = {"images": data.val_images, "cores": usable_cores(), "device": arguments.device}
-    print(json.dumps({**settings, "arch": arguments.arch, "rounds": arguments.rounds, **results}))
-    return 0
+    return {**settings, "arch": arguments.arch, "rounds": arguments.rounds, **results}
 
 
 def compare(passes: dict[str, Callable[[], object]], rounds: int, images: int) -> dict[str, dict]:
@@ -123,16 +111,12 @@ def each_crop(data: Data, crop: int, batch_size: int) -> DaliLoader:
     table, folder = data.manifest.val, data.manifest.root
     source, labels, sizes = table.read(np.arange(len(table)))
     rescaled = rescaled_sizes(sizes, np.full(len(table), data.config.validation_scale))
-    corners = [
-        list(itertools.product(grid_corners(height, crop), grid_corners(width, crop)))
-        for height, width in rescaled.tolist()
-    ]
+    corners = [list(itertools.product(*(grid_corners(side, crop) for side in size))) for size in rescaled.tolist()]
     rows = np.repeat(np.arange(len(table)), len(corners[0]))
+    flipped = np.zeros(len(rows), dtype=bool)
     samples = Samples(
         source=source[rows],
-        **source_windows(
-            sizes[rows], rescaled[rows], np.concatenate(corners), crop, flipped=np.zeros(len(rows), dtype=bool)
-        ),
+        **source_windows(sizes[rows], rescaled[rows], np.concatenate(corners), crop, flipped),
         mean=np.tile(np.asarray(data.mean_rgb, dtype=np.float32), (len(rows), 1)),
         labels=labels[rows],
         numbers=rows,
@@ -144,9 +128,8 @@ def each_crop(data: Data, crop: int, batch_size: int) -> DaliLoader:
             yield samples.take(slice(first, first + batch_size))
 
     def lose(*_) -> None:
-        raise UserError(
-            f"an image cannot be decoded; have python -m pipeline.manifest {folder} --verify decode leave it out"
-        )
+        cure = f"have python -m pipeline.manifest {folder} --verify decode leave it out"
+        raise UserError(f"an image cannot be decoded; {cure}")
 
     return DaliLoader(
         batches,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
+from benchmarks.plain import ListedImages, read_pil
 from common.process import usable_cores
 
 _LONGER_SIDE = 500
@@ -21,20 +21,16 @@ def ffcv_loader(
 ) -> Iterator[tuple]:
     """ffcv on the CPU, by the recipe of its authors' ImageNet training, with every image kept as a JPEG; endless batches.
 
-    The file, which is written first, is that of write_imagenet.py in https://github.com/libffcv/ffcv-imagenet: longer side 500
-    pixels at most, JPEG quality 90. The recipe for ResNet-50 keeps half of the images as raw pixels (write mode "proportion",
-    0.5); here all are JPEGs (write mode "jpg"). The pipeline is that of create_train_loader in train_imagenet.py there: decode
-    the whole image, random crop of 8 to 100 % of its area resized to crop × crop, random flip, IMAGENET_MEAN and IMAGENET_STD.
-    Two things differ: the output is float32, not float16, and NormalizeImage stands before ToTensor, which is where it runs on
-    a CPU. The order is random; the file is read through the page cache.
-
-    Each image is in the file as often as brings it to 2000 images, and an epoch goes over the file often enough for 100,000,
-    because ffcv allocates and fills all its buffers anew in each.
+    The file, which is written first, is that of write_imagenet.py in https://github.com/libffcv/ffcv-imagenet, but that no
+    image is kept as raw pixels. The pipeline is that of train_imagenet.py there: decode the whole image, random crop of 8 to
+    100 % of its area resized to crop × crop, random flip, mean and deviation; but float32, and normalised before ToTensor, which
+    is where that runs on a CPU. The order is random; the file is read through the page cache. Each image is in the file as
+    often as brings it to 2000 images, and an epoch goes over the file often enough for 100,000, because ffcv allocates and
+    fills all its buffers anew in each.
 
     A batch is (images, labels): images [batch, 3, crop, crop], float32, channels_last in memory; labels int64. Both are views
-    into ffcv's ring of buffers: the next batch asked for may overwrite them.
-
-    ImportError where ffcv is not installed, at the call. The first batch takes long: numba compiles the pipeline.
+    into ffcv's ring of buffers: the next batch asked for may overwrite them. The first takes long: numba compiles the pipeline.
+    Raises ImportError, at the call: ffcv is not installed.
     """
     threads = torch.get_num_threads()
     try:
@@ -88,15 +84,6 @@ def _write(paths: list[str], labels: list[int], file: Path) -> None:
 
     image = RGBImageField(write_mode="jpg", max_resolution=_LONGER_SIDE, jpeg_quality=_JPEG_QUALITY)
     writer = DatasetWriter(str(file), {"image": image, "label": IntField()}, num_workers=usable_cores())
-    writer.from_indexed_dataset(_Images(paths, labels), indices=np.tile(np.arange(len(paths)), _copies(paths)))
-
-
-class _Images:
-    def __init__(self, paths: list[str], labels: list[int]) -> None:
-        self._paths, self._labels = paths, labels
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.open(self._paths[index]).convert("RGB"), self._labels[index]
+    writer.from_indexed_dataset(
+        ListedImages(paths, labels, read_pil), indices=np.tile(np.arange(len(paths)), _copies(paths))
+    )

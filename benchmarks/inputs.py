@@ -10,24 +10,18 @@ They take turns in one process (benchmarks/turns.py); ratios to noise are taken 
 
 import argparse
 import functools
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
-    from common.start import begin
-
-    begin()
-
 import torch
 
-from benchmarks.turns import add_turn_flags, forever, print_table, rates_of_streams, summarise
+from benchmarks import flag_parser, program
+from benchmarks.turns import add_turn_flags, compare_streams, forever
 from common.errors import UserError
-from common.flags import FlagParser
 from common.heap import share_one_heap
-from common.process import end, run_program
+from common.process import end
 from common.ranks import Ranks, ranks_of_this_run
 from engine.assembly import assemble, network_of, too_little_memory
 from engine.config import DIGITS, SYNTHETIC, Config, parse_args
@@ -43,15 +37,10 @@ _PAUSE_SECONDS = 0.5
 """Long enough for queues of a few batches to fill up."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: _run(argv))
-
-
-def _run(argv: list[str] | None) -> int:
-    parser = FlagParser(
-        prog="python -m benchmarks.inputs",
-        description="Compare what feeds a training step: images per second. It takes all flags of train.py.",
-        allow_abbrev=False,
+@program
+def main(argv: list[str] | None) -> dict:
+    parser = flag_parser(
+        "inputs", "Compare what feeds a training step: images per second. It takes all flags of train.py."
     )
     add_turn_flags(parser)
     try:
@@ -63,11 +52,9 @@ def _run(argv: list[str] | None) -> int:
         with ranks_of_this_run(config.device) as ranks, tempfile.TemporaryDirectory() as work:
             if ranks.world_size > 1:
                 raise UserError("benchmarks.inputs measures one rank; start it without torchrun")
-            result = compare(config, ranks, options, Path(work))
+            return compare(config, ranks, options, Path(work))
     except torch.OutOfMemoryError as error:
         raise too_little_memory(config.micro_batch or config.batch_size) from error
-    print(json.dumps(result))
-    return 0
 
 
 def compare(config: Config, ranks: Ranks, options: argparse.Namespace, work: Path) -> dict:
@@ -77,15 +64,15 @@ def compare(config: Config, ranks: Ranks, options: argparse.Namespace, work: Pat
     files = open_data(config, ranks, precision)
     step = training_step(files, ranks, precision)
     inputs = make_inputs(files, ranks, precision, work)
-    rates = rates_of_streams(
+    rows = compare_streams(
+        f"{config.arch}, {precision.name}, {config.batch_size} images",
         {name: forever(functools.partial(step, batches)) for name, batches in inputs.items()},
+        of=NOISE,
         images=config.batch_size,
         device=ranks.device,
         pause_seconds=_PAUSE_SECONDS,
         **vars(options),
     )
-    rows = summarise(rates, of=NOISE)
-    print_table(f"{config.arch}, {precision.name}, {config.batch_size} images", rows)
     kept = {name: getattr(config, name) for name in ("arch", "data", "crop", "batch_size")}
     kept |= {"device": ranks.device.type, "precision": precision.name, "threads": files.threads}
     return {**kept, "rounds": options.rounds, "inputs": rows}

@@ -17,51 +17,46 @@ meanwhile is used up.
 
 import argparse
 import functools
-import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
-    from common.start import begin
-
-    begin()
-
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, RandomSampler
 
+from benchmarks import flag_parser, program
 from benchmarks.ffcv import ffcv_loader
-from benchmarks.plain import COLOUR_SHIFT_SIGMA, training_transform
-from benchmarks.turns import OURS, add_turn_flags, print_table, rates_of_streams, summarise
+from benchmarks.plain import COLOUR_SHIFT_SIGMA, ListedImages, read_pil, training_transform
+from benchmarks.turns import OURS, add_turn_flags, compare_streams
 from common.errors import UserError
-from common.flags import FlagParser
 from common.heap import share_one_heap
-from common.process import end, run_program, usable_cores
+from common.process import end, usable_cores
 from common.progress import say
-from common.ranks import ranks_of_this_run
-from pipeline.loader import DaliLoader
-from pipeline.manifest import open_manifest
-from pipeline.plan import IMAGENET_COLOUR_SHIFT, IMAGENET_MEAN_RGB, TrainPlan
+from common.ranks import Ranks, ranks_of_this_run
+from engine.config import Config, parse_args
+from engine.data import Data
+from engine.precision import choose_precision
+from pipeline.manifest import Manifest, open_manifest
+from pipeline.plan import IMAGENET_COLOUR_SHIFT, IMAGENET_MEAN_RGB
 from pipeline.prepare import Settings, prepare
 from pipeline.prepared import open_prepared
-from pipeline.reader import Fetch, ShardReader
-from pipeline.tables import FileTable
 
 PREPARED = "this project, prepared"
-_SCALES = {"S=256": (256, 256), "S in [256;512]": (256, 512)}
+_SCALES = {"S=256": "256", "S in [256;512]": "256-512"}
+"""As train.py's --train-scale has them."""
 _PREFETCH = 2
 _PAUSE_SECONDS = 4.0
 
+Files = tuple[list[str], list[int]]
+"""Paths and labels."""
 
-def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: _run(argv))
 
-
-def _run(argv: list[str] | None) -> int:
-    parser = FlagParser(prog="python -m benchmarks.loaders", description="Compare image loaders: images per second.")
+@program
+def main(argv: list[str] | None) -> dict:
+    parser = flag_parser("loaders", "Compare image loaders: images per second.")
     parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* and val/<class>/*")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where DALI's loaders decode")
     parser.add_argument("--batch-size", type=int, default=256, help="images in a batch")
@@ -77,47 +72,52 @@ def _run(argv: list[str] | None) -> int:
     share_one_heap()  # as train.py does
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; check the driver with nvidia-smi, or use --device cpu")
-    device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device("cpu")
-    table = open_manifest(arguments.data).train
-    scales = {}
-    with tempfile.TemporaryDirectory() as work:
-        for name, scale in _SCALES.items():
-            rates = rates_of_streams(
-                make_loaders(table, scale, arguments, device, Path(work)),
+    with ranks_of_this_run(arguments.device) as ranks, tempfile.TemporaryDirectory() as work:
+        manifest = open_manifest(arguments.data)
+        scales = {
+            name: compare_streams(
+                name,
+                make_loaders(manifest, scale, arguments, ranks, Path(work)),
+                times=(OURS, PREPARED),
                 images=arguments.batch_size,
                 rounds=arguments.rounds,
                 batches=arguments.batches,
-                device=device,
+                device=ranks.device,
                 pause_seconds=_PAUSE_SECONDS,
             )
-            scales[name] = summarise(rates, times=(OURS, PREPARED))
-            print_table(name, scales[name])
+            for name, scale in _SCALES.items()
+        }
     settings = {name: getattr(arguments, name) for name in ("device", "batch_size", "threads", "rounds")}
-    print(json.dumps({"data": str(arguments.data), "images": len(table), **settings, "scales": scales}))
-    return 0
+    return {"data": str(arguments.data), "images": len(manifest.train), **settings, "scales": scales}
 
 
 def make_loaders(
-    table: FileTable, scale: tuple[int, int], arguments: argparse.Namespace, device: torch.device, work: Path
+    manifest: Manifest, scale: str, arguments: argparse.Namespace, ranks: Ranks, work: Path
 ) -> dict[str, Iterator]:
     """Endless iterators of batches, by name. work: a folder for what some of them read."""
     size, crop, threads = arguments.batch_size, arguments.crop, arguments.threads
-    plan = TrainPlan(table=table, batch_size=size, crop=crop, scale=scale, seed=0)
-    rows = table.read(np.arange(len(table)))
-    paths = [table.name(source) for source in rows.source]
-    labels = rows.labels.tolist()
+    flags = f"--device {arguments.device} --train-scale {scale} --crop {crop} --batch-size {size} --threads {threads}"
+    config = parse_args(["--data", str(arguments.data), "--prefetch", str(_PREFETCH), *flags.split()])
+    precision = choose_precision("fp32", ranks.device)
+    settings = Settings(short_side="256" if scale == "256" else "max:512", quality=90, shard_images=2048)
+    packed = work / scale
+    prepare(arguments.data, packed, settings, threads=threads, ranks=ranks)
+    ours, prepared = (
+        Data(config=config, ranks=ranks, precision=precision, micro_batch=size, manifest=found).train_batches(0)
+        for found in (manifest, open_prepared(str(packed)))
+    )
+    rows = manifest.train.read(np.arange(len(manifest.train)))
+    files = [manifest.train.name(source) for source in rows.source], rows.labels.tolist()
     loaders = {
-        OURS: our_loader(plan, device, threads, fetch=None),
-        "DALI, decode all": usual_dali(paths, labels, scale, crop, size, device, threads),
-        "torchvision, PIL": torchvision_loader(paths, labels, read_pil, scale, crop, size, threads),
-        "torchvision, tensors": torchvision_loader(paths, labels, tensor_reader(), scale, crop, size, threads),
-        PREPARED: our_prepared_loader(arguments, scale, device, work),
+        OURS: ours,
+        "DALI, decode all": usual_dali(files, config, ranks.device),
+        "torchvision, PIL": torchvision_loader(files, read_pil, config),
+        "torchvision, tensors": torchvision_loader(files, tensor_reader(), config),
+        PREPARED: prepared,
     }
-    if scale[0] == scale[1]:
+    if scale == "256":
         try:
-            peer = ffcv_loader(
-                paths, labels, work / "images.beton", crop, size, min(threads, usable_cores())
-            )  # its limit
+            peer = ffcv_loader(*files, work / "images.beton", crop, size, min(threads, usable_cores()))  # its limit
             next(peer)  # numba compiles
             loaders["ffcv"] = peer
         except ImportError as error:
@@ -125,48 +125,18 @@ def make_loaders(
     return loaders
 
 
-def our_loader(plan: TrainPlan, device: torch.device, threads: int, fetch: Fetch | None) -> DaliLoader:
-    return DaliLoader(
-        lambda skip: plan.batches(start=0, rank=0, world_size=1, micro_batch=plan.batch_size, skip=skip),
-        lose=lambda samples, dead, reasons: plan.lose(samples, dead),
-        batch_size=plan.batch_size,
-        crop=plan.crop,
-        device=device,
-        decoder="gpu" if device.type == "cuda" else "cpu",
-        half=False,
-        threads=threads,
-        prefetch=_PREFETCH,
-        fetch=fetch,
-    )
-
-
-def our_prepared_loader(
-    arguments: argparse.Namespace, scale: tuple[int, int], device: torch.device, work: Path
-) -> DaliLoader:
-    settings = Settings(short_side="256" if scale == (256, 256) else "max:512", quality=90, shard_images=2048)
-    folder = work / settings.short_side.replace(":", "-")
-    with ranks_of_this_run("cpu") as ranks:
-        prepare(arguments.data, folder, settings, threads=arguments.threads, ranks=ranks)
-    table = open_prepared(str(folder)).train
-    plan = TrainPlan(table=table, batch_size=arguments.batch_size, crop=arguments.crop, scale=scale, seed=0)
-    reader = ShardReader(table, threads=None, batches_ahead=8)
-    return our_loader(plan, device, arguments.threads, fetch=lambda batches: reader.fetch(batches, plan.read_group))
-
-
 # ---- the others --------------------------------------------------------------------------------------------------
 
 
-def usual_dali(
-    paths: list[str], labels: list[int], scale, crop: int, batch_size: int, device: torch.device, threads: int
-) -> Iterator:
+def usual_dali(files: Files, config: Config, device: torch.device) -> Iterator:
     """The graph of DALI's own examples, decode the whole image, resize, random crop and flip, with its random operators."""
     shift_of_alpha = types.Constant(np.array(IMAGENET_COLOUR_SHIFT, dtype=np.float32))
     mean = types.Constant(np.asarray(IMAGENET_MEAN_RGB, dtype=np.float32))
-    on_gpu = device.type == "cuda"
+    (paths, labels), (low, high), on_gpu = files, map(float, config.scale), device.type == "cuda"
 
     @pipeline_def(
-        batch_size=batch_size,
-        num_threads=threads,
+        batch_size=config.batch_size,
+        num_threads=config.threads,
         device_id=device.index if on_gpu else None,
         prefetch_queue_depth=_PREFETCH,
         seed=0,
@@ -174,13 +144,13 @@ def usual_dali(
     def graph():
         encoded, label = fn.readers.file(files=paths, labels=labels, shuffle_after_epoch=True)
         whole = fn.decoders.image(encoded, output_type=types.RGB, device="mixed" if on_gpu else "cpu")
-        shorter = float(scale[0]) if scale[0] == scale[1] else fn.random.uniform(range=tuple(map(float, scale)))
+        shorter = low if low == high else fn.random.uniform(range=(low, high))
         resized = fn.resize(whole, resize_shorter=shorter)
         alpha = fn.reshape(fn.random.normal(shape=[3], stddev=COLOUR_SHIFT_SIGMA), shape=[1, 3])
         shift = fn.reductions.sum(alpha * shift_of_alpha, axes=1)
         images = fn.crop_mirror_normalize(
             resized,
-            crop=(crop, crop),
+            crop=(config.crop, config.crop),
             crop_pos_x=fn.random.uniform(range=(0.0, 1.0)),
             crop_pos_y=fn.random.uniform(range=(0.0, 1.0)),
             mirror=fn.random.coin_flip(),
@@ -197,10 +167,6 @@ def usual_dali(
         yield torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), torch.from_dlpack(label.as_tensor())
 
 
-def read_pil(path: str) -> Image.Image:
-    return Image.open(path).convert("RGB")
-
-
 def tensor_reader() -> Callable[[str], torch.Tensor]:
     """From a path to uint8 [3, height, width]: torchcodec's, since torchvision's is deprecated from 0.29 on."""
     try:
@@ -210,40 +176,17 @@ def tensor_reader() -> Callable[[str], torch.Tensor]:
     return functools.partial(decode_image, mode="RGB")
 
 
-class Images(Dataset):
-    """What torchvision's ImageFolder does, over a given list."""
-
-    def __init__(self, paths: list[str], labels: list[int], read: Callable, transform: Callable) -> None:
-        self._paths, self._labels, self._read, self._transform = paths, labels, read, transform
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int):
-        return self._transform(self._read(self._paths[index])), self._labels[index]
-
-
-class EndlessShuffle(Sampler):
-    """One permutation after the other, so that no epoch's end interrupts the clock."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(0)
-        while True:
-            yield from torch.randperm(self._length, generator=generator).tolist()
-
-
-def torchvision_loader(
-    paths: list[str], labels: list[int], read: Callable, scale, crop: int, batch_size: int, workers: int
-) -> Iterator:
-    """torchvision's transforms in as many worker processes as there are cores."""
+def torchvision_loader(files: Files, read: Callable, config: Config) -> Iterator:
+    """torchvision's transforms in as many worker processes as there are threads of the others."""
+    transform = training_transform(config.scale, config.crop, IMAGENET_MEAN_RGB, IMAGENET_COLOUR_SHIFT)
+    images = ListedImages(*files, lambda path: transform(read(path)))
+    # One permutation after the other: no epoch's end interrupts the clock.
+    order = RandomSampler(images, num_samples=sys.maxsize, generator=torch.Generator().manual_seed(0))
     loader = DataLoader(
-        Images(paths, labels, read, training_transform(scale, crop, IMAGENET_MEAN_RGB, IMAGENET_COLOUR_SHIFT)),
-        batch_size=batch_size,
-        sampler=EndlessShuffle(len(paths)),
-        num_workers=workers,
+        images,
+        batch_size=config.batch_size,
+        sampler=order,
+        num_workers=config.threads or 0,
         prefetch_factor=_PREFETCH,
         multiprocessing_context="fork",
     )

@@ -4,22 +4,16 @@ DIR: prepared data, or a folder with train/<class>/* and val/<class>/*. The resi
 epoch; the first one fills DALI's pools, so growth is counted from the second on.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-
-if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
-    from common.start import begin
-
-    begin()
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common.flags import FlagParser
+from benchmarks import flag_parser, program
 from common.heap import share_one_heap
-from common.process import end, run_program
+from common.process import end
 from common.progress import say
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
@@ -27,12 +21,9 @@ from engine.data import open_data
 from engine.precision import choose_precision
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: _run(argv))
-
-
-def _run(argv: list[str] | None) -> int:
-    parser = FlagParser(prog="python -m benchmarks.memory", description="The loader's resident memory over epochs.")
+@program
+def main(argv: list[str] | None) -> dict:
+    parser = flag_parser("memory", "The loader's resident memory over epochs.")
     parser.add_argument("--data", required=True, help="prepared data, or a folder with train/ and val/")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--plot", type=Path, help="PNG to write")
@@ -45,8 +36,7 @@ def _run(argv: list[str] | None) -> int:
     if arguments.plot:
         plot(found, arguments.plot)
     growth = (found[-1] - found[1]) / (len(found) - 2) if len(found) > 2 else 0.0
-    print(json.dumps({"resident_mib": found, "growth_mib_per_epoch": round(growth, 3)}))
-    return 0
+    return {"resident_mib": found, "growth_mib_per_epoch": round(growth, 3)}
 
 
 def measure(batches: Iterator, images: int, batch_size: int, epochs: int) -> list[float]:

@@ -15,26 +15,20 @@ machine without a GPU, the tests' stub of it, whose PCIe readings can be made to
     NVML_STUB_PCIE_MS=20 LD_LIBRARY_PATH=DIR python -m benchmarks.overhead sampler
 """
 
-import json
 import statistics
 import tempfile
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from time import clock_gettime, perf_counter, process_time, pthread_getcpuclockid
 
-if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
-    from common.start import begin
-
-    begin()
-
 import torch
-import torch.nn.functional as F
 
+from benchmarks import flag_parser, program
+from benchmarks.plain import usual_step
 from benchmarks.turns import finish, interval, spread, take_turns
 from common.errors import UserError
-from common.flags import FlagParser
-from common.process import end, run_program
+from common.process import end
 from common.ranks import Ranks, ranks_of_this_run
 from engine.assembly import network_of
 from engine.config import SYNTHETIC, Config, parse_args, save_config
@@ -54,16 +48,9 @@ _SECONDS_A_TURN = 1.0
 """With the sampler and without."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: _run(argv))
-
-
-def _run(argv: list[str] | None) -> int:
-    parser = FlagParser(
-        prog="python -m benchmarks.overhead",
-        description="Measure what is done beside the bare training step. Other flags are train.py's.",
-        allow_abbrev=False,
-    )
+@program
+def main(argv: list[str] | None) -> dict:
+    parser = flag_parser("overhead", "Measure what is done beside the bare training step. Other flags are train.py's.")
     parser.add_argument("of", choices=("trainer", "sampler"), help="the training loop, or the sampler of NVML")
     parser.add_argument("--rounds", type=int, default=20, help="turns of each that are counted, at least 3")
     parser.add_argument("--interval-ms", type=float, default=100.0, help="milliseconds between two samples of a GPU")
@@ -78,10 +65,11 @@ def _run(argv: list[str] | None) -> int:
         config = parse_args([*_DEFAULT_FLAGS, *flags, "--data", SYNTHETIC, "--out", out, "--steps", steps])
         with ranks_of_this_run(config.device) as ranks:
             bare, data = bare_step(config, ranks)
-            if arguments.of == "trainer":
-                clocks, notes = trainer_overhead(bare, data)
-            else:
-                clocks, notes = sampler_overhead(bare, data, arguments.rounds, arguments.interval_ms / 1e3)
+            clocks, notes = (
+                trainer_overhead(bare, data)
+                if arguments.of == "trainer"
+                else sampler_overhead(bare, data, arguments.rounds, arguments.interval_ms / 1e3)
+            )
             device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu"
     result = {name: getattr(config, name) for name in ("arch", "crop", "batch_size")}
     result |= {"device": device, "precision": bare.precision.name, "rounds": arguments.rounds, **notes}
@@ -93,8 +81,7 @@ def _run(argv: list[str] | None) -> int:
             f"{clock.replace('_', ' ')} with the {arguments.of} / without: {median:.4f} (95 % {low:.4f}–{high:.4f}; "
             f"rounds {lowest:.4f}–{highest:.4f})"
         )
-    print(json.dumps(result))
-    return 0
+    return result
 
 
 Clocks = dict[str, tuple[list[float], list[float]]]
@@ -107,20 +94,15 @@ class BareStep:
 
     batch: Batch
     model: VGG
-    optimizer: torch.optim.Optimizer
     precision: Precision
+    step: Callable[[Callable, Batch], None]
 
     def seconds_of(self, steps: int) -> float:
         """The device is idle before and after."""
-        images, labels = self.batch
         began = perf_counter()
         for _ in range(steps):
-            with self.precision.autocast():
-                loss = F.cross_entropy(self.model(images), labels)
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        finish(images.device)
+            self.step(self.model, self.batch)
+        finish(self.batch[0].device)
         return perf_counter() - began
 
 
@@ -130,10 +112,8 @@ def bare_step(config: Config, ranks: Ranks) -> tuple[BareStep, Data]:
     precision = choose_precision(config.precision, ranks.device)
     data = Data(config=config, ranks=ranks, precision=precision, micro_batch=config.batch_size, manifest=None)
     model = network_of(config, classes=len(data.classes), device=ranks.device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=1e-4, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
-    )
-    return BareStep(next(data.train_batches(0)), model, optimizer, precision), data
+    step = usual_step(model, replace(config, lr=1e-4), precision, fused=True)
+    return BareStep(next(data.train_batches(0)), model, precision, step), data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,13 +148,10 @@ def trainer_overhead(bare: BareStep, data: Data) -> tuple[Clocks, dict]:
             checkpoint=None,
             requests=requests,
         ).fit()["compiled"]
-    with_trainer, without = (
-        turns.trainer_seconds[1:],
-        turns.bare_seconds[1:-1],
-    )  # behind the last there is one more step
+    without = turns.bare_seconds[1:-1]  # behind the last there is one more step
     milliseconds = round(1e3 * statistics.median(without) / _STEPS_A_TURN, 3)
     notes = {"compiled": compiled, "steps_a_turn": _STEPS_A_TURN, "bare_ms_per_step": milliseconds}
-    return {"seconds": (with_trainer, without)}, notes
+    return {"seconds": (turns.trainer_seconds[1:], without)}, notes
 
 
 def sampler_overhead(bare: BareStep, data: Data, rounds: int, interval_seconds: float) -> tuple[Clocks, dict]:
@@ -184,29 +161,29 @@ def sampler_overhead(bare: BareStep, data: Data, rounds: int, interval_seconds: 
         pass
     found = sampler.report()
     if not found["available"]:
-        raise UserError(
-            f"nothing can be sampled here: {found['reason']}; the script's first lines tell what else to do"
-        )
+        reason = found["reason"]
+        raise UserError(f"nothing can be sampled here: {reason}; the script's first lines tell what else to do")
     bare.seconds_of(3)
     steps = max(1, round(3 * _SECONDS_A_TURN / bare.seconds_of(3)))
-    core_seconds: dict[str, list[float]] = {"with": [], "without": []}
+    with_it: list[float] = []
+    without: list[float] = []
     own, samples = [], []
 
-    def turn(name: str) -> float:
+    def turn(kept: list[float]) -> float:
         before = process_time()
         seconds = bare.seconds_of(steps)
-        core_seconds[name].append(process_time() - before)
+        kept.append(process_time() - before)
         return seconds
 
     def sampled_turn() -> float:
         with NvmlSampler(uuids, interval_seconds) as sampler:
             before = _sampler_core_seconds()
-            seconds = turn("with")
+            seconds = turn(with_it)
             own.append((_sampler_core_seconds() - before) / seconds)
         samples.append(sampler.report()["samples"])
         return seconds
 
-    seconds = take_turns({"with": sampled_turn, "without": lambda: turn("without")}, rounds=rounds, warm_up=1)
+    seconds = take_turns({"with": sampled_turn, "without": lambda: turn(without)}, rounds=rounds, warm_up=1)
     notes = {
         "threads": torch.get_num_threads(),
         "gpu_sampled": found["devices"][0]["name"],
@@ -215,9 +192,8 @@ def sampler_overhead(bare: BareStep, data: Data, rounds: int, interval_seconds: 
         "samples": sum(samples),
         "sampler_core_seconds_a_second": round(statistics.mean(own), 5),
     }
-    cores = {name: values[1:] for name, values in core_seconds.items()}  # the first was warm-up
-    clocks = {"seconds": seconds, "core_seconds": cores}
-    return {name: (values["with"], values["without"]) for name, values in clocks.items()}, notes
+    # Of the cores' time the first was warm-up.
+    return {"seconds": (seconds["with"], seconds["without"]), "core_seconds": (with_it[1:], without[1:])}, notes
 
 
 def _sampler_core_seconds() -> float:

@@ -10,28 +10,31 @@ A finished run is kept in OUT and not repeated; a run of train.py goes on where 
 """
 
 import json
+import re
 import statistics
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-
-if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
-    from common.start import begin
-
-    begin()
 
 from scipy import stats
 
-from benchmarks.kept_runs import add_run_flags, kept, run_trainer
+from benchmarks import flag_parser, program
 from benchmarks.plain import train_plainly
 from common.errors import TrainingError, UserError
-from common.files import replacing
+from common.files import DAMAGED_FILE, replacing
 from common.flags import FlagParser
-from common.process import end, run_program
+from common.process import end
+from common.progress import say
 from engine import checkpoint
 from engine.config import parse_args
+from engine.records import METRICS, read_records
+from perf.machine import ROOT
 from perf.plot_style import BLUE, VERMILION, new_figure, png
 
 OURS, PLAIN = "this trainer", "plain loop"
+RESULT = "result.json"
 _FOLDERS = {OURS: "ours", PLAIN: "plain"}
 _COLOURS = {OURS: BLUE, PLAIN: VERMILION}
 _MEASURES = {"top1": ("validation top-1 (%)", 100), "loss": ("validation loss (nats)", 1)}
@@ -42,15 +45,10 @@ _DEFAULT_FLAGS += ["--lr", "0.015", "--warmup-epochs", "1", "--checkpoint-minute
 _FIXED_FLAGS = ["--schedule", "cosine", "--precision", "fp32", "--no-compile"]
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: _run(argv))
-
-
-def _run(argv: list[str] | None) -> int:
-    parser = FlagParser(
-        prog="python -m benchmarks.parity",
-        description="Train with train.py and with a plain PyTorch loop, and compare. Other flags are train.py's.",
-        allow_abbrev=False,
+@program
+def main(argv: list[str] | None) -> dict:
+    parser = flag_parser(
+        "parity", "Train with train.py and with a plain PyTorch loop, and compare. Other flags are train.py's."
     )
     add_run_flags(parser, picture="parity.png")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind, at least 2")
@@ -71,8 +69,7 @@ def _run(argv: list[str] | None) -> int:
         file.write(plot(histories, arguments.data.name))
     print_table(result)
     settings = {"data": str(arguments.data), "flags": flags, "seeds": arguments.seeds}
-    print(json.dumps({**settings, **result, "plot": str(picture)}))
-    return 0
+    return {**settings, **result, "plot": str(picture)}
 
 
 def train_both(out: Path, flags: list[str], seed: int) -> dict[str, dict]:
@@ -85,6 +82,64 @@ def train_both(out: Path, flags: list[str], seed: int) -> dict[str, dict]:
         return {"history": train_plainly(parse_args(flags), used.mean_rgb, used.colour_shift), "diverged_at": None}
 
     return {**result, PLAIN: kept(plain, flags, plainly)}
+
+
+# ---- runs of an experiment: each result is kept in a file as soon as it is there, and not made a second time --------
+
+
+def add_run_flags(parser: FlagParser, *, picture: str) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* and val/<class>/*")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--plot", type=Path, help=f"PNG to write; default: OUT/{picture}")
+
+
+def kept(out: Path, flags: list[str], make: Callable[[], dict]) -> dict:
+    """What OUT/result.json holds; where there is none yet, what make() returns, written there.
+
+    flags: of train.py, which the result belongs to. Raises UserError: OUT holds the result of other ones.
+    """
+    path = out / RESULT
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+            earlier = list(map(str, found["flags"]))
+        except DAMAGED_FILE as error:
+            raise UserError(
+                f"{path}: is not a result of an earlier start; remove it, or choose another --out"
+            ) from error
+        if earlier != flags:
+            raise UserError(f"{out} holds a run with other flags ({' '.join(earlier)}); choose another --out")
+        say(f"{out}: done before")
+        return found
+    out.mkdir(parents=True, exist_ok=True)
+    result = {"flags": flags, **make()}
+    with replacing(path) as file:
+        file.write(json.dumps(result).encode())
+    return result
+
+
+def run_trainer(out: Path, flags: list[str]) -> dict:
+    """train.py as a user starts it, in a process of its own; one that was interrupted goes on where it was.
+
+    Returns {"history": [{"epoch", "loss", "top1"}, …] of the validations, "diverged_at": the step after which its loss was found
+    to be infinite or NaN, which ended it, or None}. Raises UserError and TrainingError as it does.
+    """
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(out)]
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        for last in process.stderr:
+            sys.stderr.write(last)
+    diverged = re.search(r"after step (\d+): the training diverged", last)
+    if process.returncode and not diverged:
+        kind = UserError if process.returncode == UserError.exit_code else TrainingError
+        raise kind(f"train.py ended with exit code {process.returncode}: {last.strip().removeprefix('error: ')}")
+    validations = [record for record in read_records(out / METRICS) if record["kind"] == "validation"]
+    history = [{key: record[key] for key in ("epoch", "loss", "top1")} for record in validations]
+    return {"history": history, "diverged_at": int(diverged[1]) if diverged else None}
+
+
+# ---- the comparison ------------------------------------------------------------------------------------------------
 
 
 def compare(histories: dict[str, list[list[dict]]]) -> dict:

@@ -50,11 +50,7 @@ def _piece(original: Image.Image, generator: np.random.Generator) -> Image.Image
     """A random part of the photograph, rescaled; upright in half of the cases."""
     share = generator.uniform(_LEAST_SHARE, 1.0)
     width, height = (int(side * share) for side in original.size)
-    left, top = (
-        int(generator.integers(all + 1 - part)) for all, part in zip(original.size, (width, height), strict=True)
-    )
-    size = [int(generator.integers(*bounds)) for bounds in (_LONGER_PX, _SHORTER_PX)]
-    if generator.random() < 0.5:
-        size.reverse()
-    box = (left, top, left + width, top + height)
-    return original.resize((size[0], size[1]), Image.Resampling.LANCZOS, box=box)
+    left, top = (int(generator.integers(most + 1)) for most in (original.width - width, original.height - height))
+    longer, shorter = (int(generator.integers(*bounds)) for bounds in (_LONGER_PX, _SHORTER_PX))
+    size = (shorter, longer) if generator.random() < 0.5 else (longer, shorter)
+    return original.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))

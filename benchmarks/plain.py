@@ -2,25 +2,46 @@
 the network."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from common.progress import say
+from engine.assembly import network_of
 from engine.config import Config
-from model.vgg import build
+from engine.precision import Precision
+from pipeline.loader import Batch
 
 Matrix = Sequence[Sequence[float]]
 COLOUR_SHIFT_SIGMA = 0.1  # section 3.1 of the paper, after AlexNet
 _WORKERS = 2
 
 
-class ColourShift(torch.nn.Module):
+def read_pil(path: str) -> Image.Image:
+    return Image.open(path).convert("RGB")
+
+
+class ListedImages(Dataset):
+    """What torchvision's ImageFolder does, over a given list: (what read() makes of a path, label)."""
+
+    def __init__(self, paths: list[str], labels: list[int], read: Callable) -> None:
+        self._paths, self._labels, self._read = paths, labels, read
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self._read(self._paths[index]), self._labels[index]
+
+
+class ColourShift(nn.Module):
     """AlexNet's colour shift: one vector added to a [3, height, width] image."""
 
     def __init__(self, shift_of_alpha: Matrix) -> None:
@@ -57,8 +78,32 @@ def validation_transform(scale: int, crop: int, mean_rgb: Sequence[float]) -> v2
     return v2.Compose([v2.Resize(scale), v2.CenterCrop(crop), *_less_the_mean(mean_rgb)])
 
 
-def _less_the_mean(mean_rgb: Sequence[float]) -> list[torch.nn.Module]:
+def _less_the_mean(mean_rgb: Sequence[float]) -> list[nn.Module]:
     return [v2.ToImage(), v2.ToDtype(torch.float32), v2.Normalize(mean=list(mean_rgb), std=[1.0] * 3)]
+
+
+def usual_step(
+    network: nn.Module, config: Config, precision: Precision, *, fused: bool = False
+) -> Callable[[Callable, Batch], None]:
+    """The step that everyone writes; it is given the network or its compiled form, and a batch."""
+    optimizer = sgd(network, config, fused=fused)
+    scaler = precision.grad_scaler()
+
+    def step(forward: Callable, batch: Batch) -> None:
+        images, labels = batch
+        with precision.autocast():
+            loss = F.cross_entropy(forward(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def sgd(network: nn.Module, config: Config, *, fused: bool = False) -> torch.optim.SGD:
+    rates = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    return torch.optim.SGD([{"params": [*network.parameters()], **rates}], fused=fused)
 
 
 def train_plainly(config: Config, mean_rgb: Sequence[float], colour_shift: Matrix) -> list[dict]:
@@ -78,28 +123,16 @@ def train_plainly(config: Config, mean_rgb: Sequence[float], colour_shift: Matri
     )
     validation = DataLoader(validation_set, batch_size, num_workers=_WORKERS)
 
-    model = build(
-        config.arch,
-        classes=len(training_set.classes),
-        crop=config.crop,
-        dropout=config.dropout,
-        init=config.init,
-        device=device,
-        seed=config.seed,
-    )
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+    model = network_of(config, classes=len(training_set.classes), device=device)
+    optimizer = sgd(model, config)
     warm_up, steps = round(config.warmup_epochs * len(training)), config.epochs * len(training)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            (step + 1) / (warm_up + 1)
-            if step < warm_up
-            else 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-        ),
-    )
 
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / (warm_up + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     history = []
     for epoch in range(1, config.epochs + 1):
         model.train()

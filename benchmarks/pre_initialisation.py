@@ -11,22 +11,16 @@ interrupted one goes on. The defaults are for a few thousand images of 32 pixels
 """
 
 import functools
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
-    from common.start import begin
-
-    begin()
-
 import torch
 
-from benchmarks.kept_runs import add_run_flags, kept, run_trainer
+from benchmarks import flag_parser, program
+from benchmarks.parity import add_run_flags, kept, run_trainer
 from common.files import replacing
-from common.flags import FlagParser
-from common.process import end, run_program
+from common.process import end
 from engine import checkpoint
 from engine.assembly import network_of
 from engine.config import Config, parse_args
@@ -41,15 +35,10 @@ _SMALL_NORMAL = "random, normal of standard deviation 0.01"
 _COLOURS = (BLUE, SKY, GREEN, VERMILION, ORANGE, PURPLE)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: _run(argv))
-
-
-def _run(argv: list[str] | None) -> int:
-    parser = FlagParser(
-        prog="python -m benchmarks.pre_initialisation",
-        description="Train E with and without the layers of a trained A. Other flags are train.py's.",
-        allow_abbrev=False,
+@program
+def main(argv: list[str] | None) -> dict:
+    parser = flag_parser(
+        "pre_initialisation", "Train E with and without the layers of a trained A. Other flags are train.py's."
     )
     add_run_flags(parser, picture="pre-initialisation.png")
     parser.add_argument("--init-from", type=Path, required=True, help="checkpoint of A, trained on the same data")
@@ -72,8 +61,7 @@ def _run(argv: list[str] | None) -> int:
     for name, row in summary.items():
         end = f"diverged in step {row['diverged_at']}" if row["diverged_at"] else f"top-1 {row['top1']:.1%}"
         print(f"{name:52}{end:>24}   {'learned' if row['learned'] else 'did not learn'}")
-    print(json.dumps({"data": str(arguments.data), "flags": flags, "runs": summary, "plot": str(picture)}))
-    return 0
+    return {"data": str(arguments.data), "flags": flags, "runs": summary, "plot": str(picture)}
 
 
 def starts(a: Path, small_normal: Path) -> dict[str, list[str]]:
@@ -114,15 +102,13 @@ def plot(runs: dict[str, dict], chance: float, title: str) -> bytes:
     axes.axhline(100 * chance, color=GREY, linestyle=":", label="guessing")
     cross = 13  # each is smaller than the one before: they may all lie in the first epoch
     for (name, run), colour in zip(runs.items(), _COLOURS, strict=True):
-        epochs = [entry["epoch"] for entry in run["history"]]
         top1 = [100 * entry["top1"] for entry in run["history"]]
+        label = None if run["diverged_at"] else name
+        axes.plot(range(1, len(top1) + 1), top1, "o-", color=colour, markersize=4, label=label)
         if run["diverged_at"]:
-            axes.plot(epochs, top1, "o-", color=colour, markersize=4)
             label = f"{name}: diverged in step {run['diverged_at']}"
-            axes.plot(len(epochs), 100 * chance, "X", color=colour, markersize=cross, label=label, linestyle="none")
+            axes.plot(len(top1), 100 * chance, "X", color=colour, markersize=cross, label=label, linestyle="none")
             cross -= 5
-        else:
-            axes.plot(epochs, top1, "o-", color=colour, markersize=4, label=name)
     axes.set(xlabel="epoch", ylabel="validation top-1 (%)", xlim=(-0.2, None), ylim=(0, None))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower left", fontsize=8)

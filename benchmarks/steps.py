@@ -8,45 +8,31 @@ take turns in one process (benchmarks/turns.py).
 
 import argparse
 import functools
-import json
 from collections.abc import Callable
 
-if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a line, too
-    from common.start import begin
-
-    begin()
-
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from benchmarks.turns import OURS, add_turn_flags, forever, print_table, rates_of_streams, summarise
+from benchmarks import flag_parser, program
+from benchmarks.plain import usual_step
+from benchmarks.turns import OURS, add_turn_flags, compare_streams, forever
 from common.errors import TrainingError, UserError
-from common.flags import FlagParser
-from common.process import end, run_program
+from common.process import end
 from common.progress import say
 from common.ranks import Ranks, ranks_of_this_run
 from engine.assembly import assemble, network_of
 from engine.config import SYNTHETIC, Config, parse_args
 from engine.data import open_data
 from engine.precision import Precision, choose_precision, set_numerics
-from pipeline.loader import Batch
 
 _NAMES = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
 """Configurations that torchvision and timm have, too."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: _run(argv))
-
-
-def _run(argv: list[str] | None) -> int:
-    parser = FlagParser(
-        prog="python -m benchmarks.steps",
-        description="Compare training steps: images per second. It takes all flags of train.py.",
-        allow_abbrev=False,
-    )
+@program
+def main(argv: list[str] | None) -> dict:
+    parser = flag_parser("steps", "Compare training steps: images per second. It takes all flags of train.py.")
     add_turn_flags(parser)
     try:
         options, flags = parser.parse_known_args(argv)
@@ -54,23 +40,24 @@ def _run(argv: list[str] | None) -> int:
         if config.arch not in _NAMES:
             raise UserError(f"--arch {config.arch}: nobody else has it; take one of {', '.join(_NAMES)}")
         with ranks_of_this_run(config.device) as ranks:
-            result = compare(config, ranks, options)
+            return compare(config, ranks, options)
     except torch.OutOfMemoryError as error:
         cure = "a smaller --batch-size" if config.batch_size > 1 else "a smaller --crop, or another GPU"
         raise TrainingError(f"the GPU's memory is too small for all networks; take {cure}") from error
-    print(json.dumps(result))
-    return 0
 
 
 def compare(config: Config, ranks: Ranks, options: argparse.Namespace) -> dict:
     """Measure, print the table, return the figures."""
     set_numerics(deterministic=False)
     precision = choose_precision(config.precision, ranks.device)
-    streams = {name: forever(step) for name, step in make_steps(config, ranks, precision).items()}
-    size = config.batch_size
-    rates = rates_of_streams(streams, images=size, device=ranks.device, **vars(options))  # no queue to fill, no pause
-    rows = summarise(rates, times=(OURS,))
-    print_table(f"{config.arch}, {precision.name}", rows)
+    rows = compare_streams(  # no queue to fill, no pause
+        f"{config.arch}, {precision.name}",
+        {name: forever(step) for name, step in make_steps(config, ranks, precision).items()},
+        times=(OURS,),
+        images=config.batch_size,
+        device=ranks.device,
+        **vars(options),
+    )
     kept = {name: getattr(config, name) for name in ("arch", "crop", "batch_size")}
     return {**kept, "device": ranks.device.type, "precision": precision.name, "rounds": options.rounds, "steps": rows}
 
@@ -107,25 +94,6 @@ def peers(config: Config, classes: int) -> dict[str, nn.Module]:
     else:
         networks["timm"] = timm.create_model(name, num_classes=classes, drop_rate=config.dropout)
     return networks
-
-
-def usual_step(network: nn.Module, config: Config, precision: Precision) -> Callable[[Callable, Batch], None]:
-    """The step that everyone writes; it is given the network or its compiled form."""
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    scaler = precision.grad_scaler()
-
-    def step(forward: Callable, batch: Batch) -> None:
-        images, labels = batch
-        with precision.autocast():
-            loss = F.cross_entropy(forward(images), labels)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
 
 
 if __name__ == "__main__":

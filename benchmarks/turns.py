@@ -5,11 +5,11 @@ are taken within a round.
 """
 
 import functools
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter, sleep
 
+import numpy as np
 import torch
 from scipy import stats
 
@@ -20,8 +20,7 @@ from common.progress import say
 OURS, RATE = "this project", "images_per_second"
 NOT_COUNTED = 8
 """Batches of a stream before those that count."""
-_CONFIDENCE = 0.95
-_LEAST_FOR_ORDER_STATISTICS = 9
+_LEAST_FOR_QUANTILE = 9
 """With fewer values their whole range is the median's interval."""
 
 
@@ -44,7 +43,8 @@ def take_turns(turns: Mapping[str, Callable[[], float]], *, rounds: int, warm_up
     return figures
 
 
-def rates_of_streams(
+def compare_streams(
+    title: str,
     streams: Mapping[str, Iterator],
     *,
     images: int,
@@ -52,11 +52,13 @@ def rates_of_streams(
     batches: int,
     device: torch.device,
     pause_seconds: float = 0.0,
-) -> dict[str, list[float]]:
-    """Images per second of endless iterators of batches of so many images, or of what takes a step at each batch, by round.
+    times: Sequence[str] = (),
+    of: str | None = None,
+) -> dict[str, dict]:
+    """Rates of endless iterators of batches of so many images, or of what takes a step at each batch; printed as a table, too.
 
     pause_seconds: before a turn, in which the one before fills its queues and falls silent. What was prefetched meanwhile is
-    in the batches that are NOT_COUNTED.
+    in the batches that are NOT_COUNTED. times, of: as in summarise(), which makes the rows.
     """
 
     def turn(stream: Iterator) -> float:
@@ -72,7 +74,9 @@ def rates_of_streams(
 
     with present_objects_frozen():  # as in training
         turns = {name: functools.partial(turn, stream) for name, stream in streams.items()}
-        return take_turns(turns, rounds=rounds)
+        rows = summarise(take_turns(turns, rounds=rounds), times=times, of=of)
+    print_table(title, rows)
+    return rows
 
 
 def finish(device: torch.device) -> None:
@@ -116,17 +120,15 @@ def interval(ratios: Sequence[float]) -> list[float] | None:
     From nine rounds on the median's, by order statistics, which a few disturbed rounds do not widen. Fewer are too few for it:
     then Student's, of the logarithms' mean.
     """
-    count, ordered = len(ratios), sorted(ratios)
-    if count < 3:  # two values may lie anywhere
+    if len(ratios) < 3:  # two values may lie anywhere
         return None
-    if count >= _LEAST_FOR_ORDER_STATISTICS:
-        rank = int(stats.binom.ppf((1 - _CONFIDENCE) / 2, count, 0.5))
-        low, high = ordered[rank - 1], ordered[-rank]
+    if len(ratios) >= _LEAST_FOR_QUANTILE:
+        low, high = stats.quantile_test(ratios, p=0.5).confidence_interval(0.95)
     else:
-        logarithms = [math.log(ratio) for ratio in ratios]
-        half = stats.t.ppf((1 + _CONFIDENCE) / 2, count - 1) * statistics.stdev(logarithms) / math.sqrt(count)
-        low, high = (math.exp(statistics.mean(logarithms) + sign * half) for sign in (-1, 1))
-    return [round(low, 4), round(high, 4)]
+        logarithms = np.log(ratios)
+        half = stats.t.ppf(0.975, len(ratios) - 1) * stats.sem(logarithms)
+        low, high = np.exp(logarithms.mean() + np.array([-half, half]))
+    return [round(float(low), 4), round(float(high), 4)]
 
 
 def rate_text(row: Mapping) -> str:

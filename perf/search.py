@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 from common.errors import TrainingError
 from perf.trials import Job, Outcome, Settings
@@ -34,8 +35,7 @@ class TimeUp(Exception):
     """No further measurement may begin."""
 
 
-@dataclass(frozen=True)
-class Coordinate:
+class Coordinate(NamedTuple):
     """Something that can be chosen."""
 
     name: str
@@ -129,10 +129,8 @@ def paired_rates(old: Settings, new: Settings, measure: Measure) -> list[tuple[f
     pairs: list[tuple[float, float]] = []
     with contextlib.suppress(TimeUp):
         while len(pairs) < _PAIRS:
-            if len(pairs) % 2:  # so that what changes steadily meanwhile favours neither
-                after, before = measure(new), measure(old)
-            else:
-                before, after = measure(old), measure(new)
+            turn = 1 - 2 * (len(pairs) % 2)  # back and forth: what changes steadily meanwhile favours neither
+            before, after = [measure(settings) for settings in (old, new)[::turn]][::turn]
             if before is None or after is None:
                 return []
             pairs.append((before, after))
@@ -150,13 +148,14 @@ def beats_spread(gains: list[float]) -> bool:
 def gain_of(pairs: list[tuple[float, float]]) -> Gain:
     """Of at least one pair of rates: as given, and with the best settings."""
     gains = [best / given - 1 for given, best in pairs]
+    given, best = map(statistics.median, zip(*pairs, strict=True))
     return Gain(
         pairs=gains,
         median=statistics.median(gains),
         interval=(min(gains), max(gains)),
         confidence=1 - 2 ** (1 - len(gains)),  # unless all are above the median, or all below: tosses of a coin
-        given_images_per_second=statistics.median(given for given, _ in pairs),
-        best_images_per_second=statistics.median(best for _, best in pairs),
+        given_images_per_second=given,
+        best_images_per_second=best,
     )
 
 
@@ -204,17 +203,17 @@ class Search:
             outcome = self._try(self._whole, settings, math.inf)  # without it there is nothing to compare with
             if outcome.images_per_second:
                 return settings
-            if not outcome.out_of_memory or settings["micro_batch"] == 1:
+            smaller = [size for size in range(1, settings["micro_batch"] // 2 + 1) if self._share % size == 0]
+            if not (outcome.out_of_memory and smaller):
                 raise TrainingError(f"the configuration as it was given does not run: {outcome.failure}")
-            half = settings["micro_batch"] // 2
-            smaller = next(size for size in range(half, 0, -1) if self._share % size == 0)
-            settings = {**settings, "micro_batch": smaller}
+            settings = {**settings, "micro_batch": smaller[-1]}
 
     def _loader_share(self, settings: Settings) -> float | None:
-        training, loader = self._trials[-1].images_per_second, None
+        training = self._trials[-1].images_per_second
         with contextlib.suppress(TimeUp):
             loader = self._measure("loader", _LOADER_UNTIL)(settings)
-        return training / loader if training and loader else None
+            return training / loader if training and loader else None
+        return None
 
     def _measure(self, stage: str, until: float) -> Measure:
         """until: share of the time after which none is begun."""

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import shlex
@@ -28,7 +29,7 @@ from common.process import run_program, usable_cores
 from common.progress import printable, say
 from engine.config import parse_args, to_dict
 from perf.machine import card, git_revision
-from perf.report import STAGES, Report, read_report
+from perf.report import STAGES, read_report
 from perf.sweep_table import ERROR, Row, add_row, find_row, read_rows
 
 TRAIN, THROUGHPUT = "train.py", "profile/throughput.py"
@@ -36,7 +37,7 @@ EXIT_FAILED = 1
 EXIT_BUSY = 3
 RATES = tuple(f"{stage}_images_per_second" for stage in reversed(STAGES))
 """Columns of throughput.py's rates; behind each the ends of its interval."""
-ENDS = (("low", "high"), ("p5", "p95"))
+ENDS = ("low", "high", "p5", "p95")
 """What follows the column's name for the ends: of a 95 % interval, and of the middle 90 % of laps in earlier sweeps."""
 
 _OF_TRAINING = {
@@ -46,10 +47,14 @@ _OF_TRAINING = {
     **dict.fromkeys(("compiled", "resumed")),
 }
 """Key of train.py's last line → column, where it has another name."""
-_OF_THROUGHPUT = ("ceiling_images_per_second", "bound", "mfu", "images_per_joule", "device_used")
+_OF_THROUGHPUT = {
+    **{"ceiling_images_per_second": "ceiling.images_per_second", "bound": "verdict.bound", "mfu": "roofline.mfu"},
+    **{"images_per_joule": "roofline.images_per_joule", "device_used": "hardware.device"},
+}
+"""Column → where it stands in a report."""
 RESULTS = (
     *(column or key for key, column in _OF_TRAINING.items()),
-    *(f"{rate}{end}" for rate in RATES for end in ("", *(f"_{end}" for ends in ENDS for end in ends))),
+    *(f"{rate}{end}" for rate in RATES for end in ("", *(f"_{end}" for end in ENDS))),
     *_OF_THROUGHPUT,
 )
 RECORDS = (ERROR, "began", "seconds_of_run", "host", "cores", "out")
@@ -101,9 +106,7 @@ def _do(argv: list[str] | None) -> int:
     parser.add_argument("--python", default=sys.executable, help="interpreter for the run")
     parser.add_argument("--dry-run", action="store_true", help="only print the command")
     parser.add_argument("--retry-failed", action="store_true", help="run it again if its row says that it failed")
-    parser.add_argument(
-        "--wait", action="store_true", help="where another process is at this run, until that has ended"
-    )
+    parser.add_argument("--wait", action="store_true", help="where another process is at it, until that has ended")
     parser.add_argument("--keep-checkpoints", action="store_true", help="also after the run's end")
     try:
         options, flags = parser.parse_known_args(argv)
@@ -140,15 +143,8 @@ def describe(options: argparse.Namespace, flags: Sequence[str]) -> Point:
     found, others = own.parse_known_args(flags)
     config = parse_args(others)
     settings = {name: _text(value) for name, value in to_dict(config).items() if name not in _NO_SETTING}
-    identity = {
-        "program": options.program,
-        "variant": options.variant,
-        "ranks": str(options.ranks),
-        "card": card(config.device),
-        "git_revision": git_revision() or "",
-        **vars(found),
-        **settings,
-    }
+    identity = {"program": options.program, "variant": options.variant, "ranks": str(options.ranks)}
+    identity |= {"card": card(config.device), "git_revision": git_revision() or "", **vars(found), **settings}
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=5).hexdigest()
     name = re.sub(r"[^\w.]+", "-", options.label).strip("-")[:60] or Path(options.program).stem
     out = options.csv.with_suffix("") / f"{name}-{digest}"
@@ -173,17 +169,10 @@ def _run_and_record(point: Point, path: Path, python: str, name: str, *, keep: b
         say(f"{name}: stopped; start the same command again")
         return stopped
     seconds = monotonic() - start
-    row = {
-        **{column: point.identity[column] for column in _FIRST},
-        ERROR: printable(error) if results is None else "",
-        **(results or {}),
-        "began": began,
-        "seconds_of_run": f"{seconds:.1f}",
-        "host": socket.gethostname(),
-        "cores": str(usable_cores()),
-        **point.identity,
-        "out": str(point.out),
-    }
+    row = {column: point.identity[column] for column in _FIRST}
+    row |= {ERROR: printable(error) if results is None else "", **(results or {}), "began": began}
+    row |= {"seconds_of_run": f"{seconds:.1f}", "host": socket.gethostname(), "cores": str(usable_cores())}
+    row |= {**point.identity, "out": str(point.out)}
     add_row(path, row, point.identity)
     if results is None:
         say(f"{name}: failed after {seconds:.0f} s: {row[ERROR]}")
@@ -244,23 +233,14 @@ def results_in(output: Path, program: str) -> Row | None:
         return None
     if program == TRAIN:
         return {column or key: _text(last.get(key)) for key, column in _OF_TRAINING.items()}
-    return _results_of(read_report(Path(last["report"]))) if "report" in last else None
-
-
-def _results_of(report: Report) -> Row:
-    values: dict[str, object] = {}
+    if "report" not in last:
+        return None
+    report = read_report(Path(last["report"]))
+    values = {column: operator.attrgetter(place)(report) for column, place in _OF_THROUGHPUT.items()}
     for column, stage in zip(RATES, reversed(STAGES), strict=True):
         rate = getattr(report.stages, stage)
-        values[column] = rate and rate.images_per_second
-        for end, value in zip(ENDS[0], (rate and rate.interval) or (None, None), strict=True):
-            values[f"{column}_{end}"] = value
-    found = (
-        report.ceiling.images_per_second,
-        report.verdict.bound,
-        report.roofline.mfu,
-        report.roofline.images_per_joule,
-    )
-    values |= zip(_OF_THROUGHPUT, (*found, report.hardware.device), strict=True)
+        low, high = (rate and rate.interval) or (None, None)
+        values |= {column: rate and rate.images_per_second, f"{column}_low": low, f"{column}_high": high}
     return {column: _text(value) for column, value in values.items()}
 
 
@@ -270,11 +250,9 @@ def cause_in(log: str, status: int) -> str:
     That is the last one of the program itself (error: …), else the last exception's that is not torchrun's own, else the last.
     status: its exit code, negative for a signal.
     """
-    lines = [re.sub(r"^\[rank\d+\]:\s*", "", line).strip() for line in log.splitlines()]
-    lines = [line for line in lines if line]
+    lines = [said for line in log.splitlines() if (said := re.sub(r"^\[rank\d+\]:\s*", "", line).strip())]
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
-    raised = [line for line in raised if "ChildFailedError" not in line]
+    raised = [line for line in lines if re.match(r"(?!.*ChildFailedError)[\w.]*(Error|Exception|Interrupt)\b", line)]
     if status < 0 and not told and not raised:
         return f"killed by signal {-status}, as the kernel does where the machine's memory is used up"
     return (told or raised or lines or [f"ended with exit code {status} and said nothing"])[-1]

@@ -3,6 +3,7 @@
 In a plot there is one panel a figure, and one colour for each setting that is not on the axis.
 """
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -34,8 +35,7 @@ _LOG_RATIO = 8.0
 
 def by_program(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each program; rows of programs that are not known here are left out."""
-    groups = {program: [row for row in rows if row.get("program") == program] for program in FIGURES}
-    return {program: group for program, group in groups.items() if group}
+    return {name: found for name in FIGURES if (found := [row for row in rows if row.get("program") == name])}
 
 
 def varying(rows: Sequence[Row]) -> list[str]:
@@ -51,7 +51,7 @@ def independent(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     """
     left = list(columns)
     first_to_go = [name for name in columns if name in ("card", "git_revision")]
-    for name in (*first_to_go, *reversed([name for name in columns if name not in first_to_go])):
+    for name in (*first_to_go, *(name for name in reversed(columns) if name not in first_to_go)):
         others = [other for other in left if other != name]
         keys = [tuple(row.get(other, "") for other in others) for row in rows]
         if others and len(set(keys)) == len({(key, row.get(name, "")) for key, row in zip(keys, rows, strict=True)}):
@@ -62,14 +62,13 @@ def independent(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
 def value_of(row: Row, column: str) -> float | None:
     """A figure of a run, in the unit of FIGURES; None: not measured."""
     value = as_number(row.get(column, ""))
-    return None if value is None else (100 * value if column in _PERCENT else value)
+    return 100 * value if value is not None and column in _PERCENT else value
 
 
 def as_number(text: str) -> float | None:
-    try:
+    with contextlib.suppress(ValueError):
         return float(text)
-    except ValueError:
-        return None
+    return None
 
 
 def in_order(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
@@ -121,26 +120,30 @@ def plot_sweep(rows: Sequence[Row], title: str) -> Figure | None:
     vary there is a panel with each rank's speed in % of what it has with the fewest ranks.
     """
     done = [row for row in rows if not row[ERROR]]
-    if not done:
-        return None
     columns = independent(done, varying(done))
     axis = axis_of(done, columns)
     series = series_of(done, [name for name in columns if name not in (axis, "seed")])
     places = places_of(done, axis)
-    figures = FIGURES[done[0]["program"]]
-    measured = [column for column in figures if any(value_of(row, column) is not None for row in done)]
-    panels = [(figures[column], column, False) for column in measured]
+    figures = FIGURES[done[0]["program"]] if done else {}
+    panels = [
+        (name, column) for column, name in figures.items() if any(value_of(row, column) is not None for row in done)
+    ]
     if axis == "ranks":
-        panels += [(EFFICIENCY, column, True) for column in measured if column in _RATES_OVER_RANKS]
+        panels += [(EFFICIENCY, column) for _, column in panels if column in _RATES_OVER_RANKS]
     if not panels:
         return None
     figure = new_figure(_INCHES_A_PANEL * len(panels) + 1.0, f"{printable(title)}: {_subject(done)}")
     all_axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     line = "-" if _are_numbers(places) else ""  # between two names there is nothing
-    for axes, (name, column, of_each_rank) in zip(all_axes, panels, strict=True):
+    for axes, (name, column) in zip(all_axes, panels, strict=True):
         for colour, (label, members) in zip(itertools.cycle(DEVICE_COLOURS), series.items(), strict=False):
             points = points_of(members, axis, column, places)
-            _draw(axes, efficiency(points) if of_each_rank else points, label, colour, line)
+            if name == EFFICIENCY:
+                points = efficiency(points)
+            if points:
+                x, means, lowest, highest = map(np.array, zip(*points, strict=True))
+                ends = [means - lowest, highest - means]
+                axes.errorbar(x, means, yerr=ends, color=colour, marker="o", linestyle=line, capsize=3, label=label)
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
         if not name.startswith("validation"):
@@ -174,27 +177,22 @@ def series_of(rows: Sequence[Row], columns: Sequence[str]) -> dict[str, list[Row
 
 def places_of(rows: Sequence[Row], axis: str | None) -> dict[str, float]:
     """Value on the axis → where it is: a number at its place, names one after the other."""
-    if axis is None:
-        return {"": 0.0}
-    texts = list(dict.fromkeys(row.get(axis, "") for row in in_order(rows, [axis])))
-    numbers = [as_number(text) for text in texts]
-    return {
-        text: place if number is None or None in numbers else number
-        for place, (text, number) in enumerate(zip(texts, numbers, strict=True))
-    }
+    texts = list(dict.fromkeys(row.get(axis, "") for row in in_order(rows, [axis]))) if axis else [""]
+    numbers = [number for text in texts if (number := as_number(text)) is not None]
+    return dict(zip(texts, numbers if len(numbers) == len(texts) else map(float, range(len(texts))), strict=True))
 
 
 def points_of(rows: Sequence[Row], axis: str | None, column: str, places: dict[str, float]) -> list[Point]:
     """One for each place where something was measured."""
-    found: dict[float, list[Row]] = {}
+    found: dict[float, list[tuple[float, Row]]] = {}
     for row in rows:
-        if value_of(row, column) is not None:
-            found.setdefault(places[row.get(axis, "") if axis else ""], []).append(row)
+        if (value := value_of(row, column)) is not None:
+            found.setdefault(places[row.get(axis, "") if axis else ""], []).append((value, row))
     points = []
     for place, members in sorted(found.items()):
-        values = [value for row in members if (value := value_of(row, column)) is not None]
-        ends = [f"{column}_{end}" for ends in ENDS for end in ends] if len(values) == 1 else []
-        spread = [*values, *(end for name in ends if (end := value_of(members[0], name)) is not None)]
+        values = [value for value, _ in members]
+        ends = [value_of(members[0][1], f"{column}_{end}") for end in ENDS] if len(values) == 1 else []
+        spread = values + [end for end in ends if end is not None]
         points.append(Point(place, sum(values) / len(values), min(spread), max(spread)))
     return points
 
@@ -204,17 +202,7 @@ def efficiency(points: Sequence[Point]) -> list[Point]:
     if not points or not points[0].mean:
         return []
     scale = 100 * points[0].place / points[0].mean
-    return [
-        Point(point.place, *(scale * value / point.place for value in (point.mean, point.lowest, point.highest)))
-        for point in points
-    ]
-
-
-def _draw(axes: Axes, points: Sequence[Point], label: str, colour: str, line: str) -> None:
-    if points:
-        places, means, lowest, highest = map(np.array, zip(*points, strict=True))
-        ends = [means - lowest, highest - means]
-        axes.errorbar(places, means, yerr=ends, color=colour, marker="o", linestyle=line, capsize=3, label=label)
+    return [Point(place, *(scale * value / place for value in values)) for place, *values in points]
 
 
 def _are_numbers(places: dict[str, float]) -> bool:
@@ -223,14 +211,13 @@ def _are_numbers(places: dict[str, float]) -> bool:
 
 def _label_axis(axes: Axes, axis: str | None, places: dict[str, float]) -> None:
     low, high = min(places.values()), max(places.values())
-    numbers = _are_numbers(places)
-    if numbers and low > 0 and high / low >= _LOG_RATIO:
+    if not _are_numbers(places):
+        axes.set_xlim(low - 0.5, high + 0.5)
+    elif low > 0 and high / low >= _LOG_RATIO:
         axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(list(places.values())))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(list(places.values()), list(map(printable, places)), parse_math=False)
-    if not numbers:
-        axes.set_xlim(low - 0.5, high + 0.5)
     axes.set_xlabel("" if axis is None else name_of(axis), parse_math=False)
 
 

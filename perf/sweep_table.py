@@ -26,7 +26,8 @@ ERROR = "error"
 """The column with what a failed run said last; empty where it did not fail."""
 
 _FORMULA = r"[=+\-@\t\r\n]"
-_NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+_RUN = rf"(?![+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\Z)'*{_FORMULA}"
+"""What gets an apostrophe before it: what would be run, and is no number, or has apostrophes before that already."""
 _BYTES_OF_A_PATH = "surrogateescape"
 """A path need not be UTF-8, and comes back as it was."""
 
@@ -87,19 +88,14 @@ def add_row(path: Path, row: Row, identity: Row) -> bool:
 
 def _line(cells: Iterable[str]) -> str:
     """A row as it stands in the file."""
-    texts = [f"'{cell}" if re.match(f"'*{_FORMULA}", cell) and not _is_number(cell) else cell for cell in cells]
-    return (
-        ",".join('"' + text.replace('"', '""') + '"' if re.search(r'[,"\r\n]', text) else text for text in texts) + "\n"
-    )
+    texts = [f"'{cell}" if re.match(_RUN, cell, re.ASCII | re.IGNORECASE) else cell for cell in cells]
+    quoted = ('"' + text.replace('"', '""') + '"' if re.search(r'[,"\r\n]', text) else text for text in texts)
+    return ",".join(quoted) + "\n"
 
 
 def _text(cell: str) -> str:
     """What a cell says."""
     return cell[1:] if re.match(f"'+{_FORMULA}", cell) else cell
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(_NUMBER, text, re.ASCII | re.IGNORECASE) is not None
 
 
 def _merged(headers: Iterable[Iterable[str]]) -> list[str]:

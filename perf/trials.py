@@ -83,16 +83,14 @@ class Trials:
 
     def describe(self) -> Job:
         """Open the data set, however long that takes. Raises UserError and TrainingError as a run of train.py does."""
-        answer = self._ask("describe", {}, math.inf)
+        answer: Job | Outcome = self._ask("describe", {}, math.inf)
         if isinstance(answer, Outcome):
             raise TrainingError(f"nothing could be measured: {answer.failure}")
         return answer
 
     def run(self, stage: str, changes: Settings, limit_seconds: float) -> Outcome:
         """Measure a stage: loader, step or training. changes: of the configuration."""
-        answer = self._ask(stage, changes, limit_seconds)
-        assert isinstance(answer, Outcome)
-        return answer
+        return self._ask(stage, changes, limit_seconds)
 
     def close(self) -> None:
         """End the process; the next call has a new one."""
@@ -102,7 +100,7 @@ class Trials:
             self._connection.close()
         self._process = self._connection = None
 
-    def _ask(self, stage: str, changes: Settings, limit_seconds: float) -> Job | Outcome:
+    def _ask(self, stage: str, changes: Settings, limit_seconds: float) -> Any:
         """Rank 0's answer, or a failure of any rank."""
         deadline = perf_counter() + limit_seconds
         connection = self._connection or self._start()
@@ -121,7 +119,6 @@ class Trials:
                     raise errors[0]
                 return max(failures, key=lambda failure: failure.out_of_memory)  # others may only have lost the rank
             if None not in everyone:
-                assert isinstance(everyone[0], (Job, Outcome))
                 return everyone[0]
 
     def _answer(self, deadline: float) -> Job | Outcome | UserError | TrainingError | None:
@@ -141,11 +138,10 @@ class Trials:
     def _start(self) -> Connection:
         spawn = multiprocessing.get_context("spawn")  # a forked process could not use CUDA, nor OpenMP's threads
         connection, other_end = spawn.Pipe()
-        arguments = (other_end, self._config, self._limits)
-        process = spawn.Process(target=serve, args=arguments, name="trials", daemon=True)
-        process.start()
+        self._process = spawn.Process(target=serve, args=(other_end, self._config, self._limits), daemon=True)
+        self._process.start()
         other_end.close()  # else the end of the process would not be the end of the pipe
-        self._process, self._connection = process, connection
+        self._connection = connection
         return connection
 
 
@@ -176,13 +172,9 @@ def _describe(bench: Bench) -> Job:
         cpu_share=bench.ranks.cpu_share,
         share=bench.share,
         has_images=bench.has_images,
-        settings={
-            "threads": data.threads,
-            "decoder": data.decoder,
-            "micro_batch": data.micro_batch,
-            "compile": ("on" if on_gpu else "off") if config.compile == "auto" else config.compile,
-            **{name: getattr(config, name) for name in names},
-        },
+        settings={name: getattr(data, name) for name in ("threads", "decoder", "micro_batch")}
+        | {"compile": ("on" if on_gpu else "off") if config.compile == "auto" else config.compile}
+        | {name: getattr(config, name) for name in names},
     )
 
 

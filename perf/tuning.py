@@ -52,11 +52,10 @@ def tune(config: Config, ranks: Ranks, *, limits: Limits, seconds: float) -> tup
 
     def run(stage: str, changes: Settings, limit_seconds: float) -> Outcome:
         outcome = trials.run(stage, changes, limit_seconds)
-        rate = (
-            f"{outcome.images_per_second:,.1f} images/s" if outcome.images_per_second else f"failed: {outcome.failure}"
-        )
         if ranks.is_main:
-            say(f"{perf_counter() - began:4.0f} s  {stage}, {in_words(changes)}: {rate}")
+            rate = outcome.images_per_second
+            told = f"{rate:,.1f} images/s" if rate else f"failed: {outcome.failure}"
+            say(f"{perf_counter() - began:4.0f} s  {stage}, {in_words(changes)}: {told}")
         return outcome
 
     trials = Trials(config, ranks, limits)
@@ -71,18 +70,32 @@ def tune(config: Config, ranks: Ranks, *, limits: Limits, seconds: float) -> tup
 
 def coordinates(job: Job, config: Config) -> dict[str, list[Coordinate]]:
     """What is searched, by stage, the most promising first."""
-    cores, on_gpu = job.cpu_share, job.hardware.device == "cuda"
+    cores = job.cpu_share
     threads = sorted({1, max(1, cores // 2), cores, cores + 1, cores + cores // 2, 2 * cores})
-    loader = [_choice("threads", threads), _choice("prefetch", _PREFETCH)]
-    step = [Coordinate("compile", lambda _: _compilations(deterministic=config.deterministic))]
-    decoder = []
-    if on_gpu:
+    loader, decoder = [_choice("threads", threads), _choice("prefetch", _PREFETCH)], []
+    # With --deterministic, none whose kernels are chosen by their speed: the next time they may be others, which round otherwise.
+    modes = [mode for mode in offered("compile_mode") if not (config.deterministic and "autotune" in mode)]
+    compilations = [{"compile": "off"}, *({"compile": "on", "compile_mode": mode} for mode in modes)]
+    step = [Coordinate("compile", lambda _: compilations)]
+
+    def other_decoder(now: Settings) -> list[Settings]:
+        """With as many threads as it has by default: those that are best for the one are not for the other."""
+        other = "cpu" if now["decoder"] == "gpu" else "gpu"
+        return [{"decoder": other, "threads": default_threads(cores, other)}]
+
+    def micro_batches_beside(now: Settings) -> list[Settings]:
+        """The next larger and the next smaller divisor of the rank's share: the far ones take long to try, and win seldom."""
+        divisors = [size for size in range(1, job.share + 1) if job.share % size == 0]
+        place = divisors.index(now["micro_batch"])
+        return [{"micro_batch": size} for size in divisors[place + 1 : place + 2] + divisors[max(0, place - 1) : place]]
+
+    if job.hardware.device == "cuda":
         loads = [{"hw_decoder_load": load} for load in _HW_DECODER_LOADS]
-        decoder.append(Coordinate("decoder", lambda now: _other_decoder(now["decoder"], cores)))
+        decoder.append(Coordinate("decoder", other_decoder))
         step.append(_choice("pad_channels", (False, True)))
         loader.append(Coordinate("hw_decoder_load", lambda now: loads if now["decoder"] == "gpu" else []))
     else:  # on a GPU, the largest that fits is the fastest
-        step.insert(0, Coordinate("micro_batch", lambda now: _micro_batches_beside(now["micro_batch"], job.share)))
+        step.insert(0, Coordinate("micro_batch", micro_batches_beside))
     if job.hardware.ranks > 1:
         step.insert(0, _choice("grad_compression", offered("grad_compression")))
     if not job.has_images:
@@ -100,33 +113,11 @@ def _choice(name: str, values) -> Coordinate:
     return Coordinate(name, lambda _: [{name: value} for value in values])
 
 
-def _other_decoder(decoder: str, cores: int) -> list[Settings]:
-    """With as many threads as it has by default: those that are best for the one are not for the other."""
-    other = "cpu" if decoder == "gpu" else "gpu"
-    return [{"decoder": other, "threads": default_threads(cores, other)}]
-
-
-def _micro_batches_beside(micro_batch: int, share: int) -> list[Settings]:
-    """The next larger and the next smaller divisor of the rank's share: the far ones take long to try, and win seldom."""
-    smaller = [size for size in range(micro_batch - 1, 0, -1) if share % size == 0][:1]
-    larger = [size for size in range(micro_batch + 1, share + 1) if share % size == 0][:1]
-    return [{"micro_batch": size} for size in larger + smaller]
-
-
-def _compilations(*, deterministic: bool) -> list[Settings]:
-    # What is chosen by its speed may be something else the next time, and then it rounds otherwise.
-    modes = [mode for mode in offered("compile_mode") if not (deterministic and "autotune" in mode)]
-    return [{"compile": "off"}, *({"compile": "on", "compile_mode": mode} for mode in modes)]
-
-
 def in_words(changes: Settings) -> str:
     """As flags of train.py."""
-    flags = {name.replace("_", "-"): value for name, value in changes.items()}
-    words = [
-        f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
-        for flag, value in flags.items()
-    ]
-    return " ".join(words) or "as given"
+    words = {name: f" {value}" for name, value in changes.items() if not isinstance(value, bool)}
+    flags = [f"--{'no-' * (value is False)}{name}{words.get(name, '')}" for name, value in changes.items()]
+    return " ".join(flag.replace("_", "-") for flag in flags) or "as given"
 
 
 def sentences(tuned: Tuned) -> list[str]:

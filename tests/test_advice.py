@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 from collections import deque
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import allreduce, kept_runs
+from benchmarks import allreduce, parity
 from benchmarks import evaluation as compare_evaluation
 from benchmarks import steps as compare_steps
 from common.errors import TrainingError, UserError
@@ -64,10 +65,10 @@ def test_one_image_is_not_halved(monkeypatch, batch_size, cure):
 @pytest.mark.parametrize(
     ("batch_size", "cure"), [("2", "smaller --batch-size$"), ("1", "smaller --crop, or another GPU$")]
 )
-def test_a_batch_of_one_is_not_made_smaller(monkeypatch, batch_size, cure):
+def test_a_batch_of_one_is_not_made_smaller(monkeypatch, batch_size, cure, capsys):
     monkeypatch.setattr(compare_steps, "compare", raising(torch.OutOfMemoryError("full")))
-    with pytest.raises(TrainingError, match=cure):
-        compare_steps._run(["--arch", "A", "--batch-size", batch_size, "--device", "cpu"])
+    assert compare_steps.main(["--arch", "A", "--batch-size", batch_size, "--device", "cpu"]) == TrainingError.exit_code
+    assert re.search(cure, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -132,9 +133,9 @@ def test_an_interpreter_that_is_not_there_is_no_fault_of_the_csv_file(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"seconds": 3}', '{"flags": 3}'])
 def test_a_result_that_is_damaged_is_not_one_of_other_flags(tmp_path, content):
-    (tmp_path / kept_runs.RESULT).write_text(content)
+    (tmp_path / parity.RESULT).write_text(content)
     with pytest.raises(UserError, match=r"is not a result of an earlier start; remove it, or choose another --out$"):
-        kept_runs.kept(tmp_path, ["--arch", "A"], raising(AssertionError("made anew")))
+        parity.kept(tmp_path, ["--arch", "A"], raising(AssertionError("made anew")))
 
 
 def test_images_in_shards_are_not_to_be_found_by_the_manifest_of_folders(tmp_path):
@@ -146,9 +147,8 @@ def test_images_in_shards_are_not_to_be_found_by_the_manifest_of_folders(tmp_pat
     assert loader_parts._without_it(prepared) == "prepare the data set anew"
 
 
-def test_prepared_data_are_refused_where_whole_images_are_compared(tmp_path, monkeypatch):
+def test_prepared_data_are_refused_where_whole_images_are_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare_evaluation, "is_prepared", lambda folder: folder == str(tmp_path))
-    with pytest.raises(
-        UserError, match=f"--data {tmp_path}: is prepared; give the folder of images that it was made from"
-    ):
-        compare_evaluation._run(["--data", str(tmp_path)])
+    assert compare_evaluation.main(["--data", str(tmp_path)]) == UserError.exit_code
+    said = f"--data {tmp_path}: is prepared; give the folder of images that it was made from"
+    assert said in capsys.readouterr().err

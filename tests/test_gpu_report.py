@@ -14,8 +14,19 @@ import torch
 
 from benchmarks import gpu_report, turns
 from benchmarks import inputs as compare_inputs
-from benchmarks.gpu_report import Run, execute, plan, results_of
-from benchmarks.gpu_table import BEGIN, END, FORMAT, of_tests, of_throughput, rewrite_table, section
+from benchmarks.gpu_report import (
+    BEGIN,
+    END,
+    FORMAT,
+    Run,
+    execute,
+    of_tests,
+    of_throughput,
+    plan,
+    results_of,
+    rewrite_table,
+    section,
+)
 from benchmarks.photographs import photograph_folder
 from common.errors import UserError
 from common.ranks import ranks_of_this_run

@@ -1,6 +1,7 @@
 """benchmarks/turns.py: who is asked when, and what is said of the ratios."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from scipy import stats
 
 from benchmarks import turns
-from benchmarks.turns import interval, print_table, rates_of_streams, ratio_text, summarise, take_turns
+from benchmarks.turns import compare_streams, interval, print_table, ratio_text, summarise, take_turns
 
 
 def test_every_other_round_goes_the_other_way_round():
@@ -26,16 +27,16 @@ def test_every_other_round_goes_the_other_way_round():
     assert figures == {"a": [4, 9], "b": [5, 8], "c": [6, 7]}, "the warm-up is not in it"
 
 
-def test_what_was_prefetched_is_not_counted(monkeypatch):
+def test_what_was_prefetched_is_not_counted(monkeypatch, capsys):
     clock = itertools.count()  # a second at each look
     monkeypatch.setattr(turns, "perf_counter", lambda: float(next(clock)))
     pauses: list[float] = []
     monkeypatch.setattr(turns, "sleep", pauses.append)
     stream = itertools.count()
-    rates = rates_of_streams(
-        {"a": stream}, images=32, rounds=3, batches=5, device=torch.device("cpu"), pause_seconds=4.0
-    )
-    assert rates == {"a": [5 * 32.0] * 3}
+    settings: Any = {"images": 32, "rounds": 3, "batches": 5, "device": torch.device("cpu"), "pause_seconds": 4.0}
+    rows = compare_streams("a stream", {"a": stream}, times=("a",), **settings)
+    assert rows["a"]["images_per_second"] == [5 * 32.0] * 3
+    assert "a stream" in capsys.readouterr().out
     assert next(stream) == 3 * (turns.NOT_COUNTED + 5)
     assert pauses == [4.0] * 3
 
@@ -50,11 +51,12 @@ def test_ratios_are_of_a_round():
     assert shares["theirs"]["of ours"] == [0.25, 0.25, 0.5]
 
 
-@pytest.mark.parametrize("count", [9, 10, 25, 130])
-def test_interval_of_the_median_is_scipys(count):
-    values = np.random.default_rng(count).lognormal(0, 0.1, count).tolist()
-    expected = stats.quantile_test(values, p=0.5).confidence_interval(0.95)
-    assert interval(values) == pytest.approx([expected.low, expected.high], abs=1e-4)
+def test_interval_of_many_is_the_medians_by_order_statistics():
+    """Of n values between the k-th from below and from above: with k - 1 the highest quantile of tosses that is below 2.5 %."""
+    for count in (9, 10, 25, 130):
+        values = sorted(np.random.default_rng(count).lognormal(0, 0.1, count).tolist())
+        rank = int(stats.binom.ppf(0.025, count, 0.5))
+        assert interval(values[::-1]) == pytest.approx([values[rank - 1], values[-rank]], abs=1e-4)
 
 
 @pytest.mark.parametrize("count", [3, 5, 8])
