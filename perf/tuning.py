@@ -115,9 +115,11 @@ def _choice(name: str, values) -> Coordinate:
 
 def in_words(changes: Settings) -> str:
     """As flags of train.py."""
-    words = {name: f" {value}" for name, value in changes.items() if not isinstance(value, bool)}
-    flags = [f"--{'no-' * (value is False)}{name}{words.get(name, '')}" for name, value in changes.items()]
-    return " ".join(flag.replace("_", "-") for flag in flags) or "as given"
+    values = {name: f" {value}" for name, value in changes.items() if not isinstance(value, bool)}
+    flags = [
+        ("no-" * (value is False) + name).replace("_", "-") + values.get(name, "") for name, value in changes.items()
+    ]
+    return " ".join(f"--{flag}" for flag in flags) or "as given"
 
 
 def sentences(tuned: Tuned) -> list[str]:
