@@ -15,16 +15,10 @@ def for_input(report: Report, part: str) -> list[Advice]:
     shards, threads, readers = config["images_in"] == "shards", config["threads"], config["read_threads"]
     of_one_rank = threads < cores + 1 and report.hardware.ranks == 1
     if part == "decoding":
-        flags = [
-            *_if(
-                gpu and config["decoder"] == "cpu", "--decoder gpu", "the GPU decodes JPEGs, some with their own engine"
-            ),
-            *_if(
-                not gpu and of_one_rank,
-                f"--threads {cores + 1}",
-                f"there are {cores} cores, and one thread waits at times",
-            ),
-        ]
+        more = f"--threads {cores + 1}", f"there are {cores} cores, and one thread waits at times"
+        on_cpu = config["decoder"] == "cpu"
+        flags = _if(gpu and on_cpu, "--decoder gpu", "the GPU decodes JPEGs, some with their own engine")
+        flags += _if(not gpu and of_one_rank, *more)
     elif shards:
         flags = [
             *_if(True, f"--read-threads {2 * readers if readers else 64}", "more requests to the storage at a time"),
@@ -53,10 +47,11 @@ def for_launch(report: Report) -> list[Advice]:
 
 
 def for_communication(report: Report) -> list[Advice]:
-    whole = report.config["grad_compression"] == "none"
-    return _if(whole, "--grad-compression bf16", "half the bytes") + larger_batches(
-        report, "one all-reduce for more images"
+    whole, larger = (
+        report.config["grad_compression"] == "none",
+        larger_batches(report, "one all-reduce for more images"),
     )
+    return _if(whole, "--grad-compression bf16", "half the bytes") + larger
 
 
 def for_memory(report: Report) -> list[Advice]:

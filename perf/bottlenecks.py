@@ -38,8 +38,9 @@ _WAIT_SHARE = 0.05  # of a training step on a GPU, beside which the loader has c
 _HOST_SHARE_ON_GPU = 0.9  # host and device work at the same time
 _HOST_SHARE_ON_CPU = 0.5  # there, one after the other
 _LARGE_PART = 1 / 3  # of the step: all but the network's own passes is overhead
-# How much of forward and backward the floor explains. On an H100, D in bf16: 0.76 compiled (256 images: 41 of 54 ms), 0.58
-# of torchvision's, not compiled (128 images). On two cores of an AMD EPYC, A: 0.36 and 0.39 by the fused floor alone.
+# How much of forward and backward the floor explains. On an H100, D in bf16 (docs/gpu/nvidia-h100-80gb-hbm3.json): 0.76
+# compiled (256 images: 40.8 of 53.7 ms), 0.60 of torchvision's, not compiled (128 images: 24.0 of 40.2 ms, an update of 1.0 ms
+# taken off). On two cores of an AMD EPYC it was 1 / 2.1 at most (docs/profiling.md), by the fused floor of the whole step.
 _EXPLAINED_ON_GPU = 0.5
 _EXPLAINED_ON_CPU = 0.25
 # What torch.compile leaves of the traffic that fusing everything would save. Of a convolution's 9 passes over its output (bias 2,
@@ -50,8 +51,7 @@ _LEFT_BY_COMPILING = 2 / 3
 class Finding(NamedTuple):
     bound: str
     sentence: str
-    evidence: list[tuple[str, float, str]]
-    """Two figures: name, value, unit."""
+    evidence: list[tuple[str, float, str]]  # two figures: name, value, unit
     tries: list[Advice]
 
 
@@ -102,7 +102,7 @@ def _held_down(gpu: Device) -> tuple[float, str, str, Device]:
     unnamed = share["hw_slowdown"] - max(share["hw_thermal"], share["hw_power_brake"])
     if unnamed >= _THROTTLED_SHARE:
         found.append(
-            (unnamed, "hw_slowdown", "the hardware's protection (against heat or current: NVML does not tell)")
+            (unnamed, "hw_slowdown", "the hardware's protection (for heat or for current: NVML does not tell)")
         )
     limit, default = gpu.power_limit_watts, gpu.default_power_limit_watts
     clock = _relative_clock(gpu) or 1.0
@@ -111,9 +111,7 @@ def _held_down(gpu: Device) -> tuple[float, str, str, Device]:
         cause = f"a constant power cap, {limit:g} W where the card's default is {default:g} W (nvidia-smi -pl sets it),"
         found.append((capped, "sw_power_cap", cause))
     elif capped >= _POWER_CAP_SHARE and clock <= _POWER_CAP_CLOCK:
-        found.append(
-            (capped, "sw_power_cap", "the card's power limit (more than it does to a card that is cool and well)")
-        )
+        found.append((capped, "sw_power_cap", "the card's power limit (more than of a card that is cool and well)"))
     setting = share["applications_clocks_setting"]
     if setting >= _POWER_CAP_SHARE and clock <= _POWER_CAP_CLOCK:
         found.append((setting, "applications_clocks_setting", "a fixed clock (nvidia-smi -rac and -rgc lift it)"))
@@ -172,7 +170,7 @@ def _launch(report: Report, scale: Scale) -> Finding | None:
 def _overhead(report: Report) -> Finding | None:
     parts, step = (
         report.step_parts,
-        _step_seconds(report, Scale()),
+        report.stages.step.step_seconds.mean,
     )  # of the same steps, as fast or as slow as they were
     all_reduce = parts.all_reduce.mean if parts.all_reduce else 0.0
     if max(all_reduce, parts.optimizer.mean) < _LARGE_PART * step:
@@ -227,16 +225,11 @@ def _forward_and_backward(report: Report, scale: Scale) -> Finding:
 
 def _costliest_layer(report: Report) -> str:
     """A sentence about the layer that loses most time, where layers were measured."""
-    lost = [
-        (each.measured_seconds - each.floor_seconds_unfused, each)
-        for each in report.roofline.layers
-        if each.measured_seconds
-    ]
-    if not lost:
+    both = [(seconds, each) for each in report.roofline.layers if (seconds := each.measured_seconds)]
+    if not both:
         return ""
-    _, layer = max(lost, key=lambda pair: pair[0])
-    assert layer.measured_seconds
-    return f" {layer.name} loses most: {ms(layer.measured_seconds)}, its floor {ms(layer.floor_seconds_unfused)}."
+    seconds, layer = max(both, key=lambda pair: pair[0] - pair[1].floor_seconds_unfused)
+    return f" {layer.name} loses most: {ms(seconds)}, its floor {ms(layer.floor_seconds_unfused)}."
 
 
 # ---- the figures ------------------------------------------------------------------------------------------------------

@@ -73,17 +73,12 @@ class Work:
 class LayerCost:
     """A layer, and the ReLU and the dropout that follow it."""
 
-    name: str
-    """Of the module, as in the state dict: features.0."""
-    kind: str
-    """conv, linear, pool, lrn or norm."""
-    parameters: tuple[int, ...]
-    """Elements of its weight and its bias; nothing for a layer that has none."""
-    forward: Work
-    """Fused."""
+    name: str  # of the module, as in the state dict: features.0
+    kind: str  # conv, linear, pool, lrn or norm
+    parameters: tuple[int, ...]  # elements of its weight and its bias; nothing for a layer that has none
+    forward: Work  # fused
     backward: Work
-    forward_kernels: tuple[Work, ...]
-    """Unfused."""
+    forward_kernels: tuple[Work, ...]  # unfused
     backward_kernels: tuple[Work, ...]
 
 
@@ -168,8 +163,7 @@ def _layer_cost(
         converted = sum(parameters) * to_and_from_float32
         forward = Work(flops, x_bytes + weights + converted + y_bytes)
         backward = Work(
-            flops if is_first else 2 * flops,
-            x_bytes + weights_for_dx + y_bytes + dx_bytes + weights + converted,
+            flops if is_first else 2 * flops, x_bytes + weights_for_dx + y_bytes + dx_bytes + weights + converted
         )
         conversion = [Work(0, converted)] if is_half else []
         bias = [Work(0, 2 * y_bytes)] if kind == "conv" else []
@@ -194,16 +188,11 @@ class Job:
     arch: str
     classes: int
     crop: int
-    batch: int
-    """Images of this GPU in one step."""
-    micro_batch: int | None = None
-    """Images in one pass, a divisor of `batch`; None: all."""
-    precision: str
-    """bf16, fp16 or fp32."""
-    grad_compression: str = "none"
-    """none, bf16 or fp16."""
-    ranks: int = 1
-    """GPUs that train together."""
+    batch: int  # images of this GPU in one step
+    micro_batch: int | None = None  # images in one pass, a divisor of `batch`; None: all
+    precision: str  # bf16, fp16 or fp32
+    grad_compression: str = "none"  # none, bf16 or fp16
+    ranks: int = 1  # GPUs that train together
     batch_norm: bool = False
 
     @property

@@ -1,10 +1,4 @@
-"""python profile/nvml_sampler.py [--interval-ms 100] [--out FILE.json] -- COMMAND…: what the GPUs do while a command runs.
-
-COMMAND runs as it would without this: same stdin, stdout and stderr, its exit code is passed on, and the signals that ask a
-program to stop reach it. The GPUs are those that CUDA_VISIBLE_DEVICES leaves it. Afterwards there is a table on stderr, and
-the report as one line of JSON, last on stdout or in FILE.json. Without a driver the report says so. perf/telemetry.py has the
-same for Python.
-"""
+"""profile/nvml_sampler.py: runs a command, and samples the GPUs meanwhile."""
 
 import argparse
 import json
@@ -143,9 +137,7 @@ def _limits(gpu: dict) -> list[str]:
     watts, default, clock = (gpu[key] for key in ("power_limit_watts", "default_power_limit_watts", "max_sm_clock_mhz"))
     parts = []
     if watts is not None:
-        parts.append(
-            f"power limit {watts:g} W" + (f" (by default {default:g} W)" if default not in (None, watts) else "")
-        )
+        parts.append(f"power limit {watts:g} W{f' (by default {default:g} W)' if default not in (None, watts) else ''}")
     if clock is not None:
         parts.append(f"highest SM clock {clock:g} MHz")
     return [f"  {', '.join(parts)}{'; of the whole GPU' if gpu['is_mig'] else ''}"] if parts else []

@@ -28,27 +28,19 @@ _COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 class Card(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """A GPU as its vendor describes it: a row of cards.tsv. None: it has none, or no document at hand says so."""
 
-    name: str
-    """Short, for --gpu."""
-    reported_as: tuple[str, ...]
-    """What the driver calls it (torch.cuda.get_device_name, nvmlDeviceGetName)."""
-    fp32_tflops: float
-    """Without tensor cores."""
+    name: str  # short, for --gpu
+    reported_as: tuple[str, ...]  # what the driver calls it (torch.cuda.get_device_name, nvmlDeviceGetName)
+    fp32_tflops: float  # without tensor cores
     tf32_tflops: float | None
     bf16_tflops: float | None
     fp16_tflops: float
     memory_gbytes_per_second: float
-    pcie_gbytes_per_second: float
-    """In each direction."""
+    pcie_gbytes_per_second: float  # in each direction
     nvlink_gbytes_per_second: float | None
-    nvlink_gpus: int
-    """GPUs that NVLink joins: 2 or 4 by a bridge, 8 on a board, 72 in a rack."""
-    in_switch: bool
-    """Whether the NVLink switch between them adds up (NVLink SHARP: NVSwitch of the third generation and later)."""
-    machine_gpus: int
-    """GPUs of a usual machine; of one NVLink domain, where that is larger."""
-    watts: float | None
-    """Power limit."""
+    nvlink_gpus: int  # GPUs that NVLink joins: 2 or 4 by a bridge, 8 on a board, 72 in a rack
+    in_switch: bool  # whether the NVLink switch between them adds up (NVLink SHARP: NVSwitch of the third generation and later)
+    machine_gpus: int  # GPUs of a usual machine; of one NVLink domain, where that is larger
+    watts: float | None  # power limit
     source: str
 
     def joined_by_nvlink(self, gpus: int) -> bool:
@@ -64,9 +56,11 @@ class Card(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
 def _read_cards() -> tuple[Card, ...]:
     with open(Path(__file__).with_name("cards.tsv"), newline="", encoding="utf-8") as file:
         rows = [{name: text or None for name, text in row.items()} for row in csv.DictReader(file, delimiter="\t")]
+    names = [str(row["reported_as"]).split(" | ") for row in rows]
     return tuple(
-        msgspec.convert({**row, "reported_as": str(row["reported_as"]).split(" | ")}, Card, strict=False)
-        for row in rows
+        msgspec.convert(
+            [{**row, "reported_as": each} for row, each in zip(rows, names, strict=True)], list[Card], strict=False
+        )
     )
 
 
@@ -95,10 +89,8 @@ def peaks_of(name: str, precision: str) -> Peaks | None:
     card = find_card(name)
     if card is None:
         return None
-    tflops = {"bf16": card.bf16_tflops, "fp16": card.fp16_tflops, "fp32": card.tf32_tflops or card.fp32_tflops}[
-        precision
-    ]
-    if tflops is None:
+    rates = {"bf16": card.bf16_tflops, "fp16": card.fp16_tflops, "fp32": card.tf32_tflops or card.fp32_tflops}
+    if (tflops := rates[precision]) is None:
         return None
     return Peaks(
         name=card.name,
@@ -121,11 +113,7 @@ def measure_peaks(device: torch.device, precision: str) -> Peaks:
         bytes_per_second = max(_best_rate(*traffic, device) for traffic in _memory_traffic(device))
     name = torch.cuda.get_device_name(device) if kind == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return Peaks(
-        name=name,
-        source="measured",
-        flops_per_second=flops_per_second,
-        bytes_per_second=bytes_per_second,
-        watts=None,
+        name=name, source="measured", flops_per_second=flops_per_second, bytes_per_second=bytes_per_second, watts=None
     )
 
 

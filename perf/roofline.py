@@ -1,15 +1,4 @@
-"""python profile/roofline.py --arch D --batch-size 256 --precision bf16 --gpu H100: the least time that a step can take.
-
-From first principles: what a step computes and moves (costs.py), what the hardware does at most (peaks.py: a table of GPUs, or
-measured here), and how long an all-reduce takes (scaling.py). With --step-seconds, how near a measured step comes to that.
-And what more GPUs would do, each with the same batch, where the links between them are known: from the table, or named by flags.
-
-There are two floors. Fused: bias, ReLU and dropout cost nothing. Unfused: each reads and writes its values, as in a step that is
-not compiled. A step's time above the second is that of kernels below their rate, and of waiting.
-
-A floor holds for direct convolutions whose activations do not stay in a cache from one layer to the next: on a batch so small
-that they do, layers that the memory limits can be faster. Not counted: starting kernels, the loss, the data.
-"""
+"""The roofline of a training step, and profile/roofline.py, which prints it: floors, MFU, and what more GPUs would do."""
 
 import argparse
 import json
@@ -41,13 +30,10 @@ from perf.scaling import (
 class Measured:
     """Of one GPU in one step; None for what was not measured."""
 
-    step_seconds: float | None = None
-    """All-reduce included."""
+    step_seconds: float | None = None  # all-reduce included
     step_joules: float | None = None
-    forward_seconds: float | None = None
-    """Of all passes together, as the backward pass's."""
-    backward_seconds: float | None = None
-    """Without the all-reduce."""
+    forward_seconds: float | None = None  # of all passes together, as the backward pass's
+    backward_seconds: float | None = None  # without the all-reduce
     optimizer_seconds: float | None = None
 
 
@@ -100,10 +86,9 @@ def _floor(job: Job, times: ComputeTimes, links: Links | None, algorithm: str) -
     seconds = exposed = 0.0
     if links:
         size = gradient_bytes(1, job.grad_compression)
-        reduced = all_reduce_beside(
+        seconds, exposed = all_reduce_beside(
             times.backward, ranks=job.ranks, links=links, algorithm=algorithm, bytes_per_gradient=size
         )
-        seconds, exposed = reduced.seconds, reduced.exposed_seconds
     return FloorSeconds(
         forward=job.passes * times.forward_seconds,
         backward=job.passes * times.backward_seconds,

@@ -17,10 +17,8 @@ _NOT_FIELDS = ("energy_counter_joules", "throttle_reasons")
 class Samples:
     """What was read of one GPU."""
 
-    seconds: np.ndarray
-    """When, in values of time.perf_counter(), ascending."""
-    values: dict[str, np.ndarray]
-    """By reading, as long as seconds; NaN where it failed."""
+    seconds: np.ndarray  # when, in values of time.perf_counter(), ascending
+    values: dict[str, np.ndarray]  # by reading, as long as seconds; NaN where it failed
 
     @classmethod
     def of(cls, seconds: Sequence[float], values: Mapping[str, Sequence[float]]) -> Samples:

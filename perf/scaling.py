@@ -30,6 +30,7 @@ import collections
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from common.errors import UserError
 from common.flags import above_zero, whole_above_zero
@@ -49,27 +50,21 @@ _LATENCY_MICROSECONDS = 10.0
 # ---- one device ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LayerBackward:
-    """The backward pass of one layer."""
+class LayerBackward(NamedTuple):
+    """The backward pass of one layer, and the elements of its weight and its bias."""
 
     seconds: float
     parameters: tuple[int, ...] = ()
-    """Elements of its weight and its bias."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeTimes:
     """A step of one GPU, less the all-reduce."""
 
-    batch: int
-    """Images."""
-    passes: int
-    """Micro-batches whose gradients are accumulated; only the last one's backward pass has an all-reduce beside it."""
-    forward_seconds: float
-    """Of one pass."""
-    backward: Sequence[LayerBackward]
-    """Of one pass, from the last layer to the first."""
+    batch: int  # images
+    passes: int  # micro-batches whose gradients are accumulated; only the last one's backward pass has an all-reduce beside it
+    forward_seconds: float  # of one pass
+    backward: Sequence[LayerBackward]  # of one pass, from the last layer to the first
     optimizer_seconds: float
 
     @property
@@ -86,7 +81,7 @@ class ComputeTimes:
         return replace(
             self,
             forward_seconds=self.forward_seconds * forward,
-            backward=[replace(layer, seconds=layer.seconds * backward) for layer in self.backward],
+            backward=[layer._replace(seconds=layer.seconds * backward) for layer in self.backward],
             optimizer_seconds=self.optimizer_seconds * optimizer,
         )
 
@@ -102,9 +97,8 @@ def floor_times(
         batch=batch,
         passes=passes,
         forward_seconds=sum(forward),
-        backward=[
-            LayerBackward(seconds, layer.parameters)
-            for seconds, layer in zip(backward[::-1], layers[::-1], strict=True)
+        backward=[LayerBackward(*each) for each in zip(backward, [each.parameters for each in layers], strict=True)][
+            ::-1
         ],
         optimizer_seconds=optimizer_bytes(parameters, precision) / peaks.bytes_per_second,
     )
@@ -125,23 +119,22 @@ def all_reduce_seconds(size_bytes: float, *, ranks: int, links: Links, algorithm
     switch.
     """
     if not _fill_machines(ranks, links):
-        raise UserError(
-            f"{ranks} GPUs do not fill machines of {links.gpus_per_node}; give --gpus-per-node a divisor of {ranks}"
-        )
+        machines = f"machines of {links.gpus_per_node}"
+        raise UserError(f"{ranks} GPUs do not fill {machines}; give --gpus-per-node a divisor of {ranks}")
     if algorithm == "best":
         algorithm = fastest(size_bytes, ranks=ranks, links=links)
     local = min(ranks, links.gpus_per_node)
     peers = local, links.peer_bytes_per_second, links.latency_seconds
-    machines = ranks // local, links.network_bytes_per_second, links.latency_seconds
+    between = ranks // local, links.network_bytes_per_second, links.latency_seconds
     if algorithm == "in-switch":
         if not links.in_switch:
             raise UserError("--all-reduce in-switch: no switch between these GPUs adds up (NVLink SHARP); take best")
-        return _in_switch(size_bytes, *peers) + min(_ring(size_bytes, *machines), _tree(size_bytes, *machines))
+        return _in_switch(size_bytes, *peers) + min(_ring(size_bytes, *between), _tree(size_bytes, *between))
     flat = {"ring": _ring, "tree": _tree}[algorithm]
     if ranks <= links.gpus_per_node:
         return flat(size_bytes, *peers)
     # A ring's two halves are the reduce-scatter and the all-gather.
-    return _ring(size_bytes, *peers) + flat(size_bytes, *machines)
+    return _ring(size_bytes, *peers) + flat(size_bytes, *between)
 
 
 def _fill_machines(ranks: int, links: Links) -> bool:
@@ -151,10 +144,8 @@ def _fill_machines(ranks: int, links: Links) -> bool:
 
 def fastest(size_bytes: float, *, ranks: int, links: Links) -> str:
     """Of the ALGORITHMS that these links have."""
-    known = [algorithm for algorithm in ALGORITHMS if algorithm != "in-switch" or links.in_switch]
-    return min(
-        known, key=lambda algorithm: all_reduce_seconds(size_bytes, ranks=ranks, links=links, algorithm=algorithm)
-    )
+    known = ALGORITHMS if links.in_switch else ("ring", "tree")
+    return min(known, key=lambda name: all_reduce_seconds(size_bytes, ranks=ranks, links=links, algorithm=name))
 
 
 def _ring(size_bytes: float, ranks: int, bytes_per_second: float, latency_seconds: float) -> float:
@@ -176,11 +167,9 @@ def _in_switch(size_bytes: float, ranks: int, bytes_per_second: float, latency_s
 # ---- beside the backward pass --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Bucket:
+class Bucket(NamedTuple):
     parameters: int
-    ready_seconds: float
-    """From the beginning of the backward pass on."""
+    ready_seconds: float  # from the beginning of the backward pass on
 
 
 def buckets(backward: Sequence[LayerBackward]) -> list[Bucket]:
@@ -196,14 +185,11 @@ def buckets(backward: Sequence[LayerBackward]) -> list[Bucket]:
     return [*full, Bucket(parameters, now)] if parameters else full
 
 
-@dataclass(frozen=True)
-class AllReduce:
-    """Of all gradients of a step."""
+class AllReduce(NamedTuple):
+    """Of all gradients of a step: all buckets together, and after the end of the backward pass that they run beside."""
 
     seconds: float
-    """All buckets together."""
     exposed_seconds: float
-    """After the end of the backward pass that they run beside."""
 
 
 def all_reduce_beside(
@@ -225,16 +211,15 @@ def predict(times: ComputeTimes, *, links: Links, algorithm: str, ranks: Sequenc
     largest = max(bucket.parameters for bucket in buckets(times.backward)) * _FLOAT32_BYTES
 
     def scaled(count: int, bytes_per_gradient: int) -> Scaled:
-        reduced = all_reduce_beside(
+        total, exposed = all_reduce_beside(
             times.backward, ranks=count, links=links, algorithm=algorithm, bytes_per_gradient=bytes_per_gradient
         )
-        seconds = times.seconds + reduced.exposed_seconds
         return Scaled(
-            images_per_second=count * times.batch / seconds,
-            efficiency=times.seconds / seconds,
-            all_reduce_seconds=reduced.seconds,
-            exposed_seconds=reduced.exposed_seconds,
-            images_per_second_without_overlap=count * times.batch / (times.seconds + reduced.seconds),
+            images_per_second=count * times.batch / (times.seconds + exposed),
+            efficiency=times.seconds / (times.seconds + exposed),
+            all_reduce_seconds=total,
+            exposed_seconds=exposed,
+            images_per_second_without_overlap=count * times.batch / (times.seconds + total),
         )
 
     return [
@@ -256,21 +241,12 @@ def add_link_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that say what joins the GPUs; links_from() reads them."""
     add = parser.add_argument
     add("--all-reduce", choices=(*ALGORITHMS, "best"), default="best", help="algorithm; best: the fastest at each size")
-    add(
-        "--gpus-per-node",
-        type=whole_above_zero,
-        help="GPUs in a machine; default: as in this run, or as usual (8), for CPUs 1",
-    )
-    add(
-        "--nvlink-gbytes-per-second",
-        type=above_zero,
-        help="of a GPU to the others of its machine, in each direction; default: the table's NVLink, or PCIe",
-    )
-    add(
-        "--network-gbits-per-second",
-        type=above_zero,
-        help="of a machine, in each direction, for all its GPUs together; default, for a GPU of the table: 400",
-    )
+    usual = "GPUs in a machine; default: as in this run, or as usual (8), for CPUs 1"
+    add("--gpus-per-node", type=whole_above_zero, help=usual)
+    peers = "of a GPU to the others of its machine, in each direction; default: the table's NVLink, or PCIe"
+    add("--nvlink-gbytes-per-second", type=above_zero, help=peers)
+    network = "of a machine, in each direction, for all its GPUs together; default, for a GPU of the table: 400"
+    add("--network-gbits-per-second", type=above_zero, help=network)
     add("--latency-us", type=above_zero, help="microseconds of one message; default: 10")
 
 

@@ -59,9 +59,8 @@ def _why_not(
             "the ceiling is too low, since loader and step were measured at another speed of the machine: other programs "
             f"kept {others_before:.1f} cores busy beside the step alone, {others:.1f} in training"
         )
-    if ratio >= _GOOD:
+    if ratio >= _GOOD or not training_parts:
         return None
-    assert training_parts
     wait, work, alone = training_parts.data_wait.mean, training_parts.step.mean, stages.step.step_seconds.mean
     reasons = [f"a step of training takes {ms(wait + work)} where the ceiling has {ms(seconds)}"]
     if wait > 0.01 * work:
@@ -91,9 +90,7 @@ def judge(report: Report) -> Verdict:
         wide, narrow = (_other_answers(report, finding.bound, narrow_too=narrow_too) for narrow_too in (False, True))
         either = " or ".join([finding.bound, *sorted(wide or narrow)])
         if wide:
-            cautions = cautions or [
-                "The rates are not known well enough: measure again on a quiet machine, for more --seconds."
-            ]
+            cautions = cautions or ["The rates are not known well enough: measure again, for more --seconds."]
             why = f"within what is known of the rates, the limit may be {either}. {cautions[0]}"
             finding = _inconclusive(why, _widest(report))
         elif narrow:
@@ -153,14 +150,11 @@ def _cautions(report: Report) -> list[str]:
         name, steps = _named(stage).capitalize(), rate.images // report.config["batch_size"]
         more = "--steps" if rate.stopped_by == "steps" else "--seconds"
         if rate.interval is None or rate.relative_ci is None:
-            cautions.append(
-                f"{name} was measured for {steps} steps only, too few to say how sure its rate is: give it more {more}."
-            )
+            few = f"{name} was measured for {steps} steps only, too few to say how sure its rate is"
+            cautions.append(f"{few}: give it more {more}.")
         elif rate.relative_ci > _SURE:
-            low, high = rate.interval
-            cautions.append(
-                f"{name} is known to ±{rate.relative_ci:.0%} only ({low:,.0f} to {high:,.0f} images/s): give it more {more}."
-            )
+            ends = " to ".join(f"{end:,.0f}" for end in rate.interval)
+            cautions.append(f"{name} is known to ±{rate.relative_ci:.0%} only ({ends} images/s): give it more {more}.")
     others = [rate.cores_of_others for rate in rates.values()]
     if max(others) > _MANY_OTHERS * cores:
         changed = max(others) - min(others) > _MANY_OTHERS * cores
@@ -203,10 +197,8 @@ def _widest(report: Report) -> list[tuple[str, float, str]]:
     stages = [stage for stage in _rates(report) if stage != "training" or on_gpu(report)]  # as in the questions
     known = {stage: _known_between(report, stage) for stage in stages}
     stage = max(stages, key=lambda stage: known[stage][1] / known[stage][0])
-    rate, (low, high) = _rates(report)[stage].images_per_second, known[stage]
-    return [
-        (f"{_named(stage)}, {end}", rate * factor, "images/s") for end, factor in (("at least", low), ("at most", high))
-    ]
+    rate, ends = _rates(report)[stage].images_per_second, zip(("at least", "at most"), known[stage], strict=True)
+    return [(f"{_named(stage)}, {end}", rate * factor, "images/s") for end, factor in ends]
 
 
 def _named(stage: str) -> str:

@@ -2,11 +2,8 @@
 
 COMMAND runs as it would without this: same stdin, stdout and stderr, its exit code is passed on, and the signals that ask a
 program to stop reach it. The GPUs are those that CUDA_VISIBLE_DEVICES leaves it. Afterwards there is a table on stderr, and
-the report as one line of JSON, last on stdout or in FILE.json. Without a driver the report says so. From Python:
-
-    with NvmlSampler() as sampler:
-        ...
-    sampler.report()
+the report as one line of JSON, last on stdout or in FILE.json. Without a driver the report says so. perf/telemetry.py has the
+same for Python.
 """
 
 import sys
