@@ -101,9 +101,7 @@ def _held_down(gpu: Device) -> tuple[float, str, str, Device]:
     # NVML sets this one for heat and for a power brake, too; where it does, those say more.
     unnamed = share["hw_slowdown"] - max(share["hw_thermal"], share["hw_power_brake"])
     if unnamed >= _THROTTLED_SHARE:
-        found.append(
-            (unnamed, "hw_slowdown", "the hardware's protection (for heat or for current: NVML does not tell)")
-        )
+        found.append((unnamed, "hw_slowdown", "the hardware's protection (for heat or current: NVML does not tell)"))
     limit, default = gpu.power_limit_watts, gpu.default_power_limit_watts
     clock = _relative_clock(gpu) or 1.0
     capped = share["sw_power_cap"]

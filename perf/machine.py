@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.process import cpu_groups, cpu_quota, usable_cores
 from perf.report import Hardware
@@ -16,6 +17,7 @@ from perf.report import Hardware
 if TYPE_CHECKING:
     from common.ranks import Ranks
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -35,26 +37,20 @@ def hardware(ranks: Ranks) -> Hardware:
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         torch=str(torch.__version__),
         dali=dali.__version__,
-        driver=_driver(),
+        driver=_of_nvml(lambda nvml: str(nvml.nvmlSystemGetDriverVersion())),
     )
 
 
 def card(device: str) -> str:
     """The name of the first GPU that CUDA sees, unless --device is cpu or there is none: then the processor's."""
-    if device != "cpu":
-        import pynvml
 
+    def names(nvml: Any) -> list[str]:
         from common.nvml_devices import find_gpus
 
-        try:
-            pynvml.nvmlInit()
-            gpus, _ = find_gpus(None)
-            pynvml.nvmlShutdown()
-        except pynvml.NVMLError:  # no driver, or none that answers
-            gpus = []
-        if gpus:
-            return gpus[0].name
-    return _cpu_name()
+        return [gpu.name for gpu in find_gpus(None)[0]]
+
+    found = _of_nvml(names) if device != "cpu" else None
+    return found[0] if found else _cpu_name()
 
 
 def git_revision() -> str | None:
@@ -114,14 +110,13 @@ def _cpu_name() -> str:
     return names[0] if names else os.uname().machine
 
 
-def _driver() -> str | None:
-    """Version of the NVIDIA driver."""
-    try:
+def _of_nvml(ask: Callable[[Any], T]) -> T | None:
+    """What NVML answers to a question; None: no binding, no driver, an old one, no permission, all the same here."""
+    with suppress(Exception):
         import pynvml
 
         pynvml.nvmlInit()
-        version = str(pynvml.nvmlSystemGetDriverVersion())
+        answer = ask(pynvml)
         pynvml.nvmlShutdown()
-    except Exception:  # no driver, an old one, no permission: all the same here
-        return None
-    return version
+        return answer
+    return None

@@ -264,9 +264,8 @@ def _print_floor(job: Job, result: Roofline, step_seconds: float | None) -> None
         print(f"{name:18}{1e3 * one:12.3f}{1e3 * other:12.3f}{notes.get(part, '')}")
     if step_seconds:
         passes, rest = min(step_seconds, unfused.total) - fused.total, max(0.0, step_seconds - unfused.total)
-        print(
-            f"{'step':18}{1e3 * step_seconds:12.3f}  of it up to {1e3 * passes:,.1f} ms memory passes that fusing would save;"
-        )
+        saved = f"of it up to {1e3 * max(0.0, passes):,.1f} ms memory passes that fusing would save"
+        print(f"{'step':18}{1e3 * step_seconds:12.3f}  {saved};")
         print(f"{'':32}{1e3 * rest:,.1f} ms or more kernels below their rate, or waiting")
     if result.mfu is not None:
         print(f"{'MFU':18}{100 * result.mfu:11.1f}%")
@@ -277,9 +276,7 @@ def _print_floor(job: Job, result: Roofline, step_seconds: float | None) -> None
 def _print_scaling(result: Roofline, algorithm: str) -> None:
     links = result.links
     if links is None:
-        print(
-            "\nThe links to more devices are not known: name them with --network-gbits-per-second, and what they do is predicted"
-        )
+        print("\nThe links to more devices are not known: with --network-gbits-per-second, what they do is predicted")
         return
     print(
         f"\nPredicted from the {'measured step' if result.scaling_from == 'measured' else 'floor'}, the same batch on each "
