@@ -1,14 +1,13 @@
 """report.json: what profile/throughput.py measured, as types, and how it is read. None: not measured, or not there in a run."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from common.errors import UserError
 
-PROGRAM, FORMAT = "throughput", 2
-REPORT_JSON = "report.json"
+PROGRAM, FORMAT, REPORT_JSON = "throughput", 2, "report.json"
 STAGES = ("reading", "decoding", "loader", "step", "training")
 _WRITER = "profile/throughput.py"
 
@@ -35,7 +34,7 @@ class Rate(Record):
     seconds: float
     images_per_second: float
     interval: tuple[float, float] | None  # 95 % confidence, autocorrelation allowed for; None: too few steps to say
-    images_per_second_per_rank: list[float]  # of each rank by itself, in order: its own images over its own seconds
+    images_per_second_per_rank: Annotated[list[float], msgspec.Meta(min_length=1)]  # in order, by own seconds
     step_seconds: Summary
     series_seconds: list[float]  # in order: seconds a step of each lap
     steps_a_lap: int
@@ -118,7 +117,7 @@ class DeviceMemory(Record):
     """Of the GPU of rank 0, over the whole measurement: at most reserved by torch, or in use by NVML, which sees DALI's too."""
 
     peak_bytes: int
-    total_bytes: int
+    total_bytes: Annotated[int, msgspec.Meta(gt=0)]
 
 
 class Kernel(Record):
@@ -323,6 +322,9 @@ def read_report(path: Path) -> Report:
             "show it with the revision that wrote it"
         )
     try:
-        return msgspec.convert(found, Report)
+        report = msgspec.convert(found, Report)
+        if type(size := report.config.get("batch_size")) is not int or size < 1:
+            raise msgspec.ValidationError("Expected `int` >= 1 - at `$.config.batch_size`")
+        return report
     except msgspec.ValidationError as error:
         raise UserError(f"{path}: not a whole report ({error}); measure again with {_WRITER}") from error

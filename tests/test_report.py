@@ -306,6 +306,24 @@ def test_three_reports_are_too_many(written, capsys):
     assert "give one to show or two to compare" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (("config", "batch_size"), None, "config.batch_size"),
+        (("config", "batch_size"), 0, "config.batch_size"),
+        (("config", "batch_size"), "x", "config.batch_size"),
+        (("stages", "step", "images_per_second_per_rank"), [], "images_per_second_per_rank"),
+        (("memory", "total_bytes"), 0, "total_bytes"),
+    ],
+)
+def test_values_that_nothing_can_be_divided_by_are_refused(place, value, words, written):
+    content = json.loads(written.read_text())
+    functools.reduce(lambda inner, key: inner[key], place[:-1], content)[place[-1]] = value
+    written.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        read_report(written)
+
+
 @pytest.mark.parametrize("flags", [1, 2])
 def test_folder_that_cannot_be_written_is_said_in_a_sentence(flags, written, capsys):
     blocked = written.parent / "file"
