@@ -32,7 +32,7 @@ class Rate(Record):
 
     images: int  # of all ranks, in the steps that count
     seconds: float
-    images_per_second: float
+    images_per_second: Annotated[float, msgspec.Meta(gt=0)]
     interval: tuple[float, float] | None  # 95 % confidence, autocorrelation allowed for; None: too few steps to say
     images_per_second_per_rank: Annotated[list[float], msgspec.Meta(min_length=1)]  # in order, by own seconds
     step_seconds: Summary

@@ -314,6 +314,7 @@ def test_three_reports_are_too_many(written, capsys):
         (("config", "batch_size"), "x", "config.batch_size"),
         (("stages", "step", "images_per_second_per_rank"), [], "images_per_second_per_rank"),
         (("memory", "total_bytes"), 0, "total_bytes"),
+        (("stages", "step", "images_per_second"), 0.0, "images_per_second"),
     ],
 )
 def test_values_that_nothing_can_be_divided_by_are_refused(place, value, words, written):
