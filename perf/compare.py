@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from msgspec.structs import asdict
 
 from engine.compare_runs import differing_flags
@@ -82,41 +82,42 @@ def comparison(rows: Sequence[Row], names: Sequence[str]) -> Figure:
         colour = colours.get(row.verdict or "", GREY)
         axes.plot([low, high], [lane, lane], color=colour, linewidth=2, marker="|" if row.interval else "")
         fill = colour if row.interval else "white"
-        axes.plot([times], [lane], marker="o", color=colour, markerfacecolor=fill, markersize=8, label=row.name)
+        mark = {"marker": "o", "markersize": 8, "markerfacecolor": fill, "clip_on": False}
+        axes.plot([times], [lane], color=colour, label=row.name, **mark)
         text = f"× {number(times)}  ({number(row.a)} → {number(row.b)} {row.unit})"
         axes.text(1.02, lane, text, va="center", transform=beside)
         ends += [low, high]
     axes.axvline(1.0, color="black", linewidth=1)
     lanes(axes, [row.name for row in rows])
+    low, high = min(ends) / 1.1, max(ends) * 1.1
     axes.set(
         xscale="log",
-        xlim=(min(ends) / 1.1, max(ends) * 1.1),
+        xlim=(low, high),
         xlabel="how many times as fast B is\n(bar: 95 % confidence; grey: no difference shown;\nhollow: no interval)",
     )
-    axes.xaxis.set_major_locator(FixedLocator(_few_between(min(ends) / 1.1, max(ends) * 1.1)))
+    locator = MaxNLocator(4) if high / low < 10 else LogLocator(subs=(1, 3) if high / low < 100 else (1,), numticks=5)
+    axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     return figure
 
 
 def comparison_tables(rows: Sequence[Row], a: Report, b: Report) -> list[Table]:
-    """For the stages, with their intervals, and for the parts of a step."""
-    stages, parts, keys = [], [], {title: key for key, title in STAGES.items()}
-    for row in rows:
-        times = "" if row.times_as_fast is None else f"× {row.times_as_fast:.3f}"
-        if row.unit == TIME:
-            parts.append([row.name, number(row.a), number(row.b), times])
-            continue
-        cells = [row.name]
-        for value, report in ((row.a, a), (row.b, b)):
-            rate = getattr(report.stages, keys[row.name])
-            cells += [number(value), interval_of(rate) if rate else ""]
+    """For the stages, with their intervals, and for the parts of a step. rows: those of compare()."""
+    times = ["" if row.times_as_fast is None else f"× {row.times_as_fast:.3f}" for row in rows]
+    stages = []
+    for key, row, faster in zip(STAGES, rows, times, strict=False):
+        rates = (getattr(report.stages, key) for report in (a, b))
+        of_a, of_b = (interval_of(rate) if rate else "" for rate in rates)
         interval = "" if row.interval is None else "–".join(f"{end:.3f}" for end in row.interval)
-        stages.append([*cells, times, interval, row.verdict or ""])
-    return [
-        ([RATE, "A", "95 %", "B", "95 %", "B's speed", "95 %", "B is"], stages),
-        ([TIME, "A", "B", "B's speed"], parts),
+        cells = {RATE: row.name, "A": number(row.a), "A's 95 %": of_a, "B": number(row.b), "B's 95 %": of_b}
+        stages.append({**cells, "B's speed": faster, "its 95 %": interval, "B is": row.verdict or ""})
+    parts = [
+        {TIME: row.name, "A": number(row.a), "B": number(row.b), "B's speed": faster}
+        for row, faster in zip(rows, times, strict=True)
+        if row.unit == TIME
     ]
+    return [stages, parts]
 
 
 def _stage_row(name: str, a: Rate | None, b: Rate | None) -> Row:
@@ -134,17 +135,3 @@ def _microseconds_an_image(report: Report, key: str) -> float | None:
     part = parts_of(report).get(key)
     summary = part and (part.training if key == "data_wait" else part.alone)
     return 1e6 * summary.mean / report.config["batch_size"] if summary else None
-
-
-def _few_between(low: float, high: float) -> list[float]:
-    """At most five round numbers, 1 among them, for a logarithmic axis from `low` to `high`, which 1 lies between."""
-    if high / low < 3:
-        step = 0.1 if high - low < 0.7 else 0.25
-        return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    lowest, highest = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    for digits, stride in (((1, 2, 5), 1), ((1, 3), 1), *(((1,), stride) for stride in (1, 2, 3, 5, 10))):
-        decades = [decade for decade in range(lowest, highest + 1) if decade % stride == 0]
-        ticks = [digit * 10.0**decade for decade in decades for digit in digits if low <= digit * 10.0**decade <= high]
-        if len(ticks) <= 5:
-            break
-    return ticks

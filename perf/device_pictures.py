@@ -4,8 +4,10 @@ Williams, Waterman, Patterson: Roofline, an insightful visual performance model.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable
+from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -38,20 +40,15 @@ _LABEL_DISTANCE = 1.35 * _LABEL_POINTS / 72 / (WIDTH_INCHES * 6 / 7)
 _MOST_LABELS = math.floor(1 / _LABEL_DISTANCE)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Layers of one kind at the same place of the plot."""
+class Group(NamedTuple):
+    """Layers of one kind at the same place of the plot. Rates are FLOPs a second."""
 
     kind: str
-    names: tuple[str, ...]
-    intensity: float
-    """FLOPs a byte."""
-    attainable: float
-    """FLOPs a second, by the floor."""
+    names: list[str]
+    intensity: float  # FLOPs a byte
+    attainable: float  # by the floor
     measured: float | None
-    """FLOPs a second; None: not measured."""
-    share: float
-    """Of the time of all layers: measured, or by the floor."""
+    share: float  # of the time of all layers: measured, or by the floor
 
     @property
     def label(self) -> str:
@@ -78,7 +75,7 @@ def groups_of(layers: list[Layer]) -> list[Group]:
         groups.append(
             Group(
                 kind=text_of(kind),
-                names=tuple(text_of(layer.name) for layer in members),
+                names=[text_of(layer.name) for layer in members],
                 intensity=flops / sum(layer.bytes for layer in members),
                 attainable=flops / sum(layer.floor_seconds for layer in members),
                 measured=ratio(flops, sum(measured)) if len(measured) == len(members) else None,
@@ -88,11 +85,10 @@ def groups_of(layers: list[Layer]) -> list[Group]:
     return sorted(groups, key=lambda group: group.intensity)
 
 
-def _seconds_of(layers: list[Layer]):
+def _seconds_of(layers: list[Layer]) -> Callable[[Layer], float]:
     """What a layer's share is of: measured seconds where all have them, the floor's otherwise."""
-    if all(layer.measured_seconds is not None for layer in layers):
-        return lambda layer: layer.measured_seconds
-    return lambda layer: layer.floor_seconds
+    measured = all(layer.measured_seconds is not None for layer in layers)
+    return attrgetter("measured_seconds" if measured else "floor_seconds")
 
 
 def roofline(report: Report) -> Figure | str:
@@ -176,8 +172,8 @@ def _without_a_place(layers: list[Layer]) -> str:
     missing = [layer for layer in layers if not _has_a_place(layer)]
     if not missing:
         return ""
-    kinds = [text_of(layer.kind) for layer in missing]
-    counts = ", ".join(f"{kind} × {kinds.count(kind)}" for kind in sorted(set(kinds)))
+    kinds = Counter(text_of(layer.kind) for layer in missing)
+    counts = ", ".join(f"{kind} × {count}" for kind, count in sorted(kinds.items()))
     seconds_of = _seconds_of(layers)
     share = ratio(sum(map(seconds_of, missing)), sum(map(seconds_of, layers)))
     return f"\nwithout a place here (no FLOPs): {counts}, {percent(share)} of the time"
@@ -190,30 +186,23 @@ def _has_a_place(layer: Layer) -> bool:
 # ---- telemetry ---------------------------------------------------------------------------------------------------
 
 _NO_GPU = "No telemetry: {reason}. So there are no curves of power, utilisation, clocks, memory and temperature."
-_STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
+_STYLES = ("-", "--", ":")
 
 
-@dataclass(frozen=True)
-class Panel:
-    title: str
-    curves: dict[str, str]
-    """Series of the report, and what the legend calls each; no legend for one."""
-    scale: float = 1.0
-    top: float | None = None
-
-
-_UTILISATION = {
-    "sm_utilisation_percent": "SM",
-    "memory_utilisation_percent": "memory",
-    "jpeg_engine_utilisation_percent": "JPEG engine",
+_UTILISATION = "utilisation\n%"
+_MEMORY_USED = "memory used\nGiB"
+PANELS = {
+    "power\nW": {"power_watts": ""},
+    _UTILISATION: {
+        "sm_utilisation_percent": "SM",
+        "memory_utilisation_percent": "memory",
+        "jpeg_engine_utilisation_percent": "JPEG engine",
+    },
+    "clocks\nMHz": {"sm_clock_mhz": "SM", "memory_clock_mhz": "memory"},
+    _MEMORY_USED: {"memory_used_bytes": ""},
+    "temperature\n°C": {"temperature_celsius": ""},
 }
-PANELS = (
-    Panel("power\nW", {"power_watts": "power"}),
-    Panel("utilisation\n%", _UTILISATION, top=105),
-    Panel("clocks\nMHz", {"sm_clock_mhz": "SM", "memory_clock_mhz": "memory"}),
-    Panel("memory used\nGiB", {"memory_used_bytes": "used"}, scale=1 / 2**30),
-    Panel("temperature\n°C", {"temperature_celsius": "temperature"}),
-)
+"""By title: series of the report, and what the legend calls each."""
 
 
 def telemetry(report: Report) -> Figure | str:
@@ -226,8 +215,8 @@ def telemetry(report: Report) -> Figure | str:
         return _NO_GPU.format(reason="not one sample was taken")
     figure = new_figure(8.6, f"Telemetry of the GPUs\n{subject(report)}")
     all_axes = figure.subplots(len(PANELS), 1, sharex=True)
-    for axes, panel in zip(all_axes, PANELS, strict=True):
-        _draw_panel(axes, panel, devices)
+    for axes, (title, names) in zip(all_axes, PANELS.items(), strict=True):
+        _draw_panel(axes, title, names, devices)
     seconds = [second for device in devices for second in device.series["seconds"] if second is not None]
     first, last = min(seconds), max(seconds)
     figure.align_ylabels(all_axes)
@@ -241,37 +230,27 @@ def telemetry(report: Report) -> Figure | str:
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, devices: list[Device]) -> None:
-    curves = [key for key in panel.curves if any(_is_measured(device, key) for device in devices)]
-    # The first ones wide, so that none hides all of another.
-    widths = [1.2 + 1.6 * (1 - (index + 1) / len(devices)) for index in range(len(devices))]
+def _draw_panel(axes: Axes, title: str, names: dict[str, str], devices: list[Device]) -> None:
+    known = {key for device in devices for key, values in device.series.items() if any(v is not None for v in values)}
+    curves = dict(zip([key for key in names if key in known], _STYLES, strict=False))
+    scale = 1 / 2**30 if title == _MEMORY_USED else 1.0
     for index, device in enumerate(devices):
-        for key, style in zip(curves, _STYLES, strict=False):
+        # The first ones wide, so that none hides all of another.
+        look = {"color": _colour(index), "linewidth": 1.2 + 1.6 * (1 - (index + 1) / len(devices))}
+        for key, style in curves.items():
             seconds = np.array(device.series["seconds"], dtype=float)
             heights = np.array(device.series.get(key) or [None] * len(seconds), dtype=float)  # None is nan
-            axes.plot(seconds, panel.scale * heights, style, color=_colour(index), linewidth=widths[index], label=key)
-    axes.set_ylabel(panel.title)
-    axes.set_ylim(0, panel.top or 1.1 * axes.dataLim.y1 if curves else 1)
+            axes.plot(seconds, scale * heights, style, label=key, **look)
+    axes.set_ylabel(title)
+    axes.set_ylim(0, 105 if title == _UTILISATION else 1.1 * axes.dataLim.y1 if curves else 1)
     axes.grid(alpha=0.3)
     if not curves:
         axes.text(0.5, 0.5, NOT_MEASURED, transform=axes.transAxes, ha="center", va="center", color=GREY)
         axes.set_yticks([])
-    elif len(panel.curves) > 1:
-        axes.legend(
-            [Line2D([], [], color=BLACK, linestyle=style) for _, style in zip(curves, _STYLES, strict=False)],
-            [panel.curves[key] for key in curves],
-            loc="lower right",
-            bbox_to_anchor=(1, 1),
-            ncols=3,
-            frameon=False,
-            fontsize=9,
-            borderpad=0,
-            borderaxespad=0.2,
-        )
-
-
-def _is_measured(device: Device, key: str) -> bool:
-    return any(value is not None for value in device.series.get(key) or [])
+    elif len(names) > 1:
+        lines = [Line2D([], [], color=BLACK, linestyle=style, label=names[key]) for key, style in curves.items()]
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderpad": 0, "borderaxespad": 0.2}
+        axes.legend(handles=lines, ncols=3, frameon=False, fontsize=9, **place)
 
 
 def _shade(all_axes, spans: dict[str, tuple[float, float]], first: float, last: float) -> None:

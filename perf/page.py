@@ -1,7 +1,7 @@
 """report.html: one file that needs nothing else, to read on a screen, on a phone or on paper. Its layout is page.html.j2."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,7 +19,6 @@ from perf.words import (
     name_of,
     number,
     percent,
-    printable,
     ratio,
     text_of,
     with_prefix,
@@ -37,29 +36,26 @@ def page(report: Report, pictures: Mapping[str, bytes | str]) -> str:
         # Whatever the report holds, a browser and an editor show it, rather than obey it.
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    sources = {
-        name: "data:image/png;base64," + base64.b64encode(picture).decode()
-        for name, picture in pictures.items()
-        if isinstance(picture, bytes)
-    }
     return environment.get_template("page.html.j2").render(
         report=report,
         words=words,
-        pictures=sources,
-        why_none={name: picture for name, picture in pictures.items() if isinstance(picture, str)},
+        pictures={
+            name: picture if isinstance(picture, str) else base64.b64encode(picture).decode()
+            for name, picture in pictures.items()
+        },
+        drawn={name for name, picture in pictures.items() if isinstance(picture, bytes)},
         telemetry=list(_telemetry(report)),
-        remark=printable(report.telemetry.reason) if report.telemetry.devices and report.telemetry.reason else None,
         layers=layer_table(report),
         predictions=prediction_table(report),
+        links=links_sentence(report),
         costs=cost_table(report),
         trace=trace_tables(report),
         settings=settings(report),
-        links=links_sentence(report),
-        origin=[[name_of(key), text_of(value)] for key, value in _origin(report).items()],
+        origin={**asdict(report.hardware), "created": report.created, "git revision": report.git_revision},
     )
 
 
-def _telemetry(report: Report):
+def _telemetry(report: Report) -> Iterator[tuple[str, Table, str]]:
     """Of each GPU: its name, a table of its readings over the whole run and each stage, and sentences."""
     for place, device in enumerate(report.telemetry.devices):
         columns = {"whole run": device} | {
@@ -67,11 +63,12 @@ def _telemetry(report: Report):
             for stage, devices in report.telemetry.stages.items()
             if place < len(devices)
         }
-        rows = [
-            [_reading_name(field), *(_reading(column, field) for column in columns.values())] for field in device.fields
-        ]
-        rows.append(["energy, J", *(number(column.energy_joules) for column in columns.values())])
-        rows.append(["throttled, share of samples", *(_throttled(column) for column in columns.values())])
+        rows = {
+            _reading_name(field): {name: _reading(each, field) for name, each in columns.items()}
+            for field in device.fields
+        }
+        rows["energy, J"] = {name: number(each.energy_joules) for name, each in columns.items()}
+        rows["throttled, share of samples"] = {name: _throttled(each) for name, each in columns.items()}
         sentences = [
             f"{name}: {number(value)} {unit}."
             for name, value, unit in (
@@ -86,9 +83,10 @@ def _telemetry(report: Report):
                 "A part of a GPU (MIG): power, energy, clocks and temperature are the whole GPU's, shared with its other parts; "
                 "so there are no images per joule."
             )
-        sentences += [f"{name_of(field)}: {printable(why)}." for field, why in device.missing.items()]
+        sentences += [f"{name_of(field)}: {why}." for field, why in device.missing.items()]
         machine = f"Machine {device.machine}, " if report.hardware.machines > 1 else ""
-        yield f"{machine}GPU {device.index}, {text_of(device.name)}", (["median", *columns], rows), " ".join(sentences)
+        table = [{"median": name, **row} for name, row in rows.items()]
+        yield f"{machine}GPU {device.index}, {device.name}", table, " ".join(sentences)
 
 
 def _reading_name(field: str) -> str:
@@ -99,10 +97,8 @@ def _reading_name(field: str) -> str:
 
 def _reading(device: Device, field: str) -> str:
     found = device.fields.get(field)
-    if found is None:
-        return NOT_MEASURED
     scale = 1e-9 if field.endswith("_bytes_per_second") else 1 / 2**30 if field.endswith("_bytes") else 1.0
-    return number(scale * found.median)
+    return number(scale * found.median) if found else NOT_MEASURED
 
 
 def _throttled(device: Device) -> str:
@@ -114,50 +110,38 @@ def _throttled(device: Device) -> str:
 
 def layer_table(report: Report) -> Table:
     """Each layer's work, floors and measured time, forward and backward of one step; measured with bias, ReLU and dropout."""
-    header = ["layer", "kind", "GFLOP", "MB", "floor, ms", "unfused, ms", "measured, ms", "of unfused", "of the step"]
-    step = report.stages.step.step_seconds.mean
-    rows = []
+    step, table = report.stages.step.step_seconds.mean, []
     for layer in report.roofline.layers:
-        times = ratio(layer.measured_seconds, layer.floor_seconds_unfused)
-        rows.append(
-            [
-                text_of(layer.name),
-                text_of(layer.kind),
-                number(layer.flops / 1e9),
-                number(layer.bytes / 1e6),
-                milliseconds(layer.floor_seconds),
-                milliseconds(layer.floor_seconds_unfused),
-                milliseconds(layer.measured_seconds),
-                "" if times is None else f"× {number(times)}",
-                "" if layer.measured_seconds is None else percent(layer.measured_seconds / step),
-            ]
+        measured, times = layer.measured_seconds, ratio(layer.measured_seconds, layer.floor_seconds_unfused)
+        table.append(
+            {
+                "layer": text_of(layer.name),
+                "kind": text_of(layer.kind),
+                "GFLOP": number(layer.flops / 1e9),
+                "MB": number(layer.bytes / 1e6),
+                "floor, ms": milliseconds(layer.floor_seconds),
+                "unfused, ms": milliseconds(layer.floor_seconds_unfused),
+                "measured, ms": milliseconds(measured),
+                "of unfused": "" if times is None else f"× {number(times)}",
+                "of the step": "" if measured is None else percent(measured / step),
+            }
         )
-    return header, rows
+    return table
 
 
 def prediction_table(report: Report) -> Table:
     """Scaling efficiency is % of linear: of so many times one device."""
-    header = [
-        "ranks",
-        "images/s",
-        "% of linear",
-        "with 16-bit gradients",
-        "% of linear",
-        "all-reduce, ms",
-        "exposed, ms",
-        "by",
-    ]
-    return header, [
-        [
-            number(row.ranks),
-            number(row.plain.images_per_second),
-            percent(row.plain.efficiency),
-            number(row.compressed.images_per_second),
-            percent(row.compressed.efficiency),
-            milliseconds(row.plain.all_reduce_seconds),
-            milliseconds(row.plain.exposed_seconds),
-            text_of(row.algorithm) if row.ranks > 1 else "",
-        ]
+    return [
+        {
+            "ranks": number(row.ranks),
+            "images/s": number(row.plain.images_per_second),
+            "% of linear": percent(row.plain.efficiency),
+            "all-reduce, ms": milliseconds(row.plain.all_reduce_seconds),
+            "exposed, ms": milliseconds(row.plain.exposed_seconds),
+            "16-bit gradients: images/s": number(row.compressed.images_per_second),
+            "their % of linear": percent(row.compressed.efficiency),
+            "by": row.algorithm if row.ranks > 1 else "",
+        }
         for row in report.roofline.scaling
     ]
 
@@ -169,33 +153,32 @@ def links_sentence(report: Report) -> str:
         return (
             "Nothing is predicted for other numbers of ranks: the links between them are not known. Name them by flags."
         )
-    parts = []
-    if links.gpus_per_node > 1:
-        parts.append(
-            f"{links.gpus_per_node} devices a machine, {with_prefix(links.peer_bytes_per_second, 'B/s')} from each to its peers"
-            + (" with in-switch reduction" if links.in_switch else "")
-        )
-    parts.append(f"{with_prefix(links.network_bytes_per_second, 'B/s')} from each machine to the others")
-    parts.append(f"{number(1e6 * links.latency_seconds)} µs a message")
+    within = f"{links.gpus_per_node} devices a machine, {with_prefix(links.peer_bytes_per_second, 'B/s')} from each to its peers"
+    within += " with in-switch reduction; " if links.in_switch else "; "
     start = "the measured step" if report.roofline.scaling_from == "measured" else "the hardware's floor"
     return (
-        f"Predicted from {start}, each rank with the same batch, over these links: {'; '.join(parts)} ({links.source})."
+        f"Predicted from {start}, each rank with the same batch, over these links: {within if links.gpus_per_node > 1 else ''}"
+        f"{with_prefix(links.network_bytes_per_second, 'B/s')} from each machine to the others; "
+        f"{number(1e6 * links.latency_seconds)} µs a message ({links.source})."
     )
 
 
-def cost_table(report: Report) -> Table | None:
-    """Of an epoch and of the training; None where there is no epoch."""
-    costs = report.costs
+def cost_table(report: Report) -> Table:
+    """Of an epoch and of the training; empty where there is no epoch."""
+    costs, table = report.costs, []
     if costs is None:
-        return None
-    times = 1, costs.epochs
-    rows = [["time", *(duration(each * costs.seconds) for each in times)]]
-    energy = [NOT_MEASURED if costs.joules is None else f"{number(each * costs.joules / 3.6e6)} kWh" for each in times]
-    rows.append(["energy of the GPUs", *energy])
-    if costs.price_basis:
-        prices = [number(None if costs.price is None else each * costs.price) for each in times]
-        rows.append([f"price, {text_of(costs.price_basis)}", *prices])
-    return ["", "an epoch", f"the training, {costs.epochs:,} epoch{'s' * (costs.epochs != 1)}"], rows
+        return []
+    whole = f"the training, {costs.epochs:,} epoch{'s' * (costs.epochs != 1)}"
+    for name, value, show in (
+        ("time", costs.seconds, duration),
+        ("energy of the GPUs, kWh", ratio(costs.joules, 3.6e6), number),
+        (f"price, {costs.price_basis}", costs.price, number),
+    ):
+        if costs.price_basis or not name.startswith("price"):
+            table.append(
+                {"": name, "an epoch": show(value), whole: show(None if value is None else costs.epochs * value)}
+            )
+    return table
 
 
 def trace_tables(report: Report) -> tuple[str, Table, Table] | None:
@@ -210,30 +193,21 @@ def trace_tables(report: Report) -> tuple[str, Table, Table] | None:
         f"({percent(trace.busy_seconds_per_step / trace.step_seconds)})."
     )
     kernels = [
-        [
-            text_of(kernel.name),
-            milliseconds(kernel.seconds_per_step),
-            percent(kernel.seconds_per_step / trace.step_seconds),
-            number(float(kernel.calls_per_step)),
-        ]
+        {
+            name: text_of(kernel.name),
+            "ms a step": milliseconds(kernel.seconds_per_step),
+            "of the step": percent(kernel.seconds_per_step / trace.step_seconds),
+            "calls a step": number(float(kernel.calls_per_step)),
+        }
         for kernel in trace.kernels
     ]
-    gaps = [[text_of(before), milliseconds(seconds)] for seconds, before in trace.gaps]
-    return (
-        sentence,
-        ([name, "ms a step", "of the step", "calls a step"], kernels),
-        ([f"idle before this {name}", "ms"], gaps),
-    )
+    gaps = [
+        {f"idle before this {name}": text_of(before), "ms": milliseconds(seconds)} for seconds, before in trace.gaps
+    ]
+    return sentence, kernels, gaps
 
 
-def _origin(report: Report) -> dict[str, object]:
-    return {**asdict(report.hardware), "created": report.created, "git revision": report.git_revision}
-
-
-def settings(report: Report) -> tuple[list[list[str]], list[list[str]]]:
-    """Rows of the configuration: what differs from the defaults, and the rest."""
-    rows = {key: [name_of(key), text_of(value)] for key, value in report.config.items()}
-    return (
-        [row for key, row in rows.items() if key in report.changed],
-        [row for key, row in rows.items() if key not in report.changed],
-    )
+def settings(report: Report) -> tuple[dict[str, object], dict[str, object]]:
+    """The configuration: what differs from the defaults, and the rest."""
+    changed = {key: value for key, value in report.config.items() if key in report.changed}
+    return changed, {key: value for key, value in report.config.items() if key not in changed}

@@ -6,25 +6,12 @@ Each function takes a report and returns a figure, or the sentence that says why
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from perf import words
 from perf.bottlenecks import floor_of_passes
 from perf.plot_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, lanes, new_figure
 from perf.report import Rate, Report
-from perf.words import (
-    NOT_MEASURED,
-    PARTS,
-    SET_BY,
-    STAGES,
-    Part,
-    between_parts,
-    milliseconds,
-    number,
-    parts_of,
-    percent,
-    slow_laps,
-    subject,
-)
 
 _NOTHING = 1e-3  # of a rate: a difference that is rounding
 _BINS = 40
@@ -41,10 +28,12 @@ def steps(report: Report) -> Figure | str:
     rates = {name: rate for name in _STRIPS if (rate := getattr(report.stages, name)) and rate.series_seconds}
     if not rates:
         return "No single steps were timed, so there is no picture of them."
-    figure = new_figure(0.6 + 1.9 * len(rates), f"Every step in order, and how many took how long\n{subject(report)}")
+    figure = new_figure(
+        0.6 + 1.9 * len(rates), f"Every step in order, and how many took how long\n{words.subject(report)}"
+    )
     all_axes = figure.subplots(len(rates), 2, sharey="row", squeeze=False, width_ratios=(4, 1))
     for (strip, histogram), (name, rate) in zip(all_axes, rates.items(), strict=True):
-        _draw_strip(strip, STAGES[name], rate)
+        _draw_strip(strip, words.STAGES[name], rate)
         _draw_histogram(histogram, rate)
     all_axes[-1, 0].set_xlabel("lap, in order (line: mean of all; red: over twice the median)")
     all_axes[-1, 1].set_xlabel("number of laps")
@@ -52,21 +41,24 @@ def steps(report: Report) -> Figure | str:
 
 
 def _draw_strip(axes: Axes, title: str, rate: Rate) -> None:
-    times = 1e3 * np.array(rate.series_seconds)
-    slow = times > 2e3 * rate.step_seconds.median
-    places = np.arange(len(times))
-    axes.vlines(places, 0, times, color=SKY, linewidth=1.2 if len(times) <= _FEW else 0.5)
-    axes.plot(places[~slow], times[~slow], ".", color=BLUE, markersize=4 if len(times) <= _FEW else 1.5)
-    axes.vlines(places[slow], 0, times[slow], color=VERMILION, linewidth=1.5)
+    times, mean, median = (
+        1e3 * np.array(rate.series_seconds),
+        1e3 * rate.step_seconds.mean,
+        1e3 * rate.step_seconds.median,
+    )
+    slow, places, few = times > 2 * median, np.arange(len(times)), len(times) <= _FEW
+    axes.vlines(places, 0, times, color=np.where(slow, VERMILION, SKY), linewidth=1.2 if few else 0.5)
+    axes.plot(places[~slow], times[~slow], ".", color=BLUE, markersize=4 if few else 1.5)
     axes.plot(places[slow], times[slow], "o", color=VERMILION, markersize=4)
-    axes.axhline(1e3 * rate.step_seconds.mean, color="black", linewidth=0.8)
+    axes.axhline(mean, color="black", linewidth=0.8)
     axes.set(ylim=(0, 1.12 * times.max()), xlim=(-0.01 * len(times) - 0.5, 1.01 * len(times)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("ms a step" if rate.steps_a_lap == 1 else f"ms a step,\nlaps of {rate.steps_a_lap}")
-    words = f"{title}: mean {number(1e3 * rate.step_seconds.mean)} ms, median {number(1e3 * rate.step_seconds.median)}"
-    count, share = slow_laps(rate)
-    words += f"; {count} slow, {percent(share, 0)} of the time" if count else "; none is slow"
-    axes.set_title(words, loc="left", fontsize=9.5)
+    count, share = words.slow_laps(rate)
+    slow_words = f"{count} slow, {words.percent(share, 0)} of the time" if count else "none is slow"
+    axes.set_title(
+        f"{title}: mean {words.number(mean)} ms, median {words.number(median)}; {slow_words}", loc="left", fontsize=9.5
+    )
     axes.grid(axis="y", alpha=0.3)
 
 
@@ -74,10 +66,10 @@ def _draw_histogram(axes: Axes, rate: Rate) -> None:
     """Counts on a logarithmic axis: a single stall shows beside hundreds of steps."""
     times = 1e3 * np.array(rate.series_seconds)
     counts, edges = np.histogram(times, bins=_BINS, range=(0, 1.12 * times.max()))
-    colours = [VERMILION if edge > 2e3 * rate.step_seconds.median else BLUE for edge in edges[:-1]]
+    colours = np.where(edges[:-1] > 2e3 * rate.step_seconds.median, VERMILION, BLUE)
     axes.barh(edges[:-1], counts, height=np.diff(edges), align="edge", color=colours)
     axes.set(xscale="log", xlim=(0.6, 1.6 * max(counts)))
-    axes.xaxis.set_major_locator(FixedLocator([10**power for power in range(5) if 10**power <= 1.6 * max(counts)]))
+    axes.xaxis.set_major_locator(LogLocator(numticks=5))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="x", alpha=0.3)
@@ -103,15 +95,15 @@ def gap_of_step(report: Report) -> dict[str, float]:
     """
     roofline = report.roofline
     fused, left = roofline.floor_seconds, report.stages.step.step_seconds.mean - roofline.floor_seconds.total
-    beyond = [
-        layer.measured_seconds - layer.floor_seconds_unfused
-        for layer in roofline.layers
-        if layer.measured_seconds is not None
-    ]
+    beyond = sum(
+        each.measured_seconds - each.floor_seconds_unfused
+        for each in roofline.layers
+        if each.measured_seconds is not None
+    )
     found = {"floor": fused.total}
     for name, seconds in (
         ("memory_passes", floor_of_passes(report) - fused.forward - fused.backward),
-        ("layers", sum(beyond)),
+        ("layers", beyond),
     ):
         found[name] = max(0.0, min(seconds, left))
         left -= found[name]
@@ -122,7 +114,7 @@ def waterfall(report: Report) -> Figure:
     """Images a second of all ranks: one bar for each level, one for each loss on the way."""
     batch, step, trained = report.config["batch_size"], report.stages.step, report.stages.training
     set_by, seconds = report.ceiling.set_by, gap_of_step(report)
-    figure = new_figure(5.4, f"From the hardware's limit to what training achieves\n{subject(report)}")
+    figure = new_figure(5.4, f"From the hardware's limit to what training achieves\n{words.subject(report)}")
     axes = figure.subplots()
     labels = ["hardware's limit"]
     rate = limit = batch / seconds["floor"]
@@ -133,15 +125,15 @@ def waterfall(report: Report) -> Figure:
         if before - rate > _NOTHING * before:
             _draw_change(axes, len(labels), before, rate)
             labels.append(GAP[name])
-    lost_to = "lost to the loader" if set_by in SET_BY else "lost to shared cores"
+    lost_to = "lost to the loader" if set_by in words.SET_BY else "lost to shared cores"
     levels = (
         (step.images_per_second, step, "rest of the step", "step alone", SKY),
-        (report.ceiling.images_per_second, None, lost_to, f"ceiling, set by\n{SET_BY.get(set_by, set_by)}", ORANGE),
+        (report.ceiling.images_per_second, None, lost_to, f"ceiling, set by\n{words.SET_BY.get(set_by, set_by)}", ORANGE),
         (trained.images_per_second if trained else None, trained, "lost in the loop", "training achieved", BLUE),
     )  # fmt: skip
     for level, measured, loss, name, colour in levels:
         if level is None:
-            axes.text(0, len(labels), f" {NOT_MEASURED}", va="center", color=GREY)
+            axes.text(0, len(labels), f" {words.NOT_MEASURED}", va="center", color=GREY)
         else:
             _draw_change(axes, len(labels), rate, level)
             labels.append(loss if level <= rate else "more than that")
@@ -162,7 +154,7 @@ def _draw_level(axes: Axes, lane: int, rate: float, measured: Rate | None, colou
     if measured and measured.interval:
         axes.plot(measured.interval, [lane, lane], color="black", linewidth=1.5, marker="|")
         end = max(rate, measured.interval[1])
-    axes.text(end, lane, f"  {number(rate)}/s · {number(1e3 / rate)} ms/image", va="center", weight="bold")
+    axes.text(end, lane, f"  {words.number(rate)}/s · {words.number(1e3 / rate)} ms/image", va="center", weight="bold")
 
 
 def _draw_change(axes: Axes, lane: int, before: float, after: float) -> None:
@@ -171,7 +163,7 @@ def _draw_change(axes: Axes, lane: int, before: float, after: float) -> None:
         change = 0.0
     sign, colour = ("−", VERMILION) if change < 0 else ("+", GREEN) if change > 0 else ("", GREY)
     axes.barh(lane, change, left=before, height=0.5, color=colour)
-    text = f" {sign}{number(abs(change))} ({percent(abs(change) / before, 0)})"
+    text = f" {sign}{words.number(abs(change))} ({words.percent(abs(change) / before, 0)})"
     axes.text(max(before, after), lane, text, va="center", color=colour)
     for rate, end in ((before, lane - 0.65), (after, lane + 0.65)):
         axes.plot([rate, rate], [lane, end], color=GREY, linewidth=0.8)
@@ -179,7 +171,7 @@ def _draw_change(axes: Axes, lane: int, before: float, after: float) -> None:
 
 # ---- one step, part by part --------------------------------------------------------------------------------------
 
-_COLOURS = dict(zip(PARTS, (ORANGE, SKY, BLUE, VERMILION, GREEN), strict=True))
+_COLOURS = dict(zip(words.PARTS, (ORANGE, SKY, BLUE, VERMILION, GREEN), strict=True))
 _WHOLE = "#444444"
 
 
@@ -187,25 +179,24 @@ def timeline(report: Report) -> Figure:
     """The mean step of training, as a Gantt chart above the hardware's floors; without images, of the step alone."""
     training = report.training_parts
     where = "in training" if training else "alone"
-    figure = new_figure(4.2, f"The mean step {where}, part by part\n{subject(report)}")
+    figure = new_figure(4.2, f"The mean step {where}, part by part\n{words.subject(report)}")
     axes = figure.subplots()
-    labels: list[str] = []
+    rows: list[tuple[str, str, float, float | None, float, tuple[float, float] | None]] = []
     start = floor_start = 0.0
     for key, part in _shown_parts(report).items():
         summary = part.training if training else part.alone
-        seconds = summary.mean if summary else None
-        _draw_lane(axes, len(labels), _COLOURS[key], start, seconds, floor_start, part.floor, part.floor_unfused)
-        labels.append(part.title)
-        start += seconds or 0
+        floors = None if part.floor is None or part.floor_unfused is None else (part.floor, part.floor_unfused)
+        rows.append((part.title, _COLOURS[key], start, summary.mean if summary else None, floor_start, floors))
+        start += summary.mean if summary else 0
         floor_start += part.floor or 0
     if training:
-        _draw_lane(axes, len(labels), PURPLE, start, between_parts(report), 0.0, None, None)
-        labels.append("between these")
+        rows.append(("between these", PURPLE, start, words.between_parts(report), 0.0, None))
     whole = training.data_wait.mean + training.step.mean if training else report.stages.step.step_seconds.mean
-    floor, unfused = report.roofline.floor_seconds.total, report.roofline.floor_seconds_unfused.total
-    _draw_lane(axes, len(labels), _WHOLE, 0.0, whole, 0.0, floor, unfused)
-    labels.append(f"whole step\n{where}")
-    lanes(axes, labels)
+    floors = report.roofline.floor_seconds.total, report.roofline.floor_seconds_unfused.total
+    rows.append((f"whole step\n{where}", _WHOLE, 0.0, whole, 0.0, floors))
+    for lane, (_, colour, start, seconds, floor_start, floors) in enumerate(rows):
+        _draw_lane(axes, lane, colour, start, seconds, floor_start, floors)
+    lanes(axes, [title for title, *_ in rows])
     axes.set_xlabel(
         "ms from the start of the step\n(full: measured mean; hatched: hardware's floor, fused; outlined: unfused)"
     )
@@ -213,9 +204,9 @@ def timeline(report: Report) -> Figure:
     return figure
 
 
-def _shown_parts(report: Report) -> dict[str, Part]:
+def _shown_parts(report: Report) -> dict[str, words.Part]:
     """In training, the exposed all-reduce is in the backward pass, with its floor; without, nobody waits for data."""
-    parts = parts_of(report)
+    parts = words.parts_of(report)
     if report.training_parts is None:
         del parts["data_wait"]
     elif exposed := parts.pop("all_reduce", None):
@@ -235,21 +226,18 @@ def _draw_lane(
     start: float,
     seconds: float | None,
     floor_start: float,
-    floor: float | None,
-    unfused: float | None,
+    floors: tuple[float, float] | None,
 ) -> None:
-    """A bar for what was measured, one for the floors, and all in words behind the longer one."""
-    words, end = [NOT_MEASURED], 0.0
+    """A bar for what was measured, one for the floors (fused, unfused), and all in words behind the longer one."""
+    said, end = [words.NOT_MEASURED], 0.0
     if seconds is not None:
         axes.barh(lane - 0.13, 1e3 * seconds, left=1e3 * start, height=0.46, color=colour)
-        words, end = [f"{milliseconds(seconds)} ms"], start + seconds
-    if floor is not None and unfused is not None:
-        for length, hatch in ((unfused, ""), (floor, "/////")):
+        said, end = [f"{words.milliseconds(seconds)} ms"], start + seconds
+    if floors:
+        outline = {"left": 1e3 * floor_start, "height": 0.24, "facecolor": "white", "edgecolor": GREY}
+        for length, hatch in ((floors[1], ""), (floors[0], "/////")):
             if length > 0:  # without a width, its edge would still be a line
-                axes.barh(
-                    lane + 0.26, 1e3 * length, left=1e3 * floor_start, height=0.24, facecolor="white", edgecolor=GREY, hatch=hatch
-                )  # fmt: skip
-        same = milliseconds(floor) == milliseconds(unfused)
-        words.append(f"floor {milliseconds(floor)}" + ("" if same else f"–{milliseconds(unfused)}"))
-        end = max(end, floor_start + floor, floor_start + unfused)
-    axes.annotate(", ".join(words), (1e3 * end, lane - 0.1), (5, 0), textcoords="offset points", va="center")
+                axes.barh(lane + 0.26, 1e3 * length, hatch=hatch, **outline)
+        said.append("floor " + "–".join(dict.fromkeys(map(words.milliseconds, floors))))
+        end = max(end, floor_start + max(floors))
+    axes.annotate(", ".join(said), (1e3 * end, lane - 0.1), (5, 0), textcoords="offset points", va="center")

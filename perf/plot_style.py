@@ -8,8 +8,12 @@ import io
 import textwrap
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.optimize import isotonic_regression
+
+from common.process import visible
 
 WIDTH_INCHES = 7.0
 _DOTS_PER_INCH = 160
@@ -25,7 +29,7 @@ DEVICE_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK, GREY)
 def new_figure(height_inches: float, title: str) -> Figure:
     """An empty figure that lays itself out. Not one of pyplot's: nothing has to be closed, no display is looked for."""
     figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-    lines = [textwrap.fill(line, _TITLE_LETTERS, max_lines=2, placeholder=" …") for line in title.splitlines()]
+    lines = [textwrap.fill(visible(line), _TITLE_LETTERS, max_lines=2, placeholder=" …") for line in title.splitlines()]
     figure.suptitle("\n".join(lines), fontsize=_TITLE_POINTS, x=0.01, ha="left", parse_math=False)
     return figure
 
@@ -50,16 +54,8 @@ def lanes(axes: Axes, labels: Sequence[str]) -> None:
 def spread_out(wanted: Sequence[float], distance: float, low: float, high: float) -> list[float]:
     """Positions at least `distance` apart, between low and high, as near as possible (in squares) to the wanted ones.
 
-    The wanted ones ascend. Where they do not all fit, the last ones leave `high`. Of x[i] - i * distance this is isotonic
-    regression, solved by pooling adjacent violators.
+    The wanted ones ascend. Where they do not all fit, the last ones leave `high`.
     """
-    pools: list[tuple[float, int]] = []  # mean, number
-    for index, position in enumerate(wanted):
-        mean, count = position - index * distance, 1
-        while pools and pools[-1][0] > mean:
-            other, number = pools.pop()
-            mean, count = (mean * count + other * number) / (count + number), count + number
-        pools.append((mean, count))
-    offsets = [mean for mean, count in pools for _ in range(count)]
-    last = high - (len(wanted) - 1) * distance
-    return [max(low, min(offset, last)) + index * distance for index, offset in enumerate(offsets)]
+    steps = distance * np.arange(len(wanted))
+    offsets = isotonic_regression(np.asarray(wanted) - steps).x if len(wanted) else steps
+    return (np.maximum(low, np.minimum(offsets, high - steps[-1:])) + steps).tolist()

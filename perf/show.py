@@ -19,9 +19,9 @@ from rich.text import Text
 from common.errors import UserError
 from common.files import replacing
 from common.flags import FlagParser
-from common.process import run_program
+from common.process import run_program, visible
 from common.progress import printable
-from perf import pictures
+from perf import pictures, words
 from perf.compare import compare, comparison, comparison_tables, differences
 from perf.device_pictures import roofline, telemetry
 from perf.page import cost_table, page
@@ -29,24 +29,6 @@ from perf.plot_style import png
 from perf.report import Report, read_report
 from perf.sweep_plot import by_program, plot_sweep, sweep_table, varying
 from perf.sweep_table import ERROR, read_rows
-from perf.words import (
-    cautions,
-    ceiling_sentence,
-    flags_to_try,
-    headline_rate,
-    memory_sentence,
-    number,
-    part_table,
-    speed_sentence,
-    stage_table,
-    subject,
-    surety,
-    surety_sentence,
-    text_of,
-    verdict_evidence,
-    verdict_sentence,
-    warm_up_sentence,
-)
 
 PAGE = "report.html"
 PICTURES: dict[str, Callable[[Report], Figure | str]] = {
@@ -78,20 +60,19 @@ def _run(argv: list[str] | None) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder to write to; default: that of the last report given")
     arguments = parser.parse_args(argv)
-    out = arguments.out or arguments.reports[-1].parent
-    if any(path.suffix == ".csv" for path in arguments.reports):
-        if len(arguments.reports) > 1:
-            raise UserError(f"{len(arguments.reports)} files, a sweep among them; give a sweep's CSV file alone")
-        result = write_sweep(arguments.reports[0], out)
-        print(json.dumps(result))
-        return 0
-    if len(arguments.reports) > 2:
-        raise UserError(f"{len(arguments.reports)} reports; give one to show or two to compare")
-    reports = [read_report(path) for path in arguments.reports]
-    if len(reports) == 1:
-        result = write_report(reports[0], out)
+    paths, out = arguments.reports, arguments.out or arguments.reports[-1].parent
+    if any(path.suffix == ".csv" for path in paths):
+        if len(paths) > 1:
+            raise UserError(f"{len(paths)} files, a sweep among them; give a sweep's CSV file alone")
+        result = write_sweep(paths[0], out)
+    elif len(paths) > 2:
+        raise UserError(f"{len(paths)} reports; give one to show or two to compare")
     else:
-        result = write_comparison(reports[0], reports[1], [str(path) for path in arguments.reports], out)
+        reports = [read_report(path) for path in paths]
+        if len(reports) == 1:
+            result = write_report(reports[0], out)
+        else:
+            result = write_comparison(reports[0], reports[1], [printable(str(path)) for path in paths], out)
     print(json.dumps(result))
     return 0
 
@@ -103,7 +84,8 @@ def write_report(report: Report, out: Path) -> dict:
     picture of an earlier report for which this one has nothing to draw is removed. Raises UserError: the folder cannot be
     written; what was there is whole.
     """
-    drawn = {name: _drawn(draw(report)) for name, draw in PICTURES.items()}
+    figures = {name: draw(report) for name, draw in PICTURES.items()}
+    drawn = {name: figure if isinstance(figure, str) else png(figure) for name, figure in figures.items()}
     images = {name: picture if isinstance(picture, bytes) else None for name, picture in drawn.items()}
     _write({**{f"{name}.png": picture for name, picture in images.items()}, PAGE: page(report, drawn).encode()}, out)
     print_report(report)
@@ -117,20 +99,22 @@ def write_report(report: Report, out: Path) -> dict:
 def write_comparison(a: Report, b: Report, names: list[str], out: Path) -> dict:
     """Print the table of two reports and what differs, write the picture. Returns the figures. Raises UserError."""
     rows, differing = compare(a, b), differences(a, b)
-    names = [printable(name) for name in names]
     _write({COMPARISON: png(comparison(rows, names))}, out)
     console = Console()
     for letter, name, report in zip("AB", names, (a, b), strict=True):
-        console.print(Text(f"{letter}: {name}\n   {subject(report)}\n   {verdict_sentence(report)}"))
-        console.print(Text("".join(f"   Caution: {sentence}\n" for sentence in cautions(report)), end=""))
-    for header, lines in comparison_tables(rows, a, b):
-        _print_table("", header, lines)
+        lines = [f"{letter}: {name}", words.subject(report), report.verdict.sentence]
+        lines += [f"Caution: {sentence}" for sentence in report.verdict.cautions]
+        console.print(Text("\n   ".join(map(printable, lines))))
+    for table in comparison_tables(rows, a, b):
+        _print_table("", table)
     console.print(
         "Clocks, caches and neighbours change from run to run, and no interval has that in it: measure both runs again."
     )
     if differing:
-        cells = [[printable(key), *map(text_of, values)] for key, values in differing.items()]
-        _print_table("What differs", ["", "A", "B"], cells)
+        table = [
+            {"": key, "A": words.text_of(in_a), "B": words.text_of(in_b)} for key, (in_a, in_b) in differing.items()
+        ]
+        _print_table("What differs", table)
     else:
         console.print("Configuration, hardware and code are the same.")
     return {"rows": msgspec.to_builtins(rows), "differences": differing, "picture": str(out / COMPARISON)}
@@ -147,7 +131,8 @@ def write_sweep(path: Path, out: Path) -> dict:
     _write({names[program]: png(figure) if figure else None for program, figure in figures.items()}, out)
     console = Console()
     for program, group in groups.items():
-        _print_table(f"{path.stem}: {program}", *sweep_table(group))
+        header, lines = sweep_table(group)
+        _print_table(f"{path.stem}: {program}", [dict(zip(header, line, strict=True)) for line in lines])
     failed = [row for row in rows if row[ERROR]]
     if failed:
         console.print(f"{len(failed)} of {len(rows)} runs failed.")
@@ -161,38 +146,45 @@ def write_sweep(path: Path, out: Path) -> dict:
 
 def print_report(report: Report) -> None:
     """How fast, what limits, how sure, what to do; then the tables. For people."""
-    console = Console()
-    console.print(Text(subject(report), style="dim"))
-    console.print(Text(verdict_sentence(report), style="bold"))
-    speed = f"{number(headline_rate(report).images_per_second)} images/s"
-    console.print(Text.assemble((speed, "bold"), f" {speed_sentence(report)}"))
-    for name, value in verdict_evidence(report):
-        console.print(Text(f"  {name}: {value}"))
-    console.print(Text.assemble((surety(report), "bold"), f" {surety_sentence(report)}"))
-    for sentence in cautions(report):
-        console.print(Text(f"Caution: {sentence}", style="yellow"))
-    for place, (flags, why) in enumerate(flags_to_try(report), start=1):
-        console.print(Text.assemble(f"  {place}. ", (flags, "bold"), f"  {why}"))
-    _print_table("", *stage_table(report))
-    _print_table("", *part_table(report))
+    console, verdict = Console(), report.verdict
+
+    def say(*parts: str, style: str = "") -> None:
+        """In one line; only the first part has the style."""
+        first, *others = map(printable, parts)
+        console.print(Text.assemble((first, style), *others))
+
+    say(words.subject(report), style="dim")
+    say(verdict.sentence, style="bold")
+    say(
+        f"{words.number(words.headline_rate(report).images_per_second)} images/s",
+        f" {words.speed_sentence(report)}",
+        style="bold",
+    )
+    for name, value in words.verdict_evidence(report):
+        say(f"  {name}: {value}")
+    say(words.surety(report), f": {words.surety_sentence(report)}", style="bold")
+    for sentence in verdict.cautions:
+        say(f"Caution: {sentence}", style="yellow")
+    for place, advice in enumerate(verdict.tries, start=1):
+        say(f"  {place}. {advice.flags}", f"  {advice.why}", style="bold")
+    _print_table("", words.stage_table(report))
+    _print_table("", words.part_table(report))
     if costs := cost_table(report):
-        _print_table("", *costs)
-    for words in (ceiling_sentence, warm_up_sentence, memory_sentence):
-        console.print(Text(words(report)))
+        _print_table("", costs)
+    for sentence in (words.ceiling_sentence, words.warm_up_sentence, words.memory_sentence):
+        say(sentence(report))
 
 
-def _print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+def _print_table(title: str, table: words.Table) -> None:
     """At its full width: on a narrower terminal, which breaks its lines, no column is lost."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
-    for place, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if place else "left", no_wrap=place < len(header) - 1)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console(width=max(Console().width, _TABLE_WIDTH)).print(table)
-
-
-def _drawn(figure: Figure | str) -> bytes | str:
-    return figure if isinstance(figure, str) else png(figure)
+    (first, *others), lines = words.cells(table)
+    shown = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    shown.add_column(Text(first), no_wrap=True)
+    for place, name in enumerate(others, start=1):
+        shown.add_column(Text(name), justify="right", no_wrap=place < len(others))
+    for line in lines:
+        shown.add_row(*(Text(visible(cell)) for cell in line))
+    Console(width=max(Console().width, _TABLE_WIDTH)).print(shown)
 
 
 def _write(files: dict[str, bytes | None], out: Path) -> None:

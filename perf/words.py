@@ -18,13 +18,17 @@ PARTS = {
     "optimizer": "optimizer",
 }
 SET_BY = {"loader": "the loader", "step": "the step"}
-_STOPPED_BY = {"time": " (time)", "steps": " (steps)"}
+_STOPPED_BY = {
+    "precision": "the wanted precision was reached",
+    "time": "the time was up before the wanted precision was reached",
+    "steps": "the steps were used up before the wanted precision was reached",
+}
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 _SLOW = 2.0
 """Times the median: a lap that takes longer is a slow one."""
 
-Table = tuple[list[str], list[list[str]]]
-"""Header, rows."""
+Table = list[dict[str, str]]
+"""Rows, each from column to cell; a cell that is left out is empty. cells() puts them in order."""
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -102,17 +106,23 @@ def name_of(key: str) -> str:
     return printable(key).replace("_", " ")
 
 
+def cells(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Header, and a list for each row."""
+    header = list(dict.fromkeys(name for row in table for name in row))
+    return header, [[row.get(name, "") for name in header] for row in table]
+
+
 # ---- what a reader asks first ------------------------------------------------------------------------------------
 
 
 def subject(report: Report) -> str:
     """What was measured, on one line."""
     config, hardware = report.config, report.hardware
-    parts = [f"{config.get('arch')} on {config.get('data')}", f"{hardware.ranks} × {hardware.name}"]
-    if hardware.machines > 1:
-        parts.append(f"{hardware.machines} machines")
-    parts += [f"batch {config.get('batch_size')}", str(config.get("precision"))]
-    return printable(", ".join(parts))
+    machines = f", {hardware.machines} machines" if hardware.machines > 1 else ""
+    return (
+        f"{config.get('arch')} on {config.get('data')}, {hardware.ranks} × {hardware.name}{machines}, "
+        f"batch {config.get('batch_size')}, {config.get('precision')}"
+    )
 
 
 def headline_rate(report: Report) -> Rate:
@@ -123,8 +133,8 @@ def headline_rate(report: Report) -> Rate:
 def speed_sentence(report: Report) -> str:
     """What stands behind the headline's images/s."""
     rate, where = headline_rate(report), "in training" if report.stages.training else "in the step alone"
-    known = f"95 % confidence: {interval_of(rate)}" if rate.interval else "how sure, nobody knows"
-    return f"{where}; {known}. A step takes {milliseconds(rate.step_seconds.mean)} ms on average."
+    known = f"; 95 % confidence: {interval_of(rate)}" if rate.interval else ""
+    return f"{where}{known}. A step takes {milliseconds(rate.step_seconds.mean)} ms on average."
 
 
 def surety(report: Report) -> str:
@@ -134,19 +144,15 @@ def surety(report: Report) -> str:
 
 
 def surety_sentence(report: Report) -> str:
-    """How well the headline's figure is known, and what ended the measuring."""
+    """From what the headline's figure is, what ended the measuring, and how much of it were slow steps."""
     rate = headline_rate(report)
-    why = {
-        "precision": "the wanted precision was reached",
-        "time": "the time was up before the wanted precision was reached",
-        "steps": "the steps were used up before the wanted precision was reached",
-    }.get(rate.stopped_by, printable(rate.stopped_by))
-    known = "With 95 % confidence" if rate.interval else "Too few laps for a confidence interval"
-    words = f"{known}, from {_steps(report, rate):,} steps in {duration(rate.seconds)}; {why}."
+    known = "95 % confidence" if rate.interval else "too few for a confidence interval"
+    why = _STOPPED_BY.get(rate.stopped_by, rate.stopped_by)
+    words = f"{_steps(report, rate):,} steps in {duration(rate.seconds)}, {known}; {why}."
     slow, share = slow_laps(rate)
     laps = "steps" if rate.steps_a_lap == 1 else f"laps of {rate.steps_a_lap} steps"
-    return (
-        f"{words} Of the {laps}, {slow:,} took over twice the median: {percent(share)} of the time." if slow else words
+    return words + (
+        f" Of the {laps}, {slow:,} took over twice the median: {percent(share)} of the time." if slow else ""
     )
 
 
@@ -164,48 +170,38 @@ def _steps(report: Report, rate: Rate) -> int:
     return round(rate.images / report.config["batch_size"])
 
 
-def cautions(report: Report) -> list[str]:
-    return [printable(sentence) for sentence in report.verdict.cautions]
-
-
-def verdict_sentence(report: Report) -> str:
-    return printable(report.verdict.sentence)
-
-
 def verdict_evidence(report: Report) -> list[tuple[str, str]]:
     """(name, value with its unit) of each figure that shows the verdict."""
-    return [
-        (printable(figure.name), printable(f"{number(figure.value)} {figure.unit}".strip()))
-        for figure in report.verdict.evidence
-    ]
-
-
-def flags_to_try(report: Report) -> list[tuple[str, str]]:
-    """(flags, why), in order."""
-    return [(printable(advice.flags), printable(advice.why)) for advice in report.verdict.tries]
+    return [(figure.name, f"{number(figure.value)} {figure.unit}".strip()) for figure in report.verdict.evidence]
 
 
 def ceiling_sentence(report: Report) -> str:
     """How near training came to its ceiling, and why not nearer."""
     ceiling = report.ceiling
-    set_by = SET_BY.get(ceiling.set_by, ceiling.set_by)
-    words = (
-        f"The ceiling is {number(ceiling.images_per_second)} images/s, set by {set_by}; "
-        f"training over ceiling: {percent(ceiling.training_over_ceiling)}."
+    return (
+        f"The ceiling is {number(ceiling.images_per_second)} images/s, set by "
+        f"{SET_BY.get(ceiling.set_by, ceiling.set_by)}; training over ceiling: {percent(ceiling.training_over_ceiling)}."
+        + (f" Why not more: {ceiling.why_not.rstrip('.')}." if ceiling.why_not else "")
     )
-    return printable(f"{words} Why not more: {ceiling.why_not.rstrip('.')}." if ceiling.why_not else words)
 
 
 def warm_up_sentence(report: Report) -> str:
     """What the figures leave out."""
     warm_up = report.warm_up
-    parts = [f"{number(warm_up.steps)} steps of warm-up in {number(warm_up.seconds)} s"]
-    parts += [
-        f"{name} {number(seconds)} s"
-        for name, seconds in (("compiling", warm_up.compile_seconds), ("the first batch", warm_up.first_batch_seconds))
-        if seconds is not None
-    ]
-    return f"Left out of every figure: {', '.join(parts)}."
+    parts = {"compiling": warm_up.compile_seconds, "the first batch": warm_up.first_batch_seconds}
+    others = "".join(f", {name} {number(seconds)} s" for name, seconds in parts.items() if seconds is not None)
+    return f"Left out of every figure: {number(warm_up.steps)} steps of warm-up in {number(warm_up.seconds)} s{others}."
+
+
+def memory_sentence(report: Report) -> str:
+    memory = report.memory
+    if memory is None:
+        return f"Peak memory of the device: {NOT_MEASURED}."
+    room = memory.total_bytes - memory.peak_bytes
+    return (
+        f"Peak memory of the device: {gib(memory.peak_bytes)} of {gib(memory.total_bytes)}, "
+        f"head room {gib(room)} ({percent(room / memory.total_bytes, 0)})."
+    )
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------
@@ -213,38 +209,24 @@ def warm_up_sentence(report: Report) -> str:
 
 def stage_table(report: Report) -> Table:
     """Images per second of each stage, all ranks together, with its interval; milliseconds a step; and its slow steps."""
-    several = report.hardware.ranks > 1
-    header = [
-        "stage",
-        "images/s",
-        "95 % interval",
-        *["slowest rank"] * several,
-        "ms a step",
-        "p5–p95",
-        "slow, of time",
-        "steps",
-    ]
-    rows = []
+    table = []
     for key, title in STAGES.items():
         rate: Rate | None = getattr(report.stages, key)
         if rate is None:
-            rows.append([title, NOT_MEASURED, *[""] * (len(header) - 2)])
+            table.append({"stage": title, "images/s": NOT_MEASURED})
             continue
-        slowest = f"{number(min(rate.images_per_second_per_rank))} (rank {rate.slowest_rank})"
+        row = {"stage": title, "images/s": number(rate.images_per_second), "95 % interval": interval_of(rate)}
+        if report.hardware.ranks > 1:
+            row["slowest rank"] = f"{number(min(rate.images_per_second_per_rank))} (rank {rate.slowest_rank})"
         slow, share = slow_laps(rate)
-        rows.append(
-            [
-                title,
-                number(rate.images_per_second),
-                interval_of(rate),
-                *[slowest] * several,
-                milliseconds(rate.step_seconds.mean),
-                spread_of(rate.step_seconds, 1e3),
-                f"{slow} ({percent(share, 0)})" if slow else "none",
-                number(_steps(report, rate)) + _STOPPED_BY.get(rate.stopped_by, ""),
-            ]
-        )
-    return header, rows
+        row |= {
+            "ms a step": milliseconds(rate.step_seconds.mean),
+            "p5–p95": spread_of(rate.step_seconds, 1e3),
+            "slow, of time": f"{slow} ({percent(share, 0)})" if slow else "none",
+            "steps": number(_steps(report, rate)) + ("" if rate.stopped_by == "precision" else f" ({rate.stopped_by})"),
+        }
+        table.append(row)
+    return table
 
 
 class Part(NamedTuple):
@@ -268,6 +250,12 @@ def parts_of(report: Report) -> dict[str, Part]:
     }
 
 
+def _floors_of_parts(floor: FloorSeconds) -> dict[str, float]:
+    """Of the all-reduce, what the backward pass cannot hide."""
+    parts = {name: getattr(floor, name) for name in ("forward", "backward", "optimizer")}
+    return {**parts, "all_reduce": min(max(0.0, floor.total - sum(parts.values())), floor.all_reduce)}
+
+
 def between_parts(report: Report) -> float | None:
     """Seconds of a step of training that are in none of its parts, by the mean."""
     parts = report.training_parts
@@ -278,44 +266,27 @@ def between_parts(report: Report) -> float | None:
 
 def part_table(report: Report) -> Table:
     """What a step consists of in training and by itself, and the hardware's floor for each part."""
-    header = ["part of a step, ms", "in training", "p5–p95", "step alone", "floor, fused", "floor, unfused"]
-    rows, training = [], report.training_parts
+    first, trained, alone, fused, unfused = (
+        "part of a step, ms", "in training", "step alone", "floor, fused", "floor, unfused",
+    )  # fmt: skip
+    table, training, roofline = [], report.training_parts, report.roofline
 
     def mean(summary: Summary | None) -> str:
-        return milliseconds(summary.mean) if summary else NOT_MEASURED
+        return milliseconds(summary.mean if summary else None)
 
     for key, part in parts_of(report).items():
-        shown = [mean(part.training), spread_of(part.training, 1e3)]
+        row = {first: part.title, trained: mean(part.training), "p5–p95": spread_of(part.training, 1e3)}
         if training and key == "all_reduce":
-            shown = ["in backward", ""]
-        floors = ["", ""] if key == "data_wait" else [milliseconds(part.floor), milliseconds(part.floor_unfused)]
-        rows.append([part.title, *shown, "" if key == "data_wait" else mean(part.alone), *floors])
-    floor, unfused = report.roofline.floor_seconds, report.roofline.floor_seconds_unfused
-    whole = report.stages.step.step_seconds
+            row |= {trained: "in backward", "p5–p95": ""}
+        if key != "data_wait":
+            row |= {alone: mean(part.alone), fused: milliseconds(part.floor), unfused: milliseconds(part.floor_unfused)}
+        table.append(row)
     if training:
-        rows.append(["between these", milliseconds(between_parts(report)), *[""] * 4])
-    total = milliseconds(training.data_wait.mean + training.step.mean) if training else NOT_MEASURED
-    rows.append(["whole step", total, "", mean(whole), milliseconds(floor.total), milliseconds(unfused.total)])
-    return header, rows
-
-
-def _floors_of_parts(floor: FloorSeconds) -> dict[str, float]:
-    """Of the all-reduce, what the backward pass cannot hide."""
-    exposed = max(0.0, floor.total - floor.forward - floor.backward - floor.optimizer)
-    return {
-        "forward": floor.forward,
-        "backward": floor.backward,
-        "all_reduce": min(exposed, floor.all_reduce),
-        "optimizer": floor.optimizer,
+        table.append({first: "between these", trained: milliseconds(between_parts(report))})
+    whole = {
+        trained: training.data_wait.mean + training.step.mean if training else None,
+        alone: report.stages.step.step_seconds.mean,
+        fused: roofline.floor_seconds.total,
+        unfused: roofline.floor_seconds_unfused.total,
     }
-
-
-def memory_sentence(report: Report) -> str:
-    memory = report.memory
-    if memory is None:
-        return f"Peak memory of the device: {NOT_MEASURED}."
-    room = memory.total_bytes - memory.peak_bytes
-    return (
-        f"Peak memory of the device: {gib(memory.peak_bytes)} of {gib(memory.total_bytes)}, "
-        f"head room {gib(room)} ({percent(room / memory.total_bytes, 0)})."
-    )
+    return [*table, {first: "whole step", **{name: milliseconds(seconds) for name, seconds in whole.items()}}]

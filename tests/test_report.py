@@ -112,9 +112,18 @@ def test_terminal_shows_what_was_asked_of_it_for_a_price(capsys):
     )
 
 
-def test_terminal_shows_cautions(capsys):
-    print_report(cpu_report())
-    assert "Caution: Other programs kept up to 0.4 of the 2 cores busy" in capsys.readouterr().out
+def test_terminal_shows_cautions_and_how_sure_the_figure_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    report = cpu_report()
+    print_report(report)
+    shown = capsys.readouterr().out
+    assert "Caution: Other programs kept up to 0.4 of the 2 cores busy" in shown
+    assert "± 1.3 %: 41 steps in 12.0 s, 95 % confidence; the time was up before" in shown
+    report.stages.training = rate(100.0, 32, stopped_by="steps", relative_ci=None, steps=3)
+    print_report(report)
+    shown = capsys.readouterr().out
+    assert "unknown: 3 steps in 0.960 s, too few for a confidence interval; the steps were used up before" in shown
+    assert "confidence:" not in shown
 
 
 def test_report_of_a_cpu_run_leaves_no_picture_of_an_earlier_one(written, capsys):
@@ -201,11 +210,20 @@ def test_comparison_divides_the_right_way():
     bar = next(place for place in places if place[:, 1].tolist() == [lane, lane])
     assert loader.interval
     np.testing.assert_allclose(bar[:, 0], loader.interval)
-    (_, stages), (_, parts) = comparison_tables(list(rows.values()), a, b)
+    stages, parts = comparison_tables(list(rows.values()), a, b)
     interval = "–".join(f"{end:.3f}" for end in loader.interval)
-    assert stages[2] == ["loader alone", "100", "97.0–103", "125", "121–129", "× 1.250", interval, "faster"]
-    assert stages[4][-1] == "no difference shown"
-    assert parts[1] == ["forward", "1,000", "2,000", "× 0.500"]
+    assert list(stages[2].values()) == [
+        "loader alone",
+        "100",
+        "97.0–103",
+        "125",
+        "121–129",
+        "× 1.250",
+        interval,
+        "faster",
+    ]
+    assert stages[4]["B is"] == "no difference shown"
+    assert list(parts[1].values()) == ["forward", "1,000", "2,000", "× 0.500"]
     assert differences(a, b) == {"config.batch_size": [32, 64]}
 
 

@@ -77,7 +77,7 @@ def test_page_answers_first_how_fast_what_limits_how_sure_what_to_do():
         "loader alone, of the step alone",
         "How sure",
         "± 1.4 %",
-        "from 230 steps",
+        "230 steps in 22.7 s, 95 % confidence",
         "the time was up",
         "GPU 1 was 6 % slower than GPU 0.",
         "What to do",
@@ -110,7 +110,7 @@ def test_page_has_all_that_was_measured():
     assert "8 devices a machine, 450 GB/s from each to its peers with in-switch reduction" in text
     assert "H100's NVLink, from the table; network 400 Gbit/s assumed" in text
     assert "time\n4 min 7 s\n5 h 5 min\n" in text  # 1,281,167 images at 5,180 a second; 74 times that
-    assert "energy of the GPUs\n0.0826 kWh\n6.11 kWh\n" in text
+    assert "energy of the GPUs, kWh\n0.0826\n6.11\n" in text
     assert "price, --price-per-hour 12\n0.824\n61.0\n" in text
     assert "ncclDevKernel_AllReduce_Sum_f32_RING_LL\n5.80\n5.7 %\n6.00\n" in text
     assert "busy 86.1 ms" in text
@@ -204,18 +204,18 @@ def test_what_is_missing_is_not_measured_and_never_nought():
     stages = report.stages
     stages.reading = stages.decoding = stages.loader = stages.training = report.training_parts = None
     stages.step = rate(118.4, 32, relative_ci=None)
-    _, rows = stage_table(report)
-    for name, *cells in rows:
-        if name == "step alone":
-            assert cells[:2] == ["118", "too few steps"]
+    for row in stage_table(report):
+        if row["stage"] == "step alone":
+            assert (row["images/s"], row["95 % interval"]) == ("118", "too few steps")
         else:
-            assert [cell for cell in cells if cell] == ["not measured"]
+            assert row == {"stage": row["stage"], "images/s": "not measured"}
     assert surety(report) == "unknown"
     report.hardware.ranks = 2
     text = page_of(report).text
     assert "118 images/s" in text
-    assert "in the step alone; how sure, nobody knows." in text
-    assert "Too few laps for a confidence interval, from 120 steps" in text
+    assert "in the step alone. A step takes 270 ms on average." in text
+    assert "unknown\n120 steps in 32.4 s, too few for a confidence interval; the wanted precision was reached." in text
+    assert "95 % confidence" not in text
     assert "all-reduce, exposed\nnot measured\nnot measured\n" in text
 
 
