@@ -82,7 +82,7 @@ def comparison(rows: Sequence[Row], names: Sequence[str]) -> Figure:
         colour = colours.get(row.verdict or "", GREY)
         axes.plot([low, high], [lane, lane], color=colour, linewidth=2, marker="|" if row.interval else "")
         fill = colour if row.interval else "white"
-        mark = {"marker": "o", "markersize": 8, "markerfacecolor": fill, "clip_on": False}
+        mark: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": fill, "clip_on": False}
         axes.plot([times], [lane], color=colour, label=row.name, **mark)
         text = f"× {number(times)}  ({number(row.a)} → {number(row.b)} {row.unit})"
         axes.text(1.02, lane, text, va="center", transform=beside)

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -236,7 +236,7 @@ def _draw_panel(axes: Axes, title: str, names: dict[str, str], devices: list[Dev
     scale = 1 / 2**30 if title == _MEMORY_USED else 1.0
     for index, device in enumerate(devices):
         # The first ones wide, so that none hides all of another.
-        look = {"color": _colour(index), "linewidth": 1.2 + 1.6 * (1 - (index + 1) / len(devices))}
+        look: dict[str, Any] = {"color": _colour(index), "linewidth": 1.2 + 1.6 * (1 - (index + 1) / len(devices))}
         for key, style in curves.items():
             seconds = np.array(device.series["seconds"], dtype=float)
             heights = np.array(device.series.get(key) or [None] * len(seconds), dtype=float)  # None is nan
@@ -249,7 +249,7 @@ def _draw_panel(axes: Axes, title: str, names: dict[str, str], devices: list[Dev
         axes.set_yticks([])
     elif len(names) > 1:
         lines = [Line2D([], [], color=BLACK, linestyle=style, label=names[key]) for key, style in curves.items()]
-        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderpad": 0, "borderaxespad": 0.2}
+        place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderpad": 0, "borderaxespad": 0.2}
         axes.legend(handles=lines, ncols=3, frameon=False, fontsize=9, **place)
 
 

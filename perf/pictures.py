@@ -3,6 +3,8 @@
 Each function takes a report and returns a figure, or the sentence that says why there is none.
 """
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,13 +43,11 @@ def steps(report: Report) -> Figure | str:
 
 
 def _draw_strip(axes: Axes, title: str, rate: Rate) -> None:
-    times, mean, median = (
-        1e3 * np.array(rate.series_seconds),
-        1e3 * rate.step_seconds.mean,
-        1e3 * rate.step_seconds.median,
-    )
+    times = 1e3 * np.array(rate.series_seconds)
+    mean, median = 1e3 * rate.step_seconds.mean, 1e3 * rate.step_seconds.median
     slow, places, few = times > 2 * median, np.arange(len(times)), len(times) <= _FEW
-    axes.vlines(places, 0, times, color=np.where(slow, VERMILION, SKY), linewidth=1.2 if few else 0.5)
+    widths = np.where(slow, 1.5, 1.2 if few else 0.5)
+    axes.vlines(places, 0, times, color=np.where(slow, VERMILION, SKY), linewidth=widths)
     axes.plot(places[~slow], times[~slow], ".", color=BLUE, markersize=4 if few else 1.5)
     axes.plot(places[slow], times[slow], "o", color=VERMILION, markersize=4)
     axes.axhline(mean, color="black", linewidth=0.8)
@@ -234,7 +234,7 @@ def _draw_lane(
         axes.barh(lane - 0.13, 1e3 * seconds, left=1e3 * start, height=0.46, color=colour)
         said, end = [f"{words.milliseconds(seconds)} ms"], start + seconds
     if floors:
-        outline = {"left": 1e3 * floor_start, "height": 0.24, "facecolor": "white", "edgecolor": GREY}
+        outline: dict[str, Any] = {"left": 1e3 * floor_start, "height": 0.24, "facecolor": "white", "edgecolor": GREY}
         for length, hatch in ((floors[1], ""), (floors[0], "/////")):
             if length > 0:  # without a width, its edge would still be a line
                 axes.barh(lane + 0.26, 1e3 * length, hatch=hatch, **outline)
