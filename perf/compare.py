@@ -82,14 +82,14 @@ def comparison(rows: Sequence[Row], names: Sequence[str]) -> Figure:
         colour = colours.get(row.verdict or "", GREY)
         axes.plot([low, high], [lane, lane], color=colour, linewidth=2, marker="|" if row.interval else "")
         fill = colour if row.interval else "white"
-        mark: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": fill, "clip_on": False}
-        axes.plot([times], [lane], color=colour, label=row.name, **mark)
+        axes.plot([times], [lane], marker="o", color=colour, markerfacecolor=fill, markersize=8, label=row.name)
         text = f"× {number(times)}  ({number(row.a)} → {number(row.b)} {row.unit})"
         axes.text(1.02, lane, text, va="center", transform=beside)
         ends += [low, high]
     axes.axvline(1.0, color="black", linewidth=1)
     lanes(axes, [row.name for row in rows])
-    low, high = min(ends) / 1.1, max(ends) * 1.1
+    margin = (max(ends) / min(ends)) ** 0.06
+    low, high = min(ends) / margin, max(ends) * margin
     axes.set(
         xscale="log",
         xlim=(low, high),

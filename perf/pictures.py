@@ -71,7 +71,7 @@ def _draw_histogram(axes: Axes, rate: Rate) -> None:
     axes.set(xscale="log", xlim=(0.6, 1.6 * max(counts)))
     axes.xaxis.set_major_locator(LogLocator(numticks=5))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(axis="x", alpha=0.3)
 
 
