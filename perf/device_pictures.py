@@ -15,28 +15,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from perf.plot_style import (
-    BLACK,
-    BLUE,
-    DEVICE_COLOURS,
-    GREY,
-    ORANGE,
-    PALE,
-    VERMILION,
-    WIDTH_INCHES,
-    new_figure,
-    spread_out,
-)
+from perf import plot_style as style
 from perf.report import Device, Layer, Report
 from perf.words import NOT_MEASURED, STAGES, percent, ratio, subject, text_of, with_prefix
 
 # ---- roofline ----------------------------------------------------------------------------------------------------
 
-_LOOKS = {"conv": (BLUE, "o"), "linear": (ORANGE, "s")}
-_OTHER = (GREY, "D")
+_LOOKS = {"conv": (style.BLUE, "o"), "linear": (style.ORANGE, "s")}
+_OTHER = (style.GREY, "D")
 _LABEL_POINTS = 8.5
 # Of the axes' width: a line of the labels' text. The axes take about 6/7 of the figure's width.
-_LABEL_DISTANCE = 1.35 * _LABEL_POINTS / 72 / (WIDTH_INCHES * 6 / 7)
+_LABEL_DISTANCE = 1.35 * _LABEL_POINTS / 72 / (style.WIDTH_INCHES * 6 / 7)
 _MOST_LABELS = math.floor(1 / _LABEL_DISTANCE)
 
 
@@ -99,7 +88,7 @@ def roofline(report: Report) -> Figure | str:
         return "No layer has FLOPs, so there is no roofline."
     compute, bandwidth = peaks.flops_per_second, peaks.bytes_per_second
     reached = mfu * compute if mfu else None
-    figure = new_figure(
+    figure = style.new_figure(
         6.2,
         f"Roofline by layer, with each layer's share of their time\n{text_of(peaks.name)}: "
         f"{with_prefix(compute, 'FLOP/s')}, {with_prefix(bandwidth, 'B/s')} ({peaks.source})\n"
@@ -108,19 +97,23 @@ def roofline(report: Report) -> Figure | str:
     axes = figure.subplots()
     ridge = compute / bandwidth
     left, right = min(groups[0].intensity, ridge) / 2, max(groups[-1].intensity, ridge) * 2
-    axes.plot([left, ridge, right], [left * bandwidth, compute, compute], color=BLACK, linewidth=1.5, label="roof")
+    axes.plot(
+        [left, ridge, right], [left * bandwidth, compute, compute], color=style.BLACK, linewidth=1.5, label="roof"
+    )
     for group in groups:
         _draw_group(axes, group)
     looks = [
         Line2D([], [], color=colour, marker=marker, linestyle="", markersize=7, label=kind)
         for kind, (colour, marker) in {group.kind: _LOOKS.get(group.kind, _OTHER) for group in groups}.items()
     ]
-    looks.append(Line2D([], [], color=GREY, marker="o", linestyle="", fillstyle="none", label="attainable"))
+    looks.append(Line2D([], [], color=style.GREY, marker="o", linestyle="", fillstyle="none", label="attainable"))
     axes.set(xscale="log", yscale="log", xlim=(left, right), ylabel="FLOP/s of one device: measured, attainable")
     rates = [rate for group in groups for rate in (group.attainable, group.measured) if rate]
     if reached:
         rates.append(reached)
-        axes.plot([reached / bandwidth, right], [reached] * 2, color=VERMILION, linestyle="--", label="whole step")
+        axes.plot(
+            [reached / bandwidth, right], [reached] * 2, color=style.VERMILION, linestyle="--", label="whole step"
+        )
     bottom, top = min(rates) / 3, max(compute, *rates) * 2
     axes.set_ylim(bottom, top)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if top / bottom < 100 else (1,)))
@@ -152,7 +145,7 @@ def _label(axes: Axes, groups: list[Group], left: float, right: float) -> None:
     labelled = [group for group in groups if group in largest]
     wanted = [math.log(group.intensity / left) / math.log(right / left) for group in labelled]
     half = _LABEL_DISTANCE / 2
-    for group, place in zip(labelled, spread_out(wanted, _LABEL_DISTANCE, half, 1 - half), strict=True):
+    for group, place in zip(labelled, style.spread_out(wanted, _LABEL_DISTANCE, half, 1 - half), strict=True):
         axes.annotate(
             group.label,
             xy=(group.intensity, group.attainable),
@@ -162,7 +155,7 @@ def _label(axes: Axes, groups: list[Group], left: float, right: float) -> None:
             ha="center",
             va="bottom",
             fontsize=_LABEL_POINTS,
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "relpos": (0.5, 0), "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": style.GREY, "linewidth": 0.6, "relpos": (0.5, 0), "shrinkB": 3},
             parse_math=False,
         )
 
@@ -213,7 +206,7 @@ def telemetry(report: Report) -> Figure | str:
     devices = [device for device in found.devices if device.series.get("seconds")]
     if not devices:
         return _NO_GPU.format(reason="not one sample was taken")
-    figure = new_figure(8.6, f"Telemetry of the GPUs\n{subject(report)}")
+    figure = style.new_figure(8.6, f"Telemetry of the GPUs\n{subject(report)}")
     all_axes = figure.subplots(len(PANELS), 1, sharex=True)
     for axes, (title, names) in zip(all_axes, PANELS.items(), strict=True):
         _draw_panel(axes, title, names, devices)
@@ -237,18 +230,20 @@ def _draw_panel(axes: Axes, title: str, names: dict[str, str], devices: list[Dev
     for index, device in enumerate(devices):
         # The first ones wide, so that none hides all of another.
         look: dict[str, Any] = {"color": _colour(index), "linewidth": 1.2 + 1.6 * (1 - (index + 1) / len(devices))}
-        for key, style in curves.items():
+        for key, dashes in curves.items():
             seconds = np.array(device.series["seconds"], dtype=float)
             heights = np.array(device.series.get(key) or [None] * len(seconds), dtype=float)  # None is nan
-            axes.plot(seconds, scale * heights, style, label=key, **look)
+            axes.plot(seconds, scale * heights, dashes, label=key, **look)
     axes.set_ylabel(title)
     axes.set_ylim(0, 105 if title == _UTILISATION else 1.1 * axes.dataLim.y1 if curves else 1)
     axes.grid(alpha=0.3)
     if not curves:
-        axes.text(0.5, 0.5, NOT_MEASURED, transform=axes.transAxes, ha="center", va="center", color=GREY)
+        axes.text(0.5, 0.5, NOT_MEASURED, transform=axes.transAxes, ha="center", va="center", color=style.GREY)
         axes.set_yticks([])
     elif len(names) > 1:
-        lines = [Line2D([], [], color=BLACK, linestyle=style, label=names[key]) for key, style in curves.items()]
+        lines = [
+            Line2D([], [], color=style.BLACK, linestyle=dashes, label=names[key]) for key, dashes in curves.items()
+        ]
         place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderpad": 0, "borderaxespad": 0.2}
         axes.legend(handles=lines, ncols=3, frameon=False, fontsize=9, **place)
 
@@ -258,9 +253,9 @@ def _shade(all_axes, spans: dict[str, tuple[float, float]], first: float, last: 
     ordered = sorted(spans.items(), key=lambda item: item[1])
     for _, (start, end) in ordered:
         for axes in all_axes:
-            axes.axvspan(start, end, color=PALE, zorder=0)
+            axes.axvspan(start, end, color=style.PALE, zorder=0)
     middles = [(sum(span) / 2 - first) / max(last - first, 1e-3) for _, span in ordered]
-    for (stage, span), middle in zip(ordered, spread_out(middles, 0.13, 0.05, 0.95), strict=True):
+    for (stage, span), middle in zip(ordered, style.spread_out(middles, 0.13, 0.05, 0.95), strict=True):
         all_axes[0].annotate(
             STAGES.get(stage, text_of(stage)).removesuffix(" alone"),
             xy=(sum(span) / 2, 1),
@@ -269,10 +264,10 @@ def _shade(all_axes, spans: dict[str, tuple[float, float]], first: float, last: 
             textcoords="axes fraction",
             ha="center",
             fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7},
+            arrowprops={"arrowstyle": "-", "color": style.GREY, "linewidth": 0.7},
             parse_math=False,
         )
 
 
 def _colour(index: int) -> str:
-    return DEVICE_COLOURS[index % len(DEVICE_COLOURS)]
+    return style.DEVICE_COLOURS[index % len(style.DEVICE_COLOURS)]
