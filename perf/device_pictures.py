@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -179,7 +179,7 @@ def _has_a_place(layer: Layer) -> bool:
 # ---- telemetry ---------------------------------------------------------------------------------------------------
 
 _NO_GPU = "No telemetry: {reason}. So there are no curves of power, utilisation, clocks, memory and temperature."
-_STYLES = ("-", "--", ":")
+_STYLES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
 
 
 _UTILISATION = "utilisation\n%"
@@ -218,8 +218,8 @@ def telemetry(report: Report) -> Figure | str:
     if len(devices) > 1:
         handles = [Line2D([], [], color=_colour(index)) for index in range(len(devices))]
         several = len({device.machine for device in devices}) > 1
-        names = [f"machine {device.machine}, " * several + f"GPU {device.index}" for device in devices]
-        figure.legend(handles, names, loc="outside lower center", ncols=3 if several else 4, frameon=False)
+        labels = [f"machine {device.machine}, " * several + f"GPU {device.index}" for device in devices]
+        figure.legend(handles, labels, loc="outside lower center", ncols=3 if several else 4, frameon=False)
     return figure
 
 

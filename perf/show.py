@@ -171,8 +171,8 @@ def print_report(report: Report) -> None:
     _print_table("", words.part_table(report))
     if costs := cost_table(report):
         _print_table("", costs)
-    for sentence in (words.ceiling_sentence, words.warm_up_sentence, words.memory_sentence):
-        say(sentence(report))
+    for sentence in (words.ceiling_sentence(report), words.warm_up_sentence(report), words.memory_sentence(report)):
+        say(sentence)
 
 
 def _print_table(title: str, table: words.Table) -> None:
