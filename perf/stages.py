@@ -1,24 +1,25 @@
-"""The stages of a profile, each measured with the trainer's own objects.
+"""The stages of a profile, one after the other, each measured with the trainer's own objects.
 
 What feeds a stage begins with it, so that nothing lies ready at first; and its first steps are not counted, as many as may lie
 ready later. With --order window, a window of shards is read while the one before it is used up, and comes at once: whole
 windows are counted, from the middle of one to the middle of another.
 """
 
-import bisect
-import gc
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from time import perf_counter
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, record_function
 
+from common.progress import say
 from common.ranks import Ranks
 from engine.assembly import Assembly, assemble, network_of
 from engine.config import Config
@@ -26,16 +27,17 @@ from engine.data import Data, open_data
 from engine.precision import Precision, choose_precision, set_numerics
 from engine.step import TrainStep
 from model.vgg import VGG
+from perf.feeds import DECODING, LOADER, NO_FEED, READING, TRAINING, Feed, decoding_alone, feed_of, reading_alone
 from perf.laps import Laps, MarkedBatches, MarkedPrecision
-from perf.loader_parts import decoding_alone, reading_alone
-from perf.timing import SETTLING_STEPS, Limits, Timing, measure
+from perf.layers import layer_seconds
+from perf.report import Trace
+from perf.timing import Limits, Timing, measure
+from perf.trace import summarise_trace
 from pipeline.loader import Batch, SyntheticLoader
-from pipeline.tables import ShardTable
 
-_STAGES_WITH_DATA = 4
-_READING, _DECODING, _LOADER, _TRAINING = range(_STAGES_WITH_DATA)
-_FEW_WINDOWS = 10  # of an epoch
+ALL_REDUCE, WITHOUT_ALL_REDUCE = "the all-reduce", "the step without its all-reduce"
 _HOST_STEPS = 5
+_TRACED_STEPS = 3
 _DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,66 +68,104 @@ class Bench:
         """False for synthetic data."""
         return self.data.manifest is not None
 
-    def time(
-        self, step: Callable[[], object], *, laps: Laps | None = None, queue: int = 0, feed: "Feed | None" = None
-    ) -> Timing:
-        """Every rank must call this; the steps may wait for each other. queue: as for measure(), if there is no feed."""
-        limits, period = self.limits, 1
-        if feed:
-            queue, period = feed.queue, feed.period
-            limits = replace(limits, least_laps=math.ceil(limits.least_laps / feed.windows))
-        return measure(step, laps=laps or self.laps, ranks=self.ranks, limits=limits, queue=queue, period=period)
+    def time(self, step: Callable[[], object], *, laps: Laps | None = None, feed: Feed = NO_FEED) -> Timing:
+        """Every rank must call this; the steps may wait for each other."""
+        limits = replace(self.limits, least_laps=math.ceil(self.limits.least_laps / feed.windows))
+        return measure(
+            step, laps=laps or self.laps, ranks=self.ranks, limits=limits, queue=feed.queue, period=feed.period
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Feed:
-    """How a loader feeds a stage."""
+@dataclass(kw_only=True)
+class Findings:
+    """Of this rank; what is missing or None was not measured, or does not exist in this run."""
 
-    start: int
-    """The first sample."""
-    queue: int
-    """Steps that may lie ready; with windows, steps until the middle of the second."""
-    period: int = 1
-    """Steps after which a window of shards ends at the same place of a step again; 1 where each batch is read by itself."""
-    windows: int = 1
-    """In a period."""
+    timings: dict[str, Timing] = field(default_factory=dict)
+    """By stage of the report, ALL_REDUCE or WITHOUT_ALL_REDUCE."""
+    first_batch_seconds: float | None = None
+    """From making the loader to its first batch."""
+    compile_seconds: float | None = None
+    """Of the first pass, compilation included."""
+    host_seconds: float | None = None
+    """Of the host, a step."""
+    all_reduce_bytes: int = 0
+    """That each rank gives, a step."""
+    layer_seconds: dict[str, float] | None = None
+    """Of each layer in one pass, forward and backward."""
+    reserved_bytes: int = 0
+    """Of the GPU's memory, by torch, at most."""
+    trace: Trace | None = None
 
 
-def feed_of(bench: Bench, stage: int) -> Feed:
-    """Of one of the stages with data.
+def run_stages(bench: Bench, trace: Path | None) -> Findings:
+    """Measure one stage after the other; every rank must call this. trace: the file to write one to."""
+    ranks, found = bench.ranks, Findings()
+    several, timings = ranks.world_size > 1, found.timings
 
-    Each begins elsewhere in the epoch, so that of a data set that is larger than the memory none finds in the page cache what
-    the one before it has read; with windows of shards, one step before a window's end.
+    def begin(stage: str) -> None:
+        if ranks.is_main:
+            fed = bench.config.order == "window" and stage in ("reading", "the loader", "training")
+            windows = ", or three windows of shards" if fed else ""
+            say(f"measuring {stage}, for up to {bench.limits.seconds:g} s{windows}")
+
+    if bench.has_images:
+        begin("reading")
+        timings["reading"] = time_reading(bench)
+        begin("decoding")
+        timings["decoding"] = time_decoding(bench)
+        begin("the loader")
+        timings["loader"], found.first_batch_seconds = time_loader(bench)
+    model = build_model(bench)
+    if several:
+        begin(WITHOUT_ALL_REDUCE)
+        timings[WITHOUT_ALL_REDUCE] = time_step_without_all_reduce(bench, model)
+    begin("the step")
+    assembly, first_pass_seconds = assemble_step(bench, model)
+    found.compile_seconds = first_pass_seconds if assembly.compiled else None
+    step = training_step(bench, assembly, resident(bench.data))
+    timings["step"] = bench.time(step)
+    found.host_seconds = host_seconds(bench, assembly, step)
+    if several:
+        begin(ALL_REDUCE)
+        reduce, found.all_reduce_bytes = all_reduce_alone(assembly.network, bench.config.grad_compression)
+        timings[ALL_REDUCE] = bench.time(reduce)
+    if bench.has_images:
+        begin("training")
+        step = training_step(bench, assembly, training_batches(bench))
+        timings["training"] = time_training(bench, step)
+    if ranks.device.type == "cuda":
+        found.reserved_bytes = torch.cuda.max_memory_reserved(ranks.device)
+    found.trace = _traced(step, ranks, trace)
+    del step, assembly, model  # their memory is the next network's
+    # Eager, one layer after the other, of a network of its own: DDP's and the compiler's hooks are of the whole.
+    found.layer_seconds = layer_seconds(
+        build_model(bench), next(resident(bench.data)), precision=bench.precision, device=ranks.device
+    )
+    return found
+
+
+def _traced(step: Callable[[], object], ranks: Ranks, path: Path | None) -> Trace | None:
+    """A few steps of rank 0 under torch.profiler; every rank must call this. path: of a file for ui.perfetto.dev.
+
+    None on the other ranks, and where the profiler sees no kernels: on some machines only root may.
     """
-    gc.collect()  # ends the loader of an earlier stage, which is in cycles of references and would read on
-    data, config = bench.data, bench.config
-    plan, images, batch = data.train_plan(), data.train_images, config.batch_size
-    queue = math.ceil(config.prefetch / bench.passes)
-    read_ahead = math.ceil(config.read_ahead / bench.passes) if isinstance(plan.table, ShardTable) else 0
-    if (group := plan.read_group) is None:
-        return Feed(start=stage * images // _STAGES_WITH_DATA, queue=queue + read_ahead)
-
-    def window(number: int) -> int:
-        return group(plan.samples(np.array([number])))
-
-    def begin(window_number: int) -> int:
-        return bisect.bisect_left(range(2 * images), window_number, key=window)
-
-    windows = window(images) - window(0)  # of an epoch
-    size = begin(windows - 1) / (windows - 1) if windows > 1 else images  # of all but the last, on average
-    if windows < _FEW_WINDOWS and abs(images - begin(windows - 1) - size) > 0.05 * size:
-        number, period = windows, round(images / batch)  # the last window is another one: whole epochs are alike
-    else:
-        near = max(0.1, size / batch / 50)  # so little of a window that many periods later it still is the middle
-        fits = (count for count in range(1, 9) if abs(count * size / batch - round(count * size / batch)) <= near)
-        number = next(fits, 1)
-        period = max(1, round(number * size / batch))
-    # Three windows and more lie between the first one and the epoch's last, where there are that many.
-    first = stage * (windows - 6 if windows >= _FEW_WINDOWS else windows) // _STAGES_WITH_DATA
-    to_the_middle = 1 + round(size / batch / 2) - (SETTLING_STEPS + 1)  # which measure() adds
-    if size < read_ahead * batch:  # windows so small that several are under way at a time
-        to_the_middle += read_ahead
-    return Feed(start=max(0, begin(first + 1) - batch), queue=max(queue, to_the_middle), period=period, windows=number)
+    on_gpu = ranks.device.type == "cuda"
+    profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu])
+    with profiler if ranks.is_main else nullcontext():
+        for _ in range(_TRACED_STEPS):
+            with record_function("step"):  # else the trace would begin after the first wait for a batch
+                step()
+        if on_gpu:
+            torch.cuda.synchronize(ranks.device)
+    if not ranks.is_main:
+        return None
+    if path:
+        profiler.export_chrome_trace(str(path))
+    try:
+        return summarise_trace(profiler, steps=_TRACED_STEPS, on_gpu=on_gpu)
+    except ValueError as error:
+        say(f"warning: no kernels in the report: {error}")
+        return None
 
 
 def open_bench(config: Config, ranks: Ranks, limits: Limits) -> Bench:
@@ -144,20 +184,21 @@ def open_bench(config: Config, ranks: Ranks, limits: Limits) -> Bench:
 
 def time_reading(bench: Bench) -> Timing:
     """Nothing but reading what a step needs. Not for synthetic data."""
-    feed = feed_of(bench, _READING)
+    feed = feed_of(bench.data, READING)
     read = _times(bench.passes, reading_alone(bench.data, feed.start))
     return bench.time(read, laps=Laps(torch.device("cpu")), feed=feed)
 
 
 def time_decoding(bench: Bench) -> Timing:
     """Nothing but decoding what a step needs. Not for synthetic data. Raises UserError: an image cannot be decoded."""
-    decode = decoding_alone(bench.data, feed_of(bench, _DECODING).start)
-    return bench.time(_times(bench.passes, decode), queue=bench.config.prefetch)
+    start, prefetch = feed_of(bench.data, DECODING).start, bench.config.prefetch
+    decode = _times(bench.passes, decoding_alone(bench.data, start))
+    return bench.time(decode, feed=Feed(start=start, queue=prefetch))
 
 
 def time_loader(bench: Bench) -> tuple[Timing, float]:
     """The loader, of which nobody uses the images; and the seconds until it had the first of them."""
-    feed, began = feed_of(bench, _LOADER), perf_counter()
+    feed, began = feed_of(bench.data, LOADER), perf_counter()
     batches = bench.data.train_batches(feed.start)
     next(batches)
     first_batch_seconds = perf_counter() - began
@@ -166,32 +207,26 @@ def time_loader(bench: Bench) -> tuple[Timing, float]:
 
 
 def build_model(bench: Bench) -> VGG:
-    config = bench.config
-    return network_of(config, classes=len(bench.data.classes), device=bench.ranks.device)
+    return network_of(bench.config, classes=len(bench.data.classes), device=bench.ranks.device)
 
 
 def assemble_step(bench: Bench, model: VGG) -> tuple[Assembly, float]:
     """The training step, compiled where that is asked for; and the seconds of its first pass, with the compilation."""
     assembly = assemble(
-        bench.config,
-        ranks=bench.ranks,
-        precision=bench.precision,
-        micro_batch=bench.data.micro_batch,
-        model=model,
+        bench.config, ranks=bench.ranks, precision=bench.precision, micro_batch=bench.data.micro_batch, model=model
     )
-    return assembly, _first_pass(bench, assembly)
+    began = perf_counter()
+    assembly.step.warm_up(*next(resident(bench.data)))
+    if bench.ranks.device.type == "cuda":
+        torch.cuda.synchronize(bench.ranks.device)
+    return assembly, perf_counter() - began
 
 
 def time_step_without_all_reduce(bench: Bench, model: VGG) -> Timing:
     """The step as if each rank were alone, all at the same time. To be called before DDP has the model."""
-    assembly = assemble(
-        replace(bench.config, batch_size=bench.share),
-        ranks=replace(bench.ranks, world_size=1),
-        precision=bench.precision,
-        micro_batch=bench.data.micro_batch,
-        model=model,
-    )
-    _first_pass(bench, assembly)
+    config = replace(bench.config, batch_size=bench.share)
+    alone = replace(bench, config=config, ranks=replace(bench.ranks, world_size=1))
+    assembly, _ = assemble_step(alone, model)
     timing = bench.time(training_step(bench, assembly, resident(bench.data)))
     torch._dynamo.reset()  # inside DDP, the model is compiled in parts, one a bucket: these kernels must not be used again
     return timing
@@ -219,20 +254,19 @@ def training_step(bench: Bench, assembly: Assembly, batches: Iterator[Batch]) ->
 
 def training_batches(bench: Bench) -> Iterator[Batch]:
     """A new loader, for the training loop. Not for synthetic data."""
-    return bench.data.train_batches(feed_of(bench, _TRAINING).start)
+    return bench.data.train_batches(feed_of(bench.data, TRAINING).start)
 
 
 def time_training(bench: Bench, step: Callable[[], object]) -> Timing:
     """A training step that new training_batches() feed."""
-    return bench.time(step, feed=feed_of(bench, _TRAINING))
+    return bench.time(step, feed=feed_of(bench.data, TRAINING))
 
 
 def host_seconds(bench: Bench, assembly: Assembly, step: Callable[[], object]) -> float | None:
-    """Median seconds of the host for one step; None where it cannot be told from the device's. Every rank must call this.
+    """Median seconds of the host for one step. Every rank must call this.
 
-    On a GPU, of steps that are each given to an idle device. On a CPU, where host and device are one, of the same step on
-    tensors without data; that is an upper bound, since torch works out the shapes of some of them in Python. Compiled code
-    cannot be run so.
+    On a GPU, of steps that are each given to an idle device. On a CPU, of the same step on tensors without data: an upper bound,
+    since torch works out the shapes of some in Python. None for compiled code on a CPU, which cannot be run so.
     """
     device = bench.ranks.device
     if device.type == "cpu":
@@ -254,11 +288,7 @@ def _step_without_data(bench: Bench) -> Callable[[], object]:
     classes = len(bench.data.classes)
     with meta:
         model = VGG(
-            config.arch,
-            classes=classes,
-            crop=config.crop,
-            dropout=config.dropout,
-            batch_norm=config.batch_norm,
+            config.arch, classes=classes, crop=config.crop, dropout=config.dropout, batch_norm=config.batch_norm
         )
     step = TrainStep(
         model,
@@ -295,16 +325,8 @@ def all_reduce_alone(network: nn.Module, grad_compression: str) -> tuple[Callabl
 
 
 def _times(count: int, call: Callable[[], object]) -> Callable[[], None]:
-    def calls() -> None:
+    def calls() -> None:  # holds none of what it is given
         for _ in range(count):
             call()
 
     return calls
-
-
-def _first_pass(bench: Bench, assembly: Assembly) -> float:
-    began = perf_counter()
-    assembly.step.warm_up(*next(resident(bench.data)))
-    if bench.ranks.device.type == "cuda":
-        torch.cuda.synchronize(bench.ranks.device)
-    return perf_counter() - began

@@ -10,9 +10,9 @@ import numpy as np
 from scipy.special import stdtrit
 
 from common.ranks import Ranks, first_then_others, gather
-from perf.laps import Lap, Laps
+from perf.laps import BACKWARD, FORWARD, OPTIMIZER, Lap, Laps
 from perf.machine import busy_seconds, watched
-from perf.report import Rate, Summary
+from perf.report import Rate, StepParts, Summary
 
 SETTLING_STEPS = 2  # the optimizer's state, the caches, and on a GPU the search for kernels
 
@@ -175,6 +175,21 @@ def rate_of(timing: Timing, *, images: int, ranks: Ranks) -> Rate:
     )
 
 
+def step_parts(step: Timing, alone: Timing | None) -> StepParts:
+    """alone: of the step without its all-reduce. The all-reduce's part is what the backward pass takes longer than there, the
+    wait for the slowest rank included."""
+    backward, all_reduce = step.part(BACKWARD), None
+    if alone:  # noise may have it longer than with the all-reduce
+        without = min(alone.part(BACKWARD), backward, key=lambda seconds: float(seconds.mean()))
+        backward, all_reduce = without, summarise(backward - without.mean())
+    return StepParts(
+        forward=summarise(step.part(FORWARD)),
+        backward=summarise(backward),
+        all_reduce=all_reduce,
+        optimizer=summarise(step.part(OPTIMIZER)),
+    )
+
+
 def by_period(series: np.ndarray, laps_a_period: int) -> np.ndarray:
     """Means of whole periods; the series itself, if it has none."""
     periods = len(series) // laps_a_period
@@ -288,8 +303,7 @@ def thinned(series: np.ndarray, most: int = _MOST_VALUES_OF_A_SERIES) -> tuple[l
     stall stays as long as it was.
     """
     size = -(-len(series) // most)
-    if size == 1:
-        return series.tolist(), 1
-    groups = np.split(series, range(size, len(series), size))
-    stall = 2 * float(np.median(series))
-    return [float(group.max() if group.max() > stall else group.mean()) for group in groups], size
+    starts = np.arange(0, len(series), size)
+    peaks = np.maximum.reduceat(series, starts)
+    means = np.add.reduceat(series, starts) / np.diff(starts, append=len(series))
+    return np.where(peaks > 2 * np.median(series), peaks, means).tolist(), size

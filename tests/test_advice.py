@@ -20,7 +20,7 @@ from common.ranks import Ranks
 from engine import data, evaluator
 from engine.config import parse_args
 from engine.resume import check_same_data
-from perf import loader_parts, sweep
+from perf import feeds, sweep
 from perf.sweep import Point
 from pipeline import manifest, scan
 from pipeline.loader import DaliLoader
@@ -140,11 +140,9 @@ def test_a_result_that_is_damaged_is_not_one_of_other_flags(tmp_path, content):
 
 def test_images_in_shards_are_not_to_be_found_by_the_manifest_of_folders(tmp_path):
     folder: Any = SimpleNamespace(manifest=SimpleNamespace(root=tmp_path))
-    assert (
-        loader_parts._without_it(folder) == f"have python -m pipeline.manifest {tmp_path} --verify decode leave it out"
-    )
+    assert feeds._without_it(folder) == f"have python -m pipeline.manifest {tmp_path} --verify decode leave it out"
     prepared: Any = SimpleNamespace(manifest=Prepared.__new__(Prepared))
-    assert loader_parts._without_it(prepared) == "prepare the data set anew"
+    assert feeds._without_it(prepared) == "prepare the data set anew"
 
 
 def test_prepared_data_are_refused_where_whole_images_are_compared(tmp_path, monkeypatch, capsys):

@@ -24,9 +24,9 @@ from perf.compare import (
     differences,
     interval_of_ratio,
 )
-from perf.findings import epoch_costs
 from perf.report import Rate, Report, read_report
 from perf.show import main, print_report, write_report
+from perf.throughput import epoch_costs
 from perf.timing import interval_of_mean, thinned
 from perf.words import slow_laps
 from tests.made_up_report import cpu_report, gpu_report, rate, summary

@@ -14,11 +14,10 @@ from common.ranks import ranks_of_this_run
 from engine.config import parse_args
 from engine.data import Data, default_threads, open_data
 from engine.precision import Precision
+from perf.feeds import decoding_alone, feed_of, reading_alone
 from perf.laps import MarkedBatches
-from perf.loader_parts import decoding_alone, reading_alone
 from perf.stages import (
     Bench,
-    feed_of,
     open_bench,
     time_loader,
     time_reading,
@@ -213,7 +212,7 @@ def test_training_waits_for_slow_storage_as_long_as_it_waits(digits, flags, monk
 def test_a_stage_begins_a_step_before_a_windows_end_and_lasts_whole_windows(digits, shards, batch, period, windows):
     flags = ["--order", "window", "--window-shards", str(shards), "--batch-size", str(batch)]
     bench = bench_of(digits, *flags, seconds=1)
-    plan, feeds = bench.data.train_plan(), [feed_of(bench, stage) for stage in range(4)]
+    plan, feeds = bench.data.train_plan(), [feed_of(bench.data, stage) for stage in range(4)]
     assert plan.read_group
     for feed in feeds:
         assert (feed.period, feed.windows) == (period, windows)
@@ -226,5 +225,5 @@ def test_a_stage_begins_a_step_before_a_windows_end_and_lasts_whole_windows(digi
 
 def test_without_windows_a_stage_begins_at_a_quarter_of_the_epoch(digits):
     bench = bench_of(digits, "--batch-size", "8", "--micro-batch", "4", seconds=1)
-    assert [feed_of(bench, stage).start for stage in range(4)] == [0, 359, 718, 1077]
-    assert feed_of(bench, 0).queue == 1 + 4, "2 and 8 micro-batches"
+    assert [feed_of(bench.data, stage).start for stage in range(4)] == [0, 359, 718, 1077]
+    assert feed_of(bench.data, 0).queue == 1 + 4, "2 and 8 micro-batches"

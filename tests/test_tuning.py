@@ -248,7 +248,10 @@ def test_a_recipe_is_never_overwritten(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["--tune", "--trace"], "not allowed with argument"), (["--tune", "--tune-seconds", "0"], "must be above 0")],
+    [
+        (["--tune", "--trace"], "not allowed with argument"),
+        (["--tune", "--tune-seconds", "0"], "0 is not a number above 0"),
+    ],
 )
 def test_mistakes_are_told_in_a_sentence(flags, words, capsys):
     assert throughput.main(flags) == 2
