@@ -36,8 +36,7 @@ from perf.trace import summarise_trace
 from pipeline.loader import Batch, SyntheticLoader
 
 ALL_REDUCE, WITHOUT_ALL_REDUCE = "the all-reduce", "the step without its all-reduce"
-_HOST_STEPS = 5
-_TRACED_STEPS = 3
+_HOST_STEPS, _TRACED_STEPS = 5, 3
 _DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -287,9 +286,8 @@ def _step_without_data(bench: Bench) -> Callable[[], object]:
     config, meta, precision = bench.config, torch.device("meta"), Precision("fp32", "cpu")
     classes = len(bench.data.classes)
     with meta:
-        model = VGG(
-            config.arch, classes=classes, crop=config.crop, dropout=config.dropout, batch_norm=config.batch_norm
-        )
+        sizes = {"classes": classes, "crop": config.crop}
+        model = VGG(config.arch, dropout=config.dropout, batch_norm=config.batch_norm, **sizes)
     step = TrainStep(
         model,
         optimizer=torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, foreach=True),
@@ -325,7 +323,7 @@ def all_reduce_alone(network: nn.Module, grad_compression: str) -> tuple[Callabl
 
 
 def _times(count: int, call: Callable[[], object]) -> Callable[[], None]:
-    def calls() -> None:  # holds none of what it is given
+    def calls() -> None:
         for _ in range(count):
             call()
 
