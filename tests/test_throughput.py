@@ -124,18 +124,10 @@ def test_by_default_each_run_has_a_new_folder():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-<<<<<<< HEAD
-        (["--seconds", "0"], "--seconds 0: must be above 0"),
-        (["--seconds", "inf"], "--seconds inf: must be above 0, and a finite number"),
-        (["--price-per-kwh", "-1"], "--price-per-kwh -1: must be a finite number, 0 or more"),
-        (["--price-per-hour", "nan"], "--price-per-hour nan: must be a finite number, 0 or more"),
-        (["--price-per-kwh", "inf"], "--price-per-kwh inf: must be a finite number, 0 or more"),
-=======
         (["--seconds", "0"], "--seconds: 0 is not a number above 0"),
         (["--price-per-kwh", "-1"], "--price-per-kwh: -1 is not a number above 0"),
         (["--price-per-hour", "nan"], "--price-per-hour: nan is not a number above 0"),
         (["--price-per-kwh", "inf"], "--price-per-kwh: inf is not a number above 0"),
->>>>>>> ffb1c04 (Stages, feeds and throughput: findings.py goes, parts of the report are made where they are known)
         (["--price-per-kwh", "0.3", "--price-per-hour", "2"], "not allowed with"),
         (["--seconds", "inf"], "--seconds: inf is not a number above 0"),
         (["--crop", "33"], "--crop 33: must be a multiple of 32"),
