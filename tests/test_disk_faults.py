@@ -47,6 +47,7 @@ def whole(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(whole, tmp_path, capsys):
     with small_disk(tmp_path / "disk", SMALL_DISK) as disk:
         out = disk / "out"
@@ -97,7 +98,8 @@ def test_a_read_only_disk(tmp_path, capsys):
             assert f"--out {disk / out}: cannot be written (Read-only file system); choose another folder" in error
 
 
-@pytest.mark.parametrize(("moment", "survivor"), [pytest.param("replace", 1, marks=pytest.mark.slow), ("link", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "survivor"), [("replace", 1), ("link", 2)])
 def test_killed_between_writing_and_renaming_or_linking(whole, tmp_path, moment, survivor):
     """In the second checkpoint, kill -9 before last.pt is replaced, or after that and before it gets its number."""
     code = f"""

@@ -72,6 +72,7 @@ def two(tmp_path_factory) -> list[str]:
     return [checkpoint(root / str(seed), seed=seed, train_scale=scale) for seed, scale in ((1, "36"), (2, "36-73"))]
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_on_any_number_of_ranks_with_a_bad_image_among_them(tmp_path, folder, two):
     files = []
     figures = []

@@ -31,6 +31,7 @@ def run_script(name: str, settings: str, *flags: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_compare_loaders(tmp_path):
     folder = photo_folder(tmp_path, train=10, val=2)
     flags = ["--data", str(folder), "--batch-size", "2", "--rounds", "2", "--batches", "2", "--threads", "1"]

@@ -310,7 +310,8 @@ def test_fewer_files_may_be_open_than_there_are_shards(tmp_path):
 # ---- runs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [pytest.param("global", marks=pytest.mark.slow), "window"])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["global", "window"])
 def test_a_run_goes_on_bit_exactly_in_the_middle_of_an_epoch_and_a_window(folder, tmp_path, order):
     flags = [*TRAIN, "--data", str(folder), "--order", order, "--window-shards", "3"]
     assert train.main([*flags, "--steps", "5", "--out", str(tmp_path / "whole")]) == 0

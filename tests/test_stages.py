@@ -182,6 +182,7 @@ def test_reading_and_loader_are_as_fast_as_the_storage_however_much_lies_ready(d
     assert images_per_second(bench, timing) == pytest.approx(100, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--order", "window", "--window-shards", "4")])
 def test_training_waits_for_slow_storage_as_long_as_it_waits(digits, flags, monkeypatch):
     """Of the 40 ms in which the storage gives a batch, the step works for 20."""

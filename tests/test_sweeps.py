@@ -110,6 +110,7 @@ def test_rows_are_written_once_and_a_failure_does_not_stop_the_rest(folder):
     assert [row["lr"] for row in read_rows(folder / "lr.csv")] == ["0.5", "0.01", "0.02", "0.04"]
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_started_again(folder):
     """kill -9 of the sweep and of what watches over its run: the run ends too, and no row is lost or there twice."""
     command = ["sweeps/lr.sh"]

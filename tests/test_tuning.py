@@ -449,6 +449,7 @@ def test_the_process_of_the_trials_may_fail(monkeypatch):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_a_real_search_ends_with_a_recipe(tmp_path):
     flags = ["--arch", "A", "--data", "digits", "--batch-size", "4", "--seconds", "0.1", "--tune-seconds", "3"]
     done = run("--tune", *flags, "--out", str(tmp_path), script="profile/throughput.py")
