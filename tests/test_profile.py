@@ -59,6 +59,7 @@ def test_soak():
     assert (result["rows_not_used_once"], result["images_changed_in_repeated_steps"], result["exact"]) == (0, 0, True)
 
 
+@pytest.mark.slow
 def test_loader_memory(tmp_path):
     folder = photo_folder(tmp_path / "photos", train=10, val=2)
     flags = ["--data", str(folder), "--epochs", "3", "--batch-size", "5", "--plot", str(tmp_path / "memory.png")]

@@ -82,6 +82,7 @@ def wait_until(condition) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_rows_are_written_once_and_a_failure_does_not_stop_the_rest(folder):
     (folder / "draw").touch()
     done = sweep(folder, LRS="0.5 0.01 0.02")

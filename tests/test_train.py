@@ -143,6 +143,7 @@ def two_ranks(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_ranks_resumed_on_one_go_on_alike(two_ranks, tmp_path):
     out = tmp_path / "out"
     flags = [*SMOOTH, "--out", str(out)]
@@ -171,6 +172,7 @@ def test_three_ranks_stopped_and_resumed_are_bit_identical_with_dropout(tmp_path
     assert_same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
 
 
+@pytest.mark.slow
 def test_accumulation_over_ranks_equals_one_rank(two_ranks, tmp_path):
     flags = [*SMOOTH, "--steps", "6"]
     run(*flags, "--micro-batch", "3", "--out", str(tmp_path), ranks=2)

@@ -426,6 +426,7 @@ def test_a_gain_must_be_larger_than_the_spread(gains, kept):
 # ---- the processes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_process_of_the_trials_may_fail(monkeypatch):
     monkeypatch.setattr("perf.trials.serve", made_up_worker.serve)
     with ranks_of_this_run("cpu") as ranks:
