@@ -26,7 +26,8 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 docs: $(VENV)/installed-docs
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python docs/site_pages.py .site-pages
+	$(BIN)/zensical build --strict --clean
 
 # Those of README and docs/, drawn by the programs that they show: minutes on a machine with nothing else to do.
 pictures: $(VENV)/installed
@@ -39,14 +40,14 @@ pictures: $(VENV)/installed
 
 ifeq ($(origin PYTHON),file)
 gpu-report: $(VENV)/installed-dev
-	$(BIN)/python profile/gpu_report.py $${DATA:+--data "$$DATA"}
+	$(BIN)/python -m benchmarks.gpu_report $${DATA:+--data "$$DATA"}
 else
 gpu-report:
-	$(PYTHON) profile/gpu_report.py $${DATA:+--data "$$DATA"}
+	$(PYTHON) -m benchmarks.gpu_report $${DATA:+--data "$$DATA"}
 endif
 
 clean:
-	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .site-pages .pytest_cache .mypy_cache .ruff_cache
 
 # pip comes last: a .venv that was interrupted on its way is made again.
 $(BIN)/pip:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
@@ -17,6 +18,24 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the flags")
+
+
+def whole_above_zero(text: str) -> int:
+    """A flag's type."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    """A flag's type: a finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
 
 
 def parse_dataclass(cls: type[T], flags: Sequence[str], default: T | None, prog: str) -> T:

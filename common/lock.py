@@ -1,7 +1,12 @@
-"""A folder that one run at a time writes to."""
+"""What one process at a time writes to: a folder of a run, a table of a sweep.
+
+Not filelock's: that one takes a marker file for the lock where the file system has none, which a killed process leaves behind,
+and does not say who holds it.
+"""
 
 import contextlib
 import fcntl
+import math
 import os
 import socket
 import time
@@ -13,7 +18,12 @@ from common.files import open_own
 from common.progress import say
 
 _PATIENCE_SECONDS = 20.0  # for a run that was stopped, whose last step and checkpoint are still to come
+_SILENT_SECONDS = 0.5  # to write a table takes less
 _HOLDER = b"pid "  # how the file begins
+
+
+class BusyError(UserError):
+    """Another process has the lock."""
 
 
 class FolderLock:
@@ -24,8 +34,9 @@ class FolderLock:
 
     NAME = ".lock"
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, name: str = NAME) -> None:
+        """name: of the file."""
+        self._folder, self._name = folder, name
         self._descriptor: int | None = None
 
     def __enter__(self) -> "FolderLock":
@@ -35,37 +46,46 @@ class FolderLock:
         if self._descriptor is not None:
             os.close(self._descriptor)  # which releases the lock
 
-    def take(self) -> None:
-        """Lock the folder, which must exist; once is enough. Where the file system has no locks, go on without.
+    def take(self, *, patience_seconds: float | None = None, required: bool = False) -> None:
+        """Lock the folder, which must exist; once is enough.
 
-        Raises UserError: another process has it, and still has it after some patience. OSError: the folder is read-only, or
-        the lock's file is a link.
+        patience_seconds: for another process that has the lock; default: 20. required: not to go on where the file system has
+        no locks.
+        Raises BusyError: another process still has it after that. UserError: there are no locks. OSError: the folder is
+        read-only, or the lock's file is a link.
         """
         if self._descriptor is not None:
             return
-        descriptor = open_own(self._folder / self.NAME, os.O_RDWR)
-        deadline = None
-        while not _lock(descriptor):
-            holder = f"another run ({os.pread(descriptor, 1000, 0).decode(errors='replace') or 'unknown'})"
-            if deadline is None:
-                deadline = time.monotonic() + _PATIENCE_SECONDS
-                say(f"waiting up to {_PATIENCE_SECONDS:.0f} s for {holder} to leave {self._folder}")
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                raise UserError(f"{holder} is writing to {self._folder}; end it first, or choose another folder")
-            time.sleep(0.1)
+        patience = _PATIENCE_SECONDS if patience_seconds is None else patience_seconds
+        descriptor, began, told = open_own(self._folder / self._name, os.O_RDWR), time.monotonic(), False
+        try:
+            while not self._locked(descriptor, required):
+                holder = f"another run ({os.pread(descriptor, 1000, 0).decode(errors='replace') or 'unknown'})"
+                waited = time.monotonic() - began
+                if waited > patience:
+                    raise BusyError(f"{holder} is writing to {self._folder}; end it first, or choose another folder")
+                if waited > _SILENT_SECONDS and not told:
+                    limit = f" up to {patience:.0f} s" if math.isfinite(patience) else ""
+                    say(f"waiting{limit} for {holder} to leave {self._folder}")
+                    told = True
+                time.sleep(0.1)
+        except BaseException:
+            os.close(descriptor)
+            raise
         self._descriptor = descriptor
         with contextlib.suppress(OSError):  # on a full disk the lock holds, but does not say whose it is
             if os.pread(descriptor, len(_HOLDER), 0) in (b"", _HOLDER):  # else it is somebody's file of that name
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, _HOLDER + f"{os.getpid()}, host {socket.gethostname()}".encode(), 0)
 
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # no locks on this file system
-    return True
+    def _locked(self, descriptor: int, required: bool) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if required:
+                raise UserError(
+                    f"{self._folder}: its file system has no locks ({error.strerror}); use another"
+                ) from error
+        return True

@@ -29,6 +29,7 @@ class Gpu:
     whole: Any
     """Of the whole GPU: the same as handle without MIG."""
     whole_uuid: str
+    is_mig: bool = False
     path: str = ""
     """ "MIG-<UUID of the GPU>/<GPU instance>/<compute instance>": what drivers before 470 call the MIG device."""
 
@@ -128,6 +129,7 @@ def _card(index: int) -> list[Gpu]:
             handle=part,
             whole=whole,
             whole_uuid=uuid,
+            is_mig=True,
             path=f"MIG-{uuid}/{pynvml.nvmlDeviceGetGpuInstanceId(part)}/{pynvml.nvmlDeviceGetComputeInstanceId(part)}",
         )
         for part in _mig_handles(whole)
@@ -140,7 +142,7 @@ def _mig_handles(whole: Any) -> list[Any]:
     try:
         enabled, _ = pynvml.nvmlDeviceGetMigMode(whole)
         places = pynvml.nvmlDeviceGetMaxMigDeviceCount(whole) if enabled else 0
-    except pynvml.NVMLError:  # a GPU or a driver that knows no MIG
+    except (pynvml.NVMLError, AttributeError):  # a GPU, a driver or a binding that knows no MIG
         return []
     handles = []
     for place in range(places):

@@ -1,4 +1,7 @@
-"""What is read of a GPU, each reading by itself: one that fails is told by name and leaves the others alone."""
+"""What is read of a GPU, each reading by itself: one that fails is told by name and leaves the others alone.
+
+That goes for the driver, which may lack a function, and for nvidia-ml-py, which may be older than a function or a constant.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,19 +14,20 @@ from common.nvml_devices import Gpu
 
 _ALL_LINKS = 0xFFFFFFFF  # scopeId UINT_MAX: the sum over a GPU's NVLinks (nvml.h, NVLink throughput counters)
 
+# nvml.h, nvmlReturn_t. As numbers: an older binding has not all of the names.
 _PERMANENT = {
-    pynvml.NVML_ERROR_INVALID_ARGUMENT,
-    pynvml.NVML_ERROR_NOT_SUPPORTED,
-    pynvml.NVML_ERROR_NO_PERMISSION,
-    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
-    pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH,
-    pynvml.NVML_ERROR_DEPRECATED,
+    2,  # invalid argument
+    3,  # not supported
+    4,  # no permission
+    13,  # function not found
+    25,  # version of an argument's struct
+    26,  # deprecated
 }
 _GONE = {
-    pynvml.NVML_ERROR_GPU_IS_LOST,
-    pynvml.NVML_ERROR_RESET_REQUIRED,
-    pynvml.NVML_ERROR_GPU_NOT_FOUND,
-    pynvml.NVML_ERROR_UNINITIALIZED,
+    1,  # NVML is not initialised any more
+    15,  # the GPU is lost
+    16,  # reset required
+    28,  # GPU not found
 }
 
 THROTTLE_BITS = {
@@ -55,12 +59,6 @@ class Reading:
     """The ways give a sum over all time; the figure is its growth a second."""
 
 
-def _temperature(gpu: Gpu) -> float:
-    if not hasattr(pynvml, "nvmlDeviceGetTemperatureV"):
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)  # a binding older than the function
-    return pynvml.nvmlDeviceGetTemperatureV(gpu.whole, pynvml.NVML_TEMPERATURE_GPU)
-
-
 def _field(gpu: Gpu, field: int, scope: int) -> float:
     """A field of type unsigned long long."""
     (answer,) = pynvml.nvmlDeviceGetFieldValues(gpu.whole, [(field, scope)])
@@ -81,7 +79,10 @@ READINGS = (
     Reading("memory_clock_mhz", (lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu.whole, pynvml.NVML_CLOCK_MEM),)),
     Reading(
         "temperature_celsius",
-        (_temperature, lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu.whole, pynvml.NVML_TEMPERATURE_GPU)),
+        (
+            lambda gpu: pynvml.nvmlDeviceGetTemperatureV(gpu.whole, pynvml.NVML_TEMPERATURE_GPU),
+            lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu.whole, pynvml.NVML_TEMPERATURE_GPU),
+        ),
     ),
     Reading(
         "throttle_reasons",
@@ -113,6 +114,16 @@ READINGS = (
     ),
 )
 
+LIMITS = (
+    Reading("max_sm_clock_mhz", (lambda gpu: pynvml.nvmlDeviceGetMaxClockInfo(gpu.whole, pynvml.NVML_CLOCK_SM),)),
+    # Of all limits that are set, the one that holds.
+    Reading("power_limit_watts", (lambda gpu: pynvml.nvmlDeviceGetEnforcedPowerLimit(gpu.whole) / 1e3,)),
+    Reading(
+        "default_power_limit_watts", (lambda gpu: pynvml.nvmlDeviceGetPowerManagementDefaultLimit(gpu.whole) / 1e3,)
+    ),
+)
+"""What a GPU is held to; of a MIG device, the whole GPU. They hardly ever change: read once."""
+
 
 class Reader:
     """Reads one GPU again and again. A way that can never work is tried once."""
@@ -142,13 +153,15 @@ class Reader:
         while ways:
             try:
                 return ways[0](self._gpu)
+            except (
+                AttributeError
+            ) as error:  # while it was looked up: the binding is older than the function or constant
+                self.reasons[name] = f"nvidia-ml-py is too old: it has no {error.name}"
             except pynvml.NVMLError as error:
                 if error.value in _GONE:
                     raise GpuGone(str(error)) from error
-                if error.value in _PERMANENT:
-                    ways.pop(0)
-                    if ways:
-                        continue
                 self.reasons[name] = str(error)
-                break
+                if error.value not in _PERMANENT:
+                    break
+            ways.pop(0)
         return math.nan

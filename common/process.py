@@ -386,11 +386,11 @@ def usable_cores(root: Path = Path("/")) -> int:
 
     A quota of two and a half cores counts as three: threads share what is left of the last one. root: of the file system.
     """
-    quotas = [quota for folder in _cpu_groups(root) if (quota := _quota(folder))]
+    quotas = [quota for folder in cpu_groups(root) if (quota := cpu_quota(folder))]
     return max(1, min([len(os.sched_getaffinity(0)), *(-int(-quota // 1) for quota in quotas)]))
 
 
-def _cpu_groups(root: Path) -> Iterator[Path]:
+def cpu_groups(root: Path) -> Iterator[Path]:
     """Folders of the control groups that may limit this process: its own and those above it, version 2 and version 1.
 
     In a container, the path is often that on the host, while the file system begins at the container's own group.
@@ -407,7 +407,7 @@ def _cpu_groups(root: Path) -> Iterator[Path]:
                     yield root / "sys/fs/cgroup" / mount / str(above).lstrip("/")
 
 
-def _quota(folder: Path) -> float | None:
+def cpu_quota(folder: Path) -> float | None:
     """Cores that a control group gives at most; None: no limit, or no such group."""
     with suppress(OSError, ValueError, ZeroDivisionError):
         text = (folder / "cpu.max").read_text().split()

@@ -215,6 +215,26 @@ def gather(own: T, ranks: Ranks) -> list[T]:
     return everyones
 
 
+def from_each_machine(own: T, ranks: Ranks) -> list[T]:
+    """On rank 0 an object of the first rank of each machine, however large, in their order; [] on all other ranks. Every rank
+    must call this.
+
+    Nothing but these objects travels: a gathering of all ranks makes every message as long as the longest one.
+    """
+    firsts = [rank for rank, local_rank in enumerate(gather(ranks.local_rank, ranks)) if local_rank == 0]
+    if ranks.rank not in firsts:
+        return []
+    if not ranks.is_main:
+        dist.send_object_list([own], dst=0, group=ranks.patient_group)
+        return []
+    received: list = [own]
+    for rank in firsts[1:]:
+        message: list = [None]
+        dist.recv_object_list(message, src=rank, group=ranks.patient_group)
+        received += message
+    return received
+
+
 def union_over_ranks(own: set[int], ranks: Ranks) -> set[int]:
     """The union of a small set of each rank; every rank must call this."""
     return set().union(*gather(own, ranks))

@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.errors import UserError
@@ -62,10 +62,10 @@ def figures_of(run: Run) -> dict[str, float | None]:
     return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
 
 
-def differing_flags(runs: Sequence[Run]) -> list[str]:
-    """The flags that are not the same in all of the runs, in the order of train.py's."""
-    flags = dict.fromkeys(flag for run in runs for flag in run.config if flag not in _LEFT_OUT)
-    return [flag for flag in flags if len({str(run.config.get(flag)) for run in runs}) > 1]
+def differing_flags(configs: Sequence[Mapping[str, object]]) -> list[str]:
+    """The flags that are not the same in all of the configurations, in the order of train.py's."""
+    flags = dict.fromkeys(flag for config in configs for flag in config if flag not in _LEFT_OUT)
+    return [flag for flag in flags if len({str(config.get(flag)) for config in configs}) > 1]
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -79,7 +79,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 def table(names: Sequence[str], runs: Sequence[Run]) -> str:
     """A line for each run: its name, the flags that differ, its figures."""
-    flags = differing_flags(runs)
+    flags = differing_flags([run.config for run in runs])
     rows = [["run", *flags, *(title for title, _ in _FIGURES.values())]]
     for name, run in zip(names, runs, strict=True):
         values = figures_of(run)
@@ -107,7 +107,7 @@ def compare(folders: Sequence[Path], out: Path) -> dict:
     """Print the table, draw the picture, return both's contents. Raises UserError."""
     runs = [read_run(folder) for folder in folders]
     names = short_names(folders)
-    flags = differing_flags(runs)
+    flags = differing_flags([run.config for run in runs])
     show(table(names, runs))
     legend = [
         "  ".join([name, *(f"{flag} {_said(run.config.get(flag))}" for flag in flags[:_FLAGS_IN_LEGEND])])

@@ -17,10 +17,9 @@ from types import TracebackType
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from common.files import open_own
-from common.progress import printable, say
+from common.progress import Bar, clock, printable, say
 from engine.config import Config
 from engine.confusion import draw_confusion
 from engine.curves import draw_curves
@@ -72,18 +71,7 @@ class RunLog:
             self._dashboards.append(WandB(config))
         self._gpu_curves = GpuCurves(gpus)
         self._on_terminal = sys.stderr.isatty()
-        # Two lines: where the run is, and its figures.
-        self._bar = tqdm(
-            total=total_steps,
-            initial=steps_done,
-            bar_format="{desc}{percentage:3.0f} % |{bar}| {n_fmt}/{total_fmt} steps{postfix}",
-            dynamic_ncols=True,
-            file=sys.stderr,
-            disable=not self._on_terminal,
-        )
-        self._figures = tqdm(
-            bar_format="{desc}", position=1, dynamic_ncols=True, file=sys.stderr, disable=not self._on_terminal
-        )
+        self._bar = Bar(total=total_steps, done=steps_done, unit="steps")
 
     def __enter__(self) -> "RunLog":
         self._try("the GPUs' curves", self._gpu_curves.start)
@@ -94,8 +82,7 @@ class RunLog:
         for dashboard in self._dashboards:
             self._try(dashboard.NAME, functools.partial(dashboard.close, failed=kind is not None))
         self._try("the GPUs' curves", self._gpu_curves.stop)
-        for bar in (self._bar, self._figures):
-            self._try(_TERMINAL, bar.close)
+        self._try(_TERMINAL, self._bar.close)
 
     def _try(self, what: str, action: Callable[[], object]) -> None:
         """The one place where what only shows a run may fail, in whatever way its package has."""
@@ -117,7 +104,7 @@ class RunLog:
 
     def advance(self) -> None:
         """One step was launched: moves the bar, costs no synchronisation."""
-        self._try(_TERMINAL, self._bar.update)
+        self._try(_TERMINAL, self._bar.advance)
         if self._first_advance is None:
             self._first_advance = time.monotonic()
 
@@ -161,9 +148,7 @@ class RunLog:
         ]
         text, remaining = "  ".join(filter(None, parts)), self._remaining(step)
         if self._on_terminal:
-            self._bar.set_description(f"epoch {figures['epoch']:.2f}", refresh=False)
-            self._bar.set_postfix_str(remaining)
-            self._figures.set_description_str(text)
+            self._bar.tell(label=f"epoch {figures['epoch']:.2f}", beside=remaining, below=text)
         else:
             line = f"step {step:,}/{self._total_steps:,}  epoch {figures['epoch']:.2f}  {text}"
             say(f"{line}  {remaining}" if remaining else line)
@@ -174,7 +159,7 @@ class RunLog:
         if self._first_advance is None or not done or step >= self._total_steps:
             return ""
         seconds = (time.monotonic() - self._first_advance) / done * (self._total_steps - step)
-        return f"ETA {tqdm.format_interval(seconds)}"
+        return f"ETA {clock(seconds)}"
 
     def images(self, *, step: int, images: Tensor) -> None:
         """What the network was shown, as a loader gives it: [n, 3 or 4, height, width]."""

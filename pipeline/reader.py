@@ -51,7 +51,7 @@ class ShardReader:
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="shard reader")
 
     def fetch(self, batches: Iterator[B], group: Callable[[B], int] | None = None) -> Iterator[Fetched[B]]:
-        """The batches with their bytes, in order.
+        """The batches with their bytes, in order. When the iterator is closed, what has not begun to be read is not read.
 
         group: equal for consecutive batches whose bytes are requested together, shard by shard in ascending order; None:
         each batch by itself. Raises TrainingError where a shard cannot be read.
@@ -61,20 +61,25 @@ class ShardReader:
         else:
             groups = (list(members) for _, members in itertools.groupby(batches, key=group))
         under_way: collections.deque[tuple[list[Fetched[B]], list[Future]]] = collections.deque()
-        while True:
-            while sum(len(fetched) for fetched, _ in under_way) < self._batches_ahead:
-                members = next(groups, None)
-                if members is None:
-                    break
-                under_way.append(self._request(members))
-            if not under_way:
-                return
-            fetched, requests = under_way.popleft()
-            for request in requests:
-                request.result()
-            if len(fetched) >= self._batches_ahead and (members := next(groups, None)):
-                under_way.append(self._request(members))  # while this one is used up
-            yield from fetched
+        try:
+            while True:
+                while sum(len(fetched) for fetched, _ in under_way) < self._batches_ahead:
+                    members = next(groups, None)
+                    if members is None:
+                        break
+                    under_way.append(self._request(members))
+                if not under_way:
+                    return
+                fetched, requests = under_way.popleft()
+                for request in requests:
+                    request.result()
+                if len(fetched) >= self._batches_ahead and (members := next(groups, None)):
+                    under_way.append(self._request(members))  # while this one is used up
+                yield from fetched
+        finally:  # a whole window may be under way, and would take the storage from whoever reads next
+            for _, requests in under_way:
+                for request in requests:
+                    request.cancel()
 
     def _request(self, batches: list[B]) -> tuple[list[Fetched[B]], list[Future]]:
         fetched, targets = [], []

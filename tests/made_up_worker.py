@@ -4,9 +4,8 @@ import os
 import signal
 import time
 
-from trials import Outcome
-
 from common.errors import UserError
+from perf.trials import Outcome
 
 
 def serve(connection, config, limits) -> None:

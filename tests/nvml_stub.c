@@ -10,6 +10,9 @@
      NVML_STUB_MIG=0               GPU 0 has so many MIG devices (places 0, 2, 4, …)
      NVML_STUB_WATTS=300           mean power of GPU 0; GPU 1 has twice as much, and so on
      NVML_STUB_SWING=0             amplitude in watts of a sine of period 0.7 s in CLOCK_MONOTONIC, on top of it
+     NVML_STUB_LIMIT_WATTS=700     the power limit that is enforced; by default it is 700 W
+     NVML_STUB_SM_MHZ=1700         the SM clock of GPU 0, whose highest is 1980 MHz
+     NVML_STUB_REASONS=5           mask of the reasons that lower the clock: 4 the power cap, 1 idle; 0x88 is a power brake
      NVML_STUB_PCIE_MS=0           how long a reading of the PCIe traffic takes (20 with a real driver)
      NVML_STUB_FAULTS=who=code,…   what a function, or every function asked about a GPU ("gpu0"), returns instead
      NVML_STUB_FAULTS_FROM=0, NVML_STUB_FAULTS_UNTIL=1e9    seconds after loading between which it does
@@ -171,6 +174,20 @@ int nvmlDeviceGetPowerUsage(Device *device, unsigned *milliwatts) {
     return SUCCESS;
 }
 
+int nvmlDeviceGetEnforcedPowerLimit(Device *device, unsigned *milliwatts) {
+    CALL_ABOUT(device->gpu)
+    if (device->place >= 0) return NOT_SUPPORTED;
+    *milliwatts = 1e3 * setting("NVML_STUB_LIMIT_WATTS", 700);
+    return SUCCESS;
+}
+
+int nvmlDeviceGetPowerManagementDefaultLimit(Device *device, unsigned *milliwatts) {
+    CALL_ABOUT(device->gpu)
+    if (device->place >= 0) return NOT_SUPPORTED;
+    *milliwatts = 700000;
+    return SUCCESS;
+}
+
 int nvmlDeviceGetTotalEnergyConsumption(Device *device, unsigned long long *millijoules) {
     CALL_ABOUT(device->gpu)
     if (device->place >= 0) return NOT_SUPPORTED;
@@ -203,7 +220,14 @@ int nvmlDeviceGetMemoryInfo(Device *device, unsigned long long total_free_used[3
 int nvmlDeviceGetClockInfo(Device *device, unsigned type, unsigned *mhz) {
     CALL_ABOUT(device->gpu)
     if (device->place >= 0) return NOT_SUPPORTED;
-    *mhz = (type == 1 ? 1700 : type == 2 ? 2600 : 0) + device->gpu;
+    *mhz = (type == 1 ? setting("NVML_STUB_SM_MHZ", 1700) : type == 2 ? 2600 : 0) + device->gpu;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetMaxClockInfo(Device *device, unsigned type, unsigned *mhz) {
+    CALL_ABOUT(device->gpu)
+    if (device->place >= 0) return NOT_SUPPORTED;
+    *mhz = type == 1 ? 1980 : 0;
     return SUCCESS;
 }
 
@@ -223,7 +247,7 @@ int nvmlDeviceGetTemperature(Device *device, unsigned sensor, unsigned *celsius)
 int nvmlDeviceGetCurrentClocksEventReasons(Device *device, unsigned long long *reasons) {
     CALL_ABOUT(device->gpu)
     if (device->place >= 0) return NOT_SUPPORTED;
-    *reasons = 0x4 | 0x1; /* software power cap, idle */
+    *reasons = setting("NVML_STUB_REASONS", 5);
     return SUCCESS;
 }
 

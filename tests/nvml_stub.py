@@ -31,13 +31,13 @@ def environment(stub: Path, **settings: str) -> dict[str, str]:
     return {**kept, "LD_LIBRARY_PATH": libraries} | {f"NVML_STUB_{name}": value for name, value in settings.items()}
 
 
-def run_python(code: str, env: dict[str, str]) -> dict:
-    """Run code that prints a line of JSON, last; what it says. The code finds profile/'s modules, NvmlSampler, sleep and now."""
-    begin = (
-        "import json, os, sys; sys.path.insert(0, 'profile')\n"
-        "from time import perf_counter as now, sleep\n"
-        "from nvml_sampler import NvmlSampler\n"
-    )
+def run_python(code: str, env: dict[str, str], *, binding_without: tuple[str, ...] = ()) -> dict:
+    """Run code that prints a line of JSON, last; what it says. The code finds our modules, NvmlSampler, sleep and now.
+
+    binding_without: functions and constants that nvidia-ml-py lacks in this run, as an older version does.
+    """
+    older = f"import pynvml\nfor name in {binding_without}: delattr(pynvml, name)\n" if binding_without else ""
+    begin = f"{older}import json, os, sys\nfrom time import perf_counter as now, sleep\nfrom perf.telemetry import NvmlSampler\n"
     done = subprocess.run(
         [sys.executable, "-c", begin + code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False
     )

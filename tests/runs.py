@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -151,9 +152,12 @@ def kill_all(launcher: subprocess.Popen) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Not one of those that the kernel gives to connections: it could be taken before the program under test has it."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = random.SystemRandom().randrange(20_000, 32_000)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def results_of(done: subprocess.CompletedProcess) -> dict:

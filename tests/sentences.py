@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tests.repository import ROOT, files
 
 VARYING = "…"
-ENDS = ("UserError", "TrainingError", "LostRankError", "DataSourceError", "ArgumentTypeError")
+ENDS = ("UserError", "BusyError", "TrainingError", "LostRankError", "DataSourceError", "ArgumentTypeError")
 _WARNING = "warning: "
 
 

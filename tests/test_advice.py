@@ -2,27 +2,26 @@
 
 import errno
 import os
+import re
 import subprocess
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import compare_evaluation
-import compare_steps
-import kept_runs
-import limited_links
-import loader_parts
 import pytest
-import sweep
 import torch
-from sweep_point import Point
 
+from benchmarks import allreduce, parity
+from benchmarks import evaluation as compare_evaluation
+from benchmarks import steps as compare_steps
 from common.errors import TrainingError, UserError
 from common.ranks import Ranks
 from engine import data, evaluator
 from engine.config import parse_args
 from engine.resume import check_same_data
+from perf import feeds, sweep
+from perf.sweep import Point
 from pipeline import manifest, scan
 from pipeline.loader import DaliLoader
 from pipeline.prepared import Prepared
@@ -66,10 +65,10 @@ def test_one_image_is_not_halved(monkeypatch, batch_size, cure):
 @pytest.mark.parametrize(
     ("batch_size", "cure"), [("2", "smaller --batch-size$"), ("1", "smaller --crop, or another GPU$")]
 )
-def test_a_batch_of_one_is_not_made_smaller(monkeypatch, batch_size, cure):
+def test_a_batch_of_one_is_not_made_smaller(monkeypatch, batch_size, cure, capsys):
     monkeypatch.setattr(compare_steps, "compare", raising(torch.OutOfMemoryError("full")))
-    with pytest.raises(TrainingError, match=cure):
-        compare_steps._run(["--arch", "A", "--batch-size", batch_size, "--device", "cpu"])
+    assert compare_steps.main(["--arch", "A", "--batch-size", batch_size, "--device", "cpu"]) == TrainingError.exit_code
+    assert re.search(cure, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +119,9 @@ def test_lost_images_need_not_be_listed_where_nothing_can_be_written():
 def test_root_is_not_told_to_be_root(monkeypatch, user, cure):
     monkeypatch.setattr(os, "geteuid", lambda: user)
     refused = subprocess.CompletedProcess([], 1, "", "mount failed:\nOperation not permitted\n")
-    monkeypatch.setattr(limited_links.subprocess, "run", lambda *_, **__: refused)
+    monkeypatch.setattr(allreduce.subprocess, "run", lambda *_, **__: refused)
     with pytest.raises(UserError, match=cure) as caught:
-        limited_links._run("ip", "netns", "add", "a")
+        allreduce._commands("ip netns add a")
     assert "\n" not in str(caught.value)
 
 
@@ -134,23 +133,20 @@ def test_an_interpreter_that_is_not_there_is_no_fault_of_the_csv_file(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"seconds": 3}', '{"flags": 3}'])
 def test_a_result_that_is_damaged_is_not_one_of_other_flags(tmp_path, content):
-    (tmp_path / kept_runs.RESULT).write_text(content)
+    (tmp_path / parity.RESULT).write_text(content)
     with pytest.raises(UserError, match=r"is not a result of an earlier start; remove it, or choose another --out$"):
-        kept_runs.kept(tmp_path, ["--arch", "A"], raising(AssertionError("made anew")))
+        parity.kept(tmp_path, ["--arch", "A"], raising(AssertionError("made anew")))
 
 
 def test_images_in_shards_are_not_to_be_found_by_the_manifest_of_folders(tmp_path):
     folder: Any = SimpleNamespace(manifest=SimpleNamespace(root=tmp_path))
-    assert (
-        loader_parts._without_it(folder) == f"have python -m pipeline.manifest {tmp_path} --verify decode leave it out"
-    )
+    assert feeds._without_it(folder) == f"have python -m pipeline.manifest {tmp_path} --verify decode leave it out"
     prepared: Any = SimpleNamespace(manifest=Prepared.__new__(Prepared))
-    assert loader_parts._without_it(prepared) == "prepare the data set anew"
+    assert feeds._without_it(prepared) == "prepare the data set anew"
 
 
-def test_prepared_data_are_refused_where_whole_images_are_compared(tmp_path, monkeypatch):
+def test_prepared_data_are_refused_where_whole_images_are_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare_evaluation, "is_prepared", lambda folder: folder == str(tmp_path))
-    with pytest.raises(
-        UserError, match=f"--data {tmp_path}: is prepared; give the folder of images that it was made from"
-    ):
-        compare_evaluation._run(["--data", str(tmp_path)])
+    assert compare_evaluation.main(["--data", str(tmp_path)]) == UserError.exit_code
+    said = f"--data {tmp_path}: is prepared; give the folder of images that it was made from"
+    assert said in capsys.readouterr().err

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import allreduce_check
 import pytest
-from limited_links import limited_machines
 
+from benchmarks import allreduce as allreduce_check
+from benchmarks.allreduce import limited_machines
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,7 @@ def test_namespaces_go_again():
 
 
 def test_without_the_right_it_is_said(monkeypatch, capsys):
-    monkeypatch.setattr("limited_links.shutil.which", lambda name: None)
+    monkeypatch.setattr("benchmarks.allreduce.shutil.which", lambda name: None)
     assert allreduce_check.main([]) == 2
     assert capsys.readouterr().err == "error: needs ip and tc: install iproute2\n"
 
@@ -58,7 +58,7 @@ def test_numbers_that_make_no_sense(flags, capsys):
 def test_predicted_within_a_fifth_of_measured():
     skip_without_rights()
     done = subprocess.run(
-        [sys.executable, "profile/allreduce_check.py", "--ranks", "2", "3", "--megabytes", "1", "4", "16"],
+        [sys.executable, "-m", "benchmarks.allreduce", "--ranks", "2", "3", "--megabytes", "1", "4", "16"],
         cwd=ROOT,
         check=False,
         capture_output=True,

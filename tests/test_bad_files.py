@@ -75,7 +75,8 @@ def zoo_that_was_good(root: Path) -> Path:
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("make", [zoo, pytest.param(zoo_that_was_good, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [zoo, zoo_that_was_good])
 def test_training_uses_every_good_file_once_an_epoch_and_names_every_bad_one(tmp_path, monkeypatch, make, ranks):
     root = make(tmp_path / "data")
     monkeypatch.setenv("RECORD", str(tmp_path))

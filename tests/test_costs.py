@@ -4,18 +4,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from costs import LayerCost, Work, decoded_pixels, gradient_bytes, layer_costs, optimizer_bytes
+import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.vgg import CONFIGURATIONS, VGG
+from model.vgg import CONFIGURATIONS, VGG, LocalResponseNorm
+from perf.costs import LayerCost, Work, decoded_pixels, gradient_bytes, layer_costs, optimizer_bytes
 from pipeline.draws import PURPOSE_GEOMETRY, uniforms
 from pipeline.plan import rescaled_sizes, source_windows
 
 
-def counted_flops(arch: str, classes: int, crop: int, batch: int) -> tuple[int, int]:
+def counted_flops(arch: str, classes: int, crop: int, batch: int, batch_norm: bool) -> tuple[int, int]:
     """Forward, and forward with backward, as torch counts them on the meta device."""
     with torch.device("meta"):
-        model, images = VGG(arch, classes=classes, crop=crop), torch.empty(batch, 3, crop, crop)
+        model = VGG(arch, classes=classes, crop=crop, batch_norm=batch_norm)
+        images = torch.empty(batch, 3, crop, crop)
         labels = torch.empty(batch, dtype=torch.int64)
     with FlopCounterMode(display=False) as forward:
         logits = model(images)
@@ -25,12 +29,15 @@ def counted_flops(arch: str, classes: int, crop: int, batch: int) -> tuple[int, 
 
 
 @pytest.mark.parametrize(("classes", "crop", "batch"), [(1000, 224, 2), (10, 64, 3)])
-@pytest.mark.parametrize("arch", CONFIGURATIONS)
-def test_flops_are_torchs(arch, classes, crop, batch):
-    layers = layer_costs(arch, classes=classes, crop=crop, batch=batch, bytes_per_value=2)
-    forward, backward = counted_flops(arch, classes, crop, batch)
+@pytest.mark.parametrize(("arch", "batch_norm"), [*((arch, False) for arch in CONFIGURATIONS), ("D", True)])
+def test_flops_are_torchs(arch, batch_norm, classes, crop, batch):
+    layers = layer_costs(arch, classes=classes, crop=crop, batch=batch, bytes_per_value=2, batch_norm=batch_norm)
+    forward, backward = counted_flops(arch, classes, crop, batch, batch_norm)
     assert sum(layer.forward.flops for layer in layers) == pytest.approx(forward, rel=1e-3)
     assert sum(layer.backward.flops for layer in layers) == pytest.approx(backward, rel=1e-3)
+    for layer in layers:
+        assert sum(kernel.flops for kernel in layer.forward_kernels) == layer.forward.flops
+        assert sum(kernel.flops for kernel in layer.backward_kernels) == layer.backward.flops
 
 
 def test_flops_of_vgg_16():
@@ -57,9 +64,134 @@ def test_layers_are_the_networks(arch):
     assert [layer.kind for layer in layers].count("lrn") == (arch == "A-LRN")
 
 
-def layers_by_name(arch: str, batch: int, bytes_per_value: int) -> dict[str, LayerCost]:
-    layers = layer_costs(arch, classes=10, crop=32, batch=batch, bytes_per_value=bytes_per_value)
+def test_layers_with_batch_norm_are_torchvisions():
+    layers = layer_costs("D", classes=1000, crop=224, batch=1, bytes_per_value=4, batch_norm=True)
+    with torch.device("meta"):
+        model = torchvision.models.vgg16_bn()
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
+    assert [layer.name for layer in layers if layer.kind == "norm"] == list(norms)
+    assert [layer.parameters for layer in layers if layer.kind == "norm"] == [
+        (module.num_features, module.num_features) for module in norms.values()
+    ]
+    assert sum(sum(layer.parameters) for layer in layers) == sum(weight.numel() for weight in model.parameters())
+
+
+def layers_by_name(arch: str, batch: int, bytes_per_value: int, batch_norm: bool = False) -> dict[str, LayerCost]:
+    layers = layer_costs(arch, classes=10, crop=32, batch=batch, bytes_per_value=bytes_per_value, batch_norm=batch_norm)
     return {layer.name: layer for layer in layers}
+
+
+class BytesOfOperations(TorchDispatchMode):
+    """Bytes of the tensors that each operation of PyTorch reads and writes, the same tensor read twice counted once."""
+
+    FREE = ("view", "t", "detach", "squeeze", "unsqueeze", "expand", "empty", "empty_like", "ones_like")
+    """Operations that move nothing."""
+
+    def __init__(self, left_out: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.bytes, self._left_out = 0, (*self.FREE, *left_out)
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        result = operation(*arguments, **(named or {}))
+        if operation.__name__.partition(".")[0] not in self._left_out:
+            read = {id(value): value for value in tree_leaves((arguments, named)) if isinstance(value, torch.Tensor)}
+            written = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+            self.bytes += sum(value.numel() * value.itemsize for value in (*read.values(), *written))
+        return result
+
+
+def kernel_bytes(layers) -> int:
+    return sum(kernel.bytes for layer in layers for kernel in (*layer.forward_kernels, *layer.backward_kernels))
+
+
+@pytest.mark.parametrize(("arch", "batch_norm"), [("D", False), ("A", True), ("C", False)])
+def test_unfused_bytes_are_those_of_torchs_operations(arch, batch_norm):
+    """On the meta device, where each operation of an eager step is seen, and then what its kernels on a GPU add to that."""
+    with torch.device("meta"):
+        model, images = VGG(arch, classes=10, crop=64, batch_norm=batch_norm), torch.empty(4, 3, 64, 64)
+    with BytesOfOperations(left_out=("sum", "bernoulli_", "div_", "mul")) as operations:  # the meta device's dropout
+        model(images).sum().backward()
+    layers = layer_costs(arch, classes=10, crop=64, batch=4, bytes_per_value=4, batch_norm=batch_norm)
+    expected = operations.bytes
+    expected += 2 * 2 * (4 + 4 + 1) * 4 * 4096  # two dropouts, forward and backward: value in, value out, mask
+    expected += (
+        2 * 4 * 4 * 4096
+    )  # the sums that are biases' gradients: left out above, as the loss' sum has the same name
+    for layer, (name, module) in zip(convolutions(layers), convolution_modules(model), strict=True):
+        assert layer.name == name
+        y = 4 * 4 * module.out_channels * side(layers, name) ** 2
+        # The bias: read and write the output, read its gradient. Two kernels read the gradient; of the first layer's, one.
+        expected += 3 * y + (y if layer is not layers[0] else -4 * module.weight.numel())
+    for layer in layers:
+        if layer.kind == "norm":
+            expected += layer.forward.bytes  # three times its values: forward it reads one more, backward two
+    assert kernel_bytes(layers) == pytest.approx(expected, rel=1e-3)
+
+
+def convolutions(layers: list[LayerCost]) -> list[LayerCost]:
+    return [layer for layer in layers if layer.kind == "conv"]
+
+
+def convolution_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Conv2d]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
+
+
+def side(layers: list[LayerCost], name: str) -> int:
+    """Of a layer's output at a crop of 64: halved by each pooling before it."""
+    names = [layer.name for layer in layers]
+    return 64 >> sum(layer.kind == "pool" for layer in layers[: names.index(name)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unfused_bytes_of_local_response_normalisation(dtype):
+    x = torch.empty(2, 64, 16, 16, device="meta", dtype=dtype, requires_grad=True)
+    gradient = torch.empty_like(x)
+    with BytesOfOperations() as operations:
+        LocalResponseNorm()(x).backward(gradient)
+    padded = 2 * (64 + 4) * 16 * 16 * 4  # the average's backward pass names its input and does not read it
+    layers = layer_costs("A-LRN", classes=10, crop=32, batch=1, bytes_per_value=dtype.itemsize)
+    (layer,) = (layer for layer in layers if layer.kind == "lrn")
+    values = x.numel() / (64 * 32 * 32)
+    assert values * kernel_bytes([layer]) == pytest.approx(operations.bytes - padded, rel=0.01)
+
+
+def test_unfused_bytes_of_a_convolution_by_hand():
+    """The second of D in bfloat16, with its ReLU: 2 bytes a value, weights of 4 converted forward, their gradients backward."""
+    conv = layers_by_name("D", batch=2, bytes_per_value=2)["features.2"]
+    values, weights, flops = 2 * 64 * 32 * 32, 64 * 64 * 9 + 64, 2 * 2 * 64 * 32 * 32 * 64 * 9
+    assert conv.forward_kernels == (
+        Work(0, weights * 6),
+        Work(flops, 2 * (values + weights + values)),
+        Work(0, 2 * 2 * values),  # bias
+        Work(0, 2 * 2 * values),  # ReLU
+    )
+    assert conv.backward_kernels == (
+        Work(0, 3 * 2 * values),  # ReLU
+        Work(0, 2 * values),  # bias
+        Work(flops, 2 * (values + weights + values)),  # of the input
+        Work(flops, 2 * (values + values + weights)),  # of the weights
+        Work(0, weights * 6),
+    )
+
+
+def test_unfused_moves_no_less():
+    for batch_norm in (False, True):
+        for layer in layer_costs("A", classes=10, crop=64, batch=2, bytes_per_value=2, batch_norm=batch_norm):
+            assert sum(kernel.bytes for kernel in layer.forward_kernels) >= layer.forward.bytes, layer.name
+            assert sum(kernel.bytes for kernel in layer.backward_kernels) >= layer.backward.bytes, layer.name
+
+
+def test_bytes_of_batch_normalisation():
+    """Its input is read for the statistics and again to be normalised; so are input and gradient on the way back."""
+    layers = layers_by_name("D", batch=2, bytes_per_value=2, batch_norm=True)
+    norm, values = layers["features.1"], 2 * 64 * 32 * 32
+    assert (norm.kind, norm.parameters) == ("norm", (64, 64))
+    assert norm.forward == Work(0, 2 * 3 * values)
+    assert norm.backward == Work(0, 2 * 5 * values)
+    assert norm.forward_kernels == (norm.forward, Work(0, 2 * 2 * values)), "the ReLU that follows it is a kernel"
+    without = layers_by_name("D", batch=2, bytes_per_value=2)["features.0"]
+    assert layers["features.0"].forward == without.forward
+    assert len(layers["features.0"].forward_kernels) == len(without.forward_kernels) - 1, "which follows the norm now"
 
 
 def test_bytes_in_float32():
@@ -109,7 +241,7 @@ def test_an_unknown_layer_is_refused(monkeypatch):
             super().__init__(arch, **settings)
             self.features.append(torch.nn.Sigmoid())
 
-    monkeypatch.setattr("costs.VGG", Wider)
+    monkeypatch.setattr("perf.costs.VGG", Wider)
     with pytest.raises(NotImplementedError, match=r"Sigmoid \(features\.\d+\)"):
         layer_costs("A", classes=10, crop=32, batch=1, bytes_per_value=4)
 

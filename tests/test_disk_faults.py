@@ -1,12 +1,14 @@
 """Disks that are full or read-only, crashes in the middle of a checkpoint, two runs in one folder."""
 
 import fcntl
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -14,7 +16,7 @@ import train
 from common import lock
 from common.errors import UserError
 from common.files import half_written, remove_own
-from common.lock import FolderLock
+from common.lock import BusyError, FolderLock
 from engine.checkpoint import load
 from engine.runlog import RunLog
 from pipeline import manifest_files
@@ -45,6 +47,7 @@ def whole(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(whole, tmp_path, capsys):
     with small_disk(tmp_path / "disk", SMALL_DISK) as disk:
         out = disk / "out"
@@ -95,7 +98,8 @@ def test_a_read_only_disk(tmp_path, capsys):
             assert f"--out {disk / out}: cannot be written (Read-only file system); choose another folder" in error
 
 
-@pytest.mark.parametrize(("moment", "survivor"), [pytest.param("replace", 1, marks=pytest.mark.slow), ("link", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "survivor"), [("replace", 1), ("link", 2)])
 def test_killed_between_writing_and_renaming_or_linking(whole, tmp_path, moment, survivor):
     """In the second checkpoint, kill -9 before last.pt is replaced, or after that and before it gets its number."""
     code = f"""
@@ -157,7 +161,7 @@ def test_a_run_waits_for_one_that_is_ending(tmp_path):
 
 
 def test_the_lock_of_a_killed_run_is_free(tmp_path, monkeypatch):
-    code = "import pathlib, sys; from common.lock import FolderLock; lock = FolderLock(pathlib.Path(sys.argv[1]))"
+    code = "import pathlib, sys; from common.lock import BusyError, FolderLock; lock = FolderLock(pathlib.Path(sys.argv[1]))"
     holder = subprocess.Popen(
         [sys.executable, "-c", f"{code}; lock.take(); print(flush=True); input()", str(tmp_path)],
         cwd=ROOT,
@@ -183,6 +187,23 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     with FolderLock(tmp_path) as first, FolderLock(tmp_path) as second:
         first.take()
         second.take()
+    with FolderLock(tmp_path) as needed, pytest.raises(UserError, match=r"its file system has no locks \(No locks"):
+        needed.take(required=True)
+
+
+def test_two_locks_of_one_folder_and_how_long_each_is_waited_for(tmp_path, capsys):
+    with FolderLock(tmp_path) as first, FolderLock(tmp_path, ".other") as other, FolderLock(tmp_path) as second:
+        first.take()
+        other.take(patience_seconds=0.0)
+        began = time.monotonic()
+        with pytest.raises(BusyError):
+            second.take(patience_seconds=0.0)
+        assert time.monotonic() - began < 0.5
+        assert capsys.readouterr().err == ""
+        threading.Timer(1.0, first.__exit__, (None, None, None)).start()
+        second.take(patience_seconds=math.inf)
+        first._descriptor = None  # closed by the timer
+        assert capsys.readouterr().err.startswith(f"waiting for another run (pid {os.getpid()}, host ")
 
 
 def test_two_scans_of_one_folder(tmp_path, monkeypatch):

@@ -72,6 +72,7 @@ def two(tmp_path_factory) -> list[str]:
     return [checkpoint(root / str(seed), seed=seed, train_scale=scale) for seed, scale in ((1, "36"), (2, "36-73"))]
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_on_any_number_of_ranks_with_a_bad_image_among_them(tmp_path, folder, two):
     files = []
     figures = []
@@ -100,6 +101,7 @@ def results(capsys, *flags: str) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_networks_and_scales_are_averaged_and_nothing_is_computed_twice(tmp_path, folder, two, capsys, monkeypatch):
     common = ["--data", str(folder), "--posteriors", str(tmp_path), "--protocol", "dense", "--scales", "36,40"]
     alone = [results(capsys, "--checkpoint", path, *common) for path in two]
@@ -122,6 +124,7 @@ def test_networks_and_scales_are_averaged_and_nothing_is_computed_twice(tmp_path
     assert fused["top5"] == right[:, :5].sum() / IMAGES
 
 
+@pytest.mark.slow
 def test_center_is_the_validation_of_training(tmp_path, folder, capsys):
     out = tmp_path / "run"
     small = [
@@ -172,6 +175,7 @@ def test_a_table_has_its_rows_filled_from_what_is_given(tmp_path, folder, two, c
     assert f"{two[1]}: belongs to no row of Table 3" in output.err
 
 
+@pytest.mark.slow
 def test_features_are_dense_averaged_and_of_length_1(tmp_path, folder, two, capsys):
     flags = ["--checkpoint", two[0], "--data", str(folder), "--scales", "40,48", "--output", str(tmp_path), "--svm"]
     assert features.main(flags) == 0
@@ -242,6 +246,7 @@ def test_a_file_that_holds_no_rows_is_none(tmp_path):
     assert open_rows(path, (2, 3), np.float16) is not None
 
 
+@pytest.mark.slow
 def test_an_overflow_in_float16_says_so(tmp_path, folder, two, capsys):
     model = load(Path(two[0])).model
     model["classifier.6.bias"] = model["classifier.6.bias"] - 1e5  # in float16 -inf: as a posterior, 0

@@ -145,6 +145,7 @@ def test_torch_export_runs_what_was_written_for_it(tmp_path, capsys, with_lrn):
     }
 
 
+@pytest.mark.slow
 def test_onnxruntime_runs_what_was_written_for_it(tmp_path, capsys):
     """With every kind of layer that there is."""
     model, checkpoint = trained(tmp_path, "A-LRN", batch_norm=True)

@@ -2,20 +2,32 @@
 
 import argparse
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import gpu_report
-import gpu_table
+import msgspec
 import numpy as np
 import pytest
 import torch
-from gpu_report import Run, execute, plan
-from gpu_results import of_inputs, of_loaders, of_steps, of_tests, of_throughput
-from gpu_table import BEGIN, END, rewrite_table, section
-from photographs import photograph_folder
 
+from benchmarks import gpu_report, turns
+from benchmarks import inputs as compare_inputs
+from benchmarks.gpu_report import (
+    BEGIN,
+    END,
+    FORMAT,
+    Run,
+    execute,
+    of_tests,
+    of_throughput,
+    plan,
+    results_of,
+    rewrite_table,
+    section,
+)
+from benchmarks.photographs import photograph_folder
 from common.errors import UserError
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
@@ -30,32 +42,29 @@ JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.gpu.test_nvml" name="test_three"><skipped type="pytest.skip" message="no permission"/></testcase>
 <testcase classname="tests.gpu.test_jpeg" name="test_four"><skipped type="pytest.xfail" message="exit code -11"/></testcase>
 </testsuite></testsuites>"""
-TURNS = {
-    "this project": {"images_per_second": [1050.0, 1040.0, 1060.0], "times this project": [1.0, 1.0, 1.0]},
-    "timm, eager": {"images_per_second": [700.0, 690.0, 705.0], "times this project": [1.5, 1.475, 1.525]},
-}
-
-
-INPUTS = {
-    "noise that stays there": {"images_per_second": [2000.0, 1990.0, 2010.0], "of noise": [1.0, 1.0, 1.0]},
-    "files, CPU": {"images_per_second": [1900.0, 1880.0, 1910.0], "of noise": [0.95, 0.9447, 0.9503]},
-}
+TURNS = turns.summarise(
+    {"this project": [1050.0, 1040.0, 1060.0], "timm, eager": [700.0, 705.0, 690.0]}, times=("this project",)
+)
+INPUTS = turns.summarise({"noise": [2000.0, 1990.0, 2010.0], "files, CPU": [1900.0, 1880.0, 1910.0]}, of="noise")
 
 
 def made_up_results() -> dict:
     loaders = {"images": 5, "batch_size": 128, "threads": 9, "rounds": 5, "scales": {"S=256": TURNS}, "data": "/home/x"}
+    inputs = {"batch_size": 256, "threads": 8, "rounds": 5, "inputs": INPUTS, "data": "/home/x"}
+    steps = {"batch_size": 256, "rounds": 5, "steps": TURNS, "crop": 224}
     return {
+        "format": FORMAT,
         "created": "2026-11-24T13:00:00+00:00",
         "git_revision": "0123456789abcdef",
         "card": "NVIDIA H100 80GB HBM3",
-        "hardware": made_up_throughput()["hardware"],
+        "hardware": msgspec.to_builtins(made_up_throughput().hardware),
         "data": "imagenet",
         "tests": of_tests(JUNIT),
         "throughput": {"D bf16, images": of_throughput(made_up_throughput())},
-        "inputs": {"D bf16, inputs": of_inputs({"batch_size": 256, "threads": 8, "rounds": 5, "inputs": INPUTS})},
-        "steps": {"D bf16, against others": of_steps({"batch_size": 256, "rounds": 5, "steps": TURNS, "crop": 224})},
-        "loaders": of_loaders(loaders),
-        "left_out": {"timm": "it is not installed"},
+        "inputs": {"D bf16, inputs": results_of("inputs", json.dumps(inputs))},
+        "steps": {"D bf16, against others": results_of("steps", json.dumps(steps))},
+        "loaders": results_of("loaders", json.dumps(loaders)),
+        "left_out": {"timm's networks": "timm is not installed"},
         "failed": {"E fp16, noise": "out of time"},
     }
 
@@ -85,11 +94,11 @@ def test_the_plan_is_all_that_waits_for_a_gpu(tmp_path, capsys):
     assert f"--data {tmp_path / 'images'}" in captured.err
 
 
-@pytest.mark.parametrize("script", ["throughput", "compare_inputs", "compare_steps"])
+@pytest.mark.parametrize("script", ["profile/throughput.py", "benchmarks.inputs", "benchmarks.steps"])
 def test_the_planned_flags_are_known(tmp_path, script):
     for run in plan(tmp_path, tmp_path / "work")[0]:
-        if run.command[0] == f"profile/{script}.py":
-            flags = [*run.command[1:], "--micro-batch", "32"]
+        if script in run.command[:2]:
+            flags = [*run.command[run.command.index(script) + 1 :], "--micro-batch", "32"]
             assert parse_args(flags).device == "cuda"
 
 
@@ -107,12 +116,12 @@ def test_a_run_is_tried_with_fewer_images_until_it_fits():
 
 
 def test_a_run_that_fails_does_not_end_the_others(tmp_path, monkeypatch):
-    machine = made_up_throughput()["hardware"]
+    machine = made_up_throughput().hardware
     monkeypatch.setattr(gpu_report, "ranks_of_this_run", lambda device: nullcontext())
     monkeypatch.setattr(gpu_report, "hardware", lambda ranks: machine)
     steps = json.dumps({"batch_size": 2, "rounds": 5, "steps": TURNS})
     inputs = json.dumps({"batch_size": 2, "threads": 8, "rounds": 5, "inputs": INPUTS})
-    (tmp_path / "report.json").write_text(json.dumps(made_up_throughput()))
+    (tmp_path / "report.json").write_bytes(msgspec.json.encode(made_up_throughput()))
     (tmp_path / "tests.xml").write_text(JUNIT)
     runs = [
         Run(kind="tests", name="tests/gpu", command=["-c", "import os; os._exit(1)"], report=tmp_path / "tests.xml"),
@@ -150,12 +159,18 @@ def test_the_section_says_what_was_measured_and_what_was_not():
     (row,) = [line for line in lines if line.startswith("| D bf16, images")]
     report = made_up_throughput()
     step, loader, training = (
-        f"{report['stages'][s]['images_per_second']['median']:,.0f}" for s in ("step", "loader", "training")
+        f"{getattr(report.stages, stage).images_per_second:,.0f}" for stage in ("step", "loader", "training")
     )
-    assert row == f"| D bf16, images | {step} | {loader} | {training} | 0.968 | 28.3 % | 4.31 | 256 | input |"
-    assert "| timm, eager | 700 (690–705) | 1.50 (1.48–1.52) |" in lines
-    assert "| files, CPU | 1,900 (1,880–1,910) | 0.950 (0.945–0.950) |" in lines
-    assert "Left out: timm (it is not installed)." in lines
+    ratio, mfu, joules = report.ceiling.training_over_ceiling, report.roofline.mfu, report.roofline.images_per_joule
+    assert mfu is not None
+    start = (
+        f"| D bf16, images | {step} | {loader} | {training} | {ratio:.3f} | {100 * mfu:.1f} % | {joules:.2f} | 256 |"
+    )
+    assert row == f"{start} {report.verdict.bound} |"
+    assert "| timm, eager | 700 (690–705) | 1.50 (1.48–1.54, 95 % 1.43–1.58) |" in lines
+    assert any(line.startswith("| files, CPU | 1,900 (1,880–1,910) | 0.950 (0.945–0.950, 95 % 0.9") for line in lines)
+    assert any(line.startswith("| this project | 1,050 (1,040–1,060) |  |") for line in lines)
+    assert "Left out: timm's networks (timm is not installed)." in lines
     assert "Failed: E fp16, noise (out of time)." in lines
     assert lines[-5].startswith("tests/gpu: 1 passed; failed: `test_step::test_two` (AssertionError: 3 < 2)")
     text = json.dumps(made_up_results())
@@ -165,8 +180,8 @@ def test_the_section_says_what_was_measured_and_what_was_not():
 def test_what_was_not_measured_is_a_dash():
     results = made_up_results()
     quiet = cpu_report()
-    quiet["stages"] |= {"loader": None, "training": None}
-    quiet["ceiling"]["training_over_ceiling"] = quiet["roofline"]["mfu"] = None
+    quiet.stages.loader = quiet.stages.training = None
+    quiet.ceiling.training_over_ceiling = quiet.roofline.mfu = None
     results |= {
         "throughput": {"A bf16, noise": of_throughput(quiet)},
         "loaders": None,
@@ -174,7 +189,9 @@ def test_what_was_not_measured_is_a_dash():
         "inputs": {},
         "steps": {},
     }
-    assert "| A bf16, noise | 118 | – | – | – | – | – | 32 | compute |" in section([results])
+    rate, size = quiet.stages.step.images_per_second, quiet.config["micro_batch"]
+    row = f"| A bf16, noise | {rate:,.0f} | – | – | – | – | – | {size} | {quiet.verdict.bound} |"
+    assert row in section([results])
 
 
 def test_the_table_is_made_again_between_its_comments(tmp_path):
@@ -197,9 +214,14 @@ def test_the_table_is_made_again_between_its_comments(tmp_path):
         rewrite_table(tmp_path)
 
 
-def test_the_repositorys_own_page_has_the_comments():
-    text = (gpu_report.ROOT / "docs/performance.md").read_text()
-    assert text.count(BEGIN) == text.count(END) == 1
+def test_the_repositorys_own_page_is_made_of_its_own_reports(tmp_path):
+    docs = gpu_report.ROOT / "docs"
+    page = tmp_path / "performance.md"
+    page.write_text((docs / "performance.md").read_text())
+    assert page.read_text().count(BEGIN) == page.read_text().count(END) == 1
+    shutil.copytree(docs / "gpu", tmp_path / "gpu")
+    rewrite_table(tmp_path)
+    assert page.read_text() == (docs / "performance.md").read_text()
 
 
 def test_photographs_are_a_data_set_of_varied_sizes(tmp_path):
@@ -219,7 +241,7 @@ def test_photographs_are_a_data_set_of_varied_sizes(tmp_path):
 @pytest.mark.slow
 def test_compare_steps_runs_on_a_cpu(monkeypatch):
     """timm is said to be missing, so that what it costs is not in the test."""
-    settings = "import compare_loaders as c; c._BATCHES_NOT_COUNTED = 1; sys.modules['timm'] = None"
+    settings = "from benchmarks import turns; turns.NOT_COUNTED = 1; sys.modules['timm'] = None"
     flags = [
         "--arch",
         "A",
@@ -234,20 +256,18 @@ def test_compare_steps_runs_on_a_cpu(monkeypatch):
         "--batches",
         "1",
     ]
-    result = run_script("compare_steps", settings, *flags)
+    result = run_script("benchmarks.steps", settings, *flags)
     assert set(result["steps"]) == {"this project", "torchvision, eager", "torchvision, compiled"}
     for row in result["steps"].values():
-        for median, lowest, highest in row.values():
+        for title in ("images_per_second", "times this project"):
+            median, lowest, highest = row[title]
             assert 0 < lowest <= median <= highest
     assert (result["device"], result["precision"], result["batch_size"]) == ("cpu", "fp32", 2)
 
 
 @pytest.mark.slow
 def test_compare_inputs_runs_on_a_cpu(tmp_path, monkeypatch):
-    import compare_inputs
-    import compare_loaders
-
-    monkeypatch.setattr(compare_loaders, "_BATCHES_NOT_COUNTED", 1)
+    monkeypatch.setattr(turns, "NOT_COUNTED", 1)
     monkeypatch.setattr(compare_inputs, "_PAUSE_SECONDS", 0.0)
     folder = photograph_folder(tmp_path / "photographs", train=8, val=2)
     flags = "--arch A --crop 32 --train-scale 32 --device cpu --no-compile --batch-size 4 --micro-batch 2"
@@ -257,17 +277,17 @@ def test_compare_inputs_runs_on_a_cpu(tmp_path, monkeypatch):
         result = compare_inputs.compare(config, ranks, options, tmp_path)
     assert set(result["inputs"]) == {compare_inputs.NOISE, "files, CPU", "prepared, CPU"}
     for row in result["inputs"].values():
-        for median, lowest, highest in row.values():
+        for title in ("images_per_second", "of noise"):
+            median, lowest, highest = row[title]
             assert 0 < lowest <= median <= highest
     assert result["inputs"][compare_inputs.NOISE]["of noise"] == [1.0, 1.0, 1.0]
-    gpu_table._inputs(result["inputs"])
 
 
 def test_on_a_gpu_every_decoder_is_compared():
-    from compare_inputs import decoders
-
     with ranks_of_this_run("cpu") as ranks:
-        changed = decoders(parse_args(["--prefetch", "3"]), replace(ranks, device=torch.device("cuda", 0)))
+        changed = compare_inputs.decoders(
+            parse_args(["--prefetch", "3"]), replace(ranks, device=torch.device("cuda", 0))
+        )
     assert [(one["decoder"], one.get("hw_decoder_load"), one.get("prefetch")) for one in changed.values()] == [
         ("gpu", None, None),
         ("gpu", 1.0, None),
@@ -278,7 +298,5 @@ def test_on_a_gpu_every_decoder_is_compared():
 
 @pytest.mark.parametrize("data", ["synthetic", "digits"])
 def test_inputs_are_compared_over_a_folder(data, capsys):
-    import compare_inputs
-
     assert compare_inputs.main(["--data", data]) == 2
     assert "give a folder of photographs" in capsys.readouterr().err

@@ -5,11 +5,11 @@ import time
 
 import pytest
 import torch
-from laps import Laps, MarkedBatches, MarkedPrecision
 from torch import nn
 
 from engine.precision import Precision, choose_precision
 from engine.step import TrainStep
+from perf.laps import Laps, MarkedBatches, MarkedPrecision
 
 CPU = torch.device("cpu")
 WAIT, FORWARD, BACKWARD, OPTIMIZER = 0.04, 0.08, 0.12, 0.16
@@ -54,9 +54,10 @@ def test_each_part_gets_its_own_time(passes):
     laps = Laps(CPU)
     _, step = make_step(laps, passes)
     step()
+    laps.begin()
     for _ in range(3):
-        with laps.lap():
-            step()
+        step()
+        laps.end_lap()
     taken = laps.take()
     assert len(taken) == 3
     for lap in taken:
@@ -70,7 +71,7 @@ def test_each_part_gets_its_own_time(passes):
         ):
             assert planted <= lap[part], part
             # The least of them: in a single lap, other work of the machine may come between.
-            assert min(lap[part] for lap in taken) < planted + 0.03 * passes, part
+            assert min(lap[part] for lap in taken) < planted + 0.06 * passes, part
     assert laps.take() == []
 
 
@@ -78,7 +79,20 @@ def test_what_is_outside_of_laps_is_not_counted():
     laps = Laps(CPU)
     _, step = make_step(laps, 1)
     step()
+    laps.begin()
+    laps.pause()
+    step()
     assert laps.take(wait=True) == []
+
+
+def test_a_stall_between_two_laps_belongs_to_the_second():
+    laps = Laps(CPU)
+    laps.begin()
+    laps.end_lap()
+    time.sleep(0.05)
+    laps.end_lap()
+    first, second = (sum(lap.values()) for lap in laps.take())
+    assert first < 0.05 <= second
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
@@ -129,12 +143,13 @@ def test_on_a_gpu_events_are_read_when_the_device_has_passed_them(monkeypatch):
     monkeypatch.setattr(FakeEvent, "recorded", 0)
     monkeypatch.setattr(FakeEvent, "reached", 0)
     laps = Laps(torch.device("cuda", 0))
+    laps.begin()
     for _ in range(3):
-        with laps.lap():
-            laps.mark("forward")
-            laps.mark("backward")
+        laps.mark("forward")
+        laps.mark("backward")
+        laps.end_lap()
     assert laps.take() == [], "nothing is waited for"
-    FakeEvent.reached = 7  # one of the second lap is still to come
+    FakeEvent.reached = 6  # one of the second lap is still to come
     assert laps.take() == [{"rest": 1.0, "forward": 1.0, "backward": 1.0}]
     assert len(laps.take(wait=True)) == 2
 

@@ -32,6 +32,7 @@ CONSTANTS = {
     "jpeg_engine_utilisation_percent": 20,
     "video_decoder_utilisation_percent": 10,
 }
+LIMITS = {"max_sm_clock_mhz": 1980, "power_limit_watts": 700, "default_power_limit_watts": 700}
 RATES = {"nvlink_tx_bytes_per_second": 3 * 2**30, "nvlink_rx_bytes_per_second": 4 * 2**30}
 
 
@@ -55,6 +56,8 @@ def test_every_field_arrives(stub):
     (gpu,) = report["devices"]
     assert (gpu["index"], gpu["uuid"], gpu["name"]) == (0, "GPU-1000abcd-0000-0000-0000-000000000000", "Stub GPU")
     assert gpu["missing"] == {}
+    assert gpu["is_mig"] is False
+    assert {name: gpu[name] for name in LIMITS} == LIMITS
     assert set(gpu["fields"]) == {*CONSTANTS, *RATES}
     for name, value in CONSTANTS.items():
         assert gpu["fields"][name] == dict.fromkeys(STATISTICS, value), name
@@ -78,6 +81,16 @@ def test_statistics_are_those_of_the_series(stub):
         place = share * (len(watts) - 1)
         assert watts[math.floor(place)] - 0.01 <= spread[name] <= watts[math.ceil(place)] + 0.01
     assert spread["max"] - spread["min"] > 150  # more than one period of the swing
+
+
+def test_a_power_cap_and_a_power_brake(stub):
+    (gpu,) = sample(stub, LIMIT_WATTS="400", SM_MHZ="1100")["devices"]
+    assert (gpu["power_limit_watts"], gpu["default_power_limit_watts"]) == (400, 700)
+    assert gpu["fields"]["sm_clock_mhz"]["median"] / gpu["max_sm_clock_mhz"] == pytest.approx(1100 / 1980)
+    assert {name: part for name, part in gpu["throttled_fraction"].items() if part} == {"sw_power_cap": 1.0}
+    (gpu,) = sample(stub, REASONS=str(0x88))["devices"]
+    braked = {"hw_slowdown": 1.0, "hw_power_brake": 1.0}
+    assert {name: part for name, part in gpu["throttled_fraction"].items() if part} == braked
 
 
 # ---- energy --------------------------------------------------------------------------------------------------------
@@ -144,6 +157,43 @@ def test_functions_that_an_older_driver_lacks(tmp_path):
     assert gpu["fields"]["power_watts"]["median"] == 300
 
 
+def test_limits_that_cannot_be_read(tmp_path):
+    names = ("nvmlDeviceGetMaxClockInfo", "nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetPowerManagementDefaultLimit")
+    (gpu,) = sample(compile_stub(tmp_path, without=names))["devices"]
+    assert {name: gpu[name] for name in LIMITS} == dict.fromkeys(LIMITS)
+    assert gpu["missing"] == dict.fromkeys(LIMITS, "Function Not Found")
+    assert gpu["fields"]["power_watts"]["median"] == 300
+
+
+LATER = {
+    "nvmlDeviceGetJpgUtilization": "jpeg_engine_utilisation_percent",
+    "nvmlDeviceGetTotalEnergyConsumption": "energy_counter_joules",
+    "nvmlDeviceGetCurrentClocksEventReasons": None,  # the older name is asked
+    "nvmlDeviceGetTemperatureV": None,
+    "NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX": "nvlink_tx_bytes_per_second",
+    "NVML_CLOCK_MEM": "memory_clock_mhz",
+    "NVML_ERROR_DEPRECATED": None,
+    "NVML_ERROR_ARGUMENT_VERSION_MISMATCH": None,
+    "nvmlDeviceGetMaxClockInfo": "max_sm_clock_mhz",
+    "nvmlDeviceGetEnforcedPowerLimit": "power_limit_watts",
+    "nvmlDeviceGetPowerManagementDefaultLimit": "default_power_limit_watts",
+    "nvmlDeviceGetMigMode": None,
+}
+
+
+def test_what_an_older_binding_lacks_is_one_reading_each(stub):
+    """A constant, a function: whatever is missing, all the others are there."""
+    code = SAMPLE.format(seconds=0.2)
+    (gpu,) = run_python(code, environment(stub), binding_without=tuple(LATER))["devices"]
+    lost = {reading: f"nvidia-ml-py is too old: it has no {name}" for name, reading in LATER.items() if reading}
+    assert gpu["missing"] == lost
+    there = ({*CONSTANTS, *RATES} | {*LIMITS}) - {*lost}
+    assert {name for name in (*gpu["fields"], *LIMITS) if gpu.get(name, gpu["fields"].get(name)) is not None} == there
+    assert gpu["fields"]["temperature_celsius"]["median"] == 50
+    assert gpu["throttled_fraction"]["hw_thermal"] == 1
+    assert gpu["energy_source"] == "power"
+
+
 def test_what_cannot_work_is_tried_once_and_what_may_is_tried_again(stub):
     """Every fault ends after a while; a reading that had failed for good is not asked again, and so is never there."""
     faults = {
@@ -199,7 +249,8 @@ print(json.dumps([sampler.report(), sampler.report(end - 0.2, end)]))
 def test_a_driver_that_hangs_does_not_hold_up_the_program(stub):
     """Eight GPUs with a PCIe reading of 2 s: entering, leaving and reporting take only their patience."""
     code = """
-import nvml_sampler; nvml_sampler._PATIENCE_SECONDS = 0.2
+from perf import samples, telemetry  # what takes time to import
+telemetry._PATIENCE_SECONDS = 0.2
 began = now()
 with NvmlSampler(interval_seconds=0.02) as sampler:
     pass
@@ -320,7 +371,7 @@ def test_uuids_of_a_torch_device():
     code = """
 import torch
 from types import SimpleNamespace
-from nvml_sampler import uuids_of
+from perf.telemetry import uuids_of
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(uuid=f"uuid of {device}")
 print(json.dumps([uuids_of(torch.device("cpu")), uuids_of(torch.device("cuda", 1))]))
 """
@@ -333,6 +384,8 @@ def test_mig(stub):
     report = run_python(SAMPLE.format(seconds=0.2), env)
     (gpu,) = report["devices"]
     assert (gpu["index"], gpu["uuid"][:8], gpu["name"]) == (0, "MIG-1902", "Stub GPU MIG 1g.10gb")
+    assert gpu["is_mig"] is True
+    assert {name: gpu[name] for name in LIMITS} == LIMITS, "of the whole GPU"
     own = {
         "memory_used_bytes": 17 * 2**30,
         "jpeg_engine_utilisation_percent": 32,

@@ -1,9 +1,9 @@
-"""profile/pre_initialisation.py: the weights that it makes itself, its verdicts, its picture. Training is train.py's."""
+"""benchmarks/pre_initialisation.py: the weights that it makes itself, its verdicts, its picture. Training is train.py's."""
 
 import numpy as np
-from pre_initialisation import plot, starts, summarise, write_small_normal
 from scipy import stats
 
+from benchmarks.pre_initialisation import plot, starts, summarise, write_small_normal
 from engine.config import parse_args
 from engine.networks import load_network
 

@@ -32,7 +32,8 @@ def uninterrupted(tmp_path_factory):
     return run_once
 
 
-@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_sigterm_saves_and_the_same_command_goes_on_bit_exactly(uninterrupted, tmp_path, ranks):
     flags = [*SMALL, "--steps", "8", "--out", str(tmp_path)]
     process = start(*flags, torchrun=one_machine(ranks) if ranks else None)
@@ -65,6 +66,7 @@ def test_torchrun_restarts_ranks_that_stopped_or_were_killed(uninterrupted, tmp_
     assert_same_weights(uninterrupted(2) / "last.pt", tmp_path / "last.pt")
 
 
+@pytest.mark.slow
 def test_a_stop_during_validation_is_followed_by_that_validation(tmp_path, monkeypatch, capsys):
     """Two epochs of 12 images in batches of 6; the validation set takes four batches; stopped in the middle of the first."""
     folder = photo_folder(tmp_path / "data", train=12, val=23)
@@ -124,7 +126,9 @@ def test_under_nohup_a_closed_terminal_is_ignored_unless_torchrun_passes_it_on(m
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_the_first_step_ends_with_75_and_one_line(tmp_path, number):
     """While torch is being imported; nothing is left in --out."""
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup, the program would rightly ignore SIGHUP
     process = start(*SMALL, "--steps", "8", "--out", str(tmp_path / "out"))
+    signal.signal(number, before)
     mask = 1 << (number - 1)
     while not int(Path(f"/proc/{process.pid}/status").read_text().split("SigCgt:")[1].split()[0], 16) & mask:
         time.sleep(0.02)
@@ -177,7 +181,7 @@ def test_a_second_ctrl_c_ends_at_once_or_after_the_checkpoint(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("moment", ["at the start", "in training"])
+@pytest.mark.parametrize("moment", ["at the start", pytest.param("in training", marks=pytest.mark.slow)])
 def test_ranks_do_not_outlive_a_torchrun_that_is_killed(tmp_path, moment):
     """While ranks find each other they end at once; in training they save first."""
     process = start(*SMALL, "--steps", "500", "--out", str(tmp_path), torchrun=one_machine(2))

@@ -106,7 +106,7 @@ def test_shards_are_webdatasets(prepared):
     assert labels == rows.labels.tolist()
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_interrupted_anywhere_and_on_any_number_of_ranks_the_result_is_the_same(source, prepared, tmp_path, ranks):
     destination = tmp_path / "again"
     flags = [str(source), str(destination), *FLAGS, "--threads", "1"]

@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import re
 import signal
 import subprocess
 import sys
@@ -25,13 +26,13 @@ from tests.runs import SMALL, environment, free_port, start, wait_for
 PROGRAMS = sorted(
     path.relative_to(ROOT)
     for path in sources("*.py", ":!tests", ":!deploy")
-    if '\nif __name__ == "__main__":\n    end(' in path.read_text()
+    if '\nif __name__ == "__main__":\n' in path.read_text() and "\n    end(" in path.read_text()
 )
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def command(program: Path, *flags: str) -> list[str]:
-    if program.parts[0] in ("engine", "pipeline"):
+    if len(program.parts) > 1 and program.parts[0] != "profile":  # of a package
         return [sys.executable, "-m", ".".join(program.with_suffix("").parts), *flags]
     return [sys.executable, str(ROOT / program), *flags]
 
@@ -56,15 +57,20 @@ def run(arguments: list[str], **options) -> subprocess.CompletedProcess:
 def test_every_program_begins_and_ends_as_all_do():
     with_main = [
         path.relative_to(ROOT)
-        for path in sources("*.py", ":!tests", ":!deploy")
+        for path in sources("*.py", ":!tests", ":!deploy", ":!docs")
         if "\nif __name__ ==" in path.read_text()
     ]
     assert sorted(with_main) == PROGRAMS
-    assert len(PROGRAMS) > 25
+    assert len(PROGRAMS) > 20
     for program in PROGRAMS:
-        source = (ROOT / program).read_text()
-        assert "from common.start import begin\n\n    begin()\n" in source, program
-        assert "run_program(" in source, program
+        # python -m benchmarks.NAME imports that package first.
+        first = Path("benchmarks/__init__.py") if program.parts[0] == "benchmarks" else program
+        source = (ROOT / first).read_text()
+        assert "from common.start import begin\n\n    begin()" in source, program
+        main = re.search(r"^    from (perf\.\w+) import main$", source, re.M)  # of the thin programs in profile/
+        body = (ROOT / f"{main[1].replace('.', '/')}.py").read_text() if main else source
+        assert "run_program(" in body, program
+        assert first == program or re.search("^@program$|run_program", (ROOT / program).read_text(), re.M), program
         head = source[: source.index("    begin()")]
         for line in head.splitlines():
             assert not line.startswith(("import torch", "import numpy", "from engine", "from pipeline")), program
@@ -72,9 +78,9 @@ def test_every_program_begins_and_ends_as_all_do():
 
 @pytest.fixture(scope="module")
 def interrupting(tmp_path_factory) -> dict[str, str]:
-    """An environment in which Ctrl-C comes while the first library is imported that is not Python's own."""
+    """An environment in which Ctrl-C comes while the first library is imported that is not Python's own, or tarfile."""
     folder = tmp_path_factory.mktemp("stubs")
-    for name in ("numpy", "torch", "tyro", "yaml", "tqdm", "matplotlib", "rich", "scipy"):
+    for name in ("numpy", "torch", "tyro", "yaml", "matplotlib", "rich", "scipy", "msgspec", "tarfile"):
         (folder / f"{name}.py").write_text(
             "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n"
         )

@@ -3,16 +3,28 @@
 import math
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 import torch
 import torch.distributed as dist
-from all_reduce import Links, all_reduce_seconds
-from costs import layer_costs
-from scaling import ComputeTimes, LayerBackward, all_reduce_beside, buckets, predict
 
 from common.errors import UserError
+from perf.costs import Work, layer_costs
+from perf.report import Links, Peaks
+from perf.scaling import (
+    ComputeTimes,
+    LayerBackward,
+    all_reduce_beside,
+    all_reduce_seconds,
+    buckets,
+    fastest,
+    floor_seconds,
+    floor_times,
+    predict,
+)
 
 LINKS = Links(peer_bytes_per_second=100e9, network_bytes_per_second=10e9, gpus_per_node=8, latency_seconds=5e-6)
+WITH_SWITCH = msgspec.structs.replace(LINKS, in_switch=True)
 
 
 def ring_message_by_message(ranks: int) -> int:
@@ -47,6 +59,53 @@ def test_tree_takes_its_height_and_every_byte_twice():
         assert all_reduce_seconds(1e9, ranks=ranks, links=LINKS, algorithm="tree") == pytest.approx(expected)
 
 
+def through_a_switch_part_by_part(ranks: int) -> tuple[int, int]:
+    """Reduce real numbers, one part a rank, in a switch that adds up and sends to all.
+
+    Returns how many parts each rank sent and received."""
+    parts = [[10**rank for _ in range(ranks)] for rank in range(ranks)]
+    sent, received = [0] * ranks, [0] * ranks
+    for owner in range(ranks):
+        total = 0
+        for rank in range(ranks):  # the switch reads that part of all, the owner's too
+            total += parts[rank][owner]
+            sent[rank] += 1
+        received[owner] += 1
+        sent[owner] += 1  # the sum, once, for all
+        for rank in range(ranks):
+            parts[rank][owner] = total
+            received[rank] += 1
+    assert parts == [[sum(10**rank for rank in range(ranks))] * ranks] * ranks
+    assert len(set(sent)) == len(set(received)) == 1, "all ranks alike"
+    return sent[0], received[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_in_the_switch_each_rank_sends_and_receives_little_more_than_its_bytes(ranks):
+    sent, received = through_a_switch_part_by_part(ranks)
+    expected = 2 * 5e-6 + max(sent, received) / ranks * 1e9 / 100e9
+    assert all_reduce_seconds(1e9, ranks=ranks, links=WITH_SWITCH, algorithm="in-switch") == pytest.approx(expected)
+
+
+def test_best_is_in_the_switch_from_four_ranks_on():
+    assert [fastest(1e9, ranks=ranks, links=WITH_SWITCH) for ranks in (2, 4, 8)] == ["ring", "in-switch", "in-switch"]
+    assert fastest(1e9, ranks=8, links=LINKS) == "ring"
+    ring, switch = (
+        all_reduce_seconds(1e9, ranks=8, links=WITH_SWITCH, algorithm=name) for name in ("ring", "in-switch")
+    )
+    assert ring / switch == pytest.approx(1.75 / 1.125, rel=0.01)
+    assert all_reduce_seconds(1e9, ranks=8, links=WITH_SWITCH, algorithm="best") == switch
+    # between machines, as without
+    within = 2 * 5e-6 + 9 / 8 * 1e9 / 100e9
+    ring = 6 * 5e-6 + 2 * 3 / 4 * 1e9 / 10e9
+    assert all_reduce_seconds(1e9, ranks=32, links=WITH_SWITCH, algorithm="in-switch") == pytest.approx(within + ring)
+
+
+def test_no_switch_no_reduction_in_it():
+    with pytest.raises(UserError, match="--all-reduce in-switch: no switch between these GPUs adds up"):
+        all_reduce_seconds(1e9, ranks=8, links=LINKS, algorithm="in-switch")
+
+
 def test_across_machines():
     """8 GPUs on each of 4: 7/8 of the bytes out and in within the machine, 3/4 out and in through its network."""
     within = 14 * 5e-6 + 2 * 7 / 8 * 1e9 / 100e9
@@ -60,8 +119,8 @@ def test_across_machines():
 
 
 def test_one_rank_reduces_nothing():
-    for algorithm in ("ring", "tree", "best"):
-        assert all_reduce_seconds(1e9, ranks=1, links=LINKS, algorithm=algorithm) == 0.0
+    for algorithm in ("ring", "tree", "in-switch", "best"):
+        assert all_reduce_seconds(1e9, ranks=1, links=WITH_SWITCH, algorithm=algorithm) == 0.0
 
 
 def test_ranks_must_fill_their_machines():
@@ -122,18 +181,48 @@ def test_predictions():
     )
     assert times.seconds == pytest.approx(2 * 0.030 + 0.005)
     links = Links(peer_bytes_per_second=100e9, network_bytes_per_second=10e9, gpus_per_node=4, latency_seconds=0.0)
-    rows = {row["ranks"]: row for row in predict(times, links=links, algorithm="ring")}
+    rows = {row.ranks: row for row in predict(times, links=links, algorithm="ring")}
     assert list(rows) == [1, 2, 4, 8, 64, 512]
-    assert rows[1]["images_per_second"] == pytest.approx(32 / 0.065)
-    assert rows[1]["images_per_second_without_overlap"] == rows[1]["images_per_second"]
-    assert rows[1]["exposed_seconds"] == rows[1]["all_reduce_seconds"] == 0.0
+    assert rows[1].plain.images_per_second == pytest.approx(32 / 0.065)
+    assert rows[1].plain.images_per_second_without_overlap == rows[1].plain.images_per_second
+    assert rows[1].plain.exposed_seconds == rows[1].plain.all_reduce_seconds == 0.0
     # 8 on 2 machines: 1.5 · S / 100 GB/s + 1 · S / 10 GB/s = 0.115 ms a MB: 4.6 ms, then 46 ms at the end of the pass
-    assert rows[8]["all_reduce_seconds"] == pytest.approx(0.0506)
-    assert rows[8]["exposed_seconds"] == pytest.approx(0.046)
-    assert rows[8]["images_per_second"] == pytest.approx(8 * 32 / (0.065 + 0.046))
-    assert rows[8]["images_per_second_compressed"] == pytest.approx(8 * 32 / (0.065 + 0.023))
-    assert rows[8]["images_per_second_without_overlap"] == pytest.approx(8 * 32 / (0.065 + 0.0506))
-    assert rows[8]["images_per_second_compressed_without_overlap"] == pytest.approx(8 * 32 / (0.065 + 0.0253))
-    assert rows[8]["efficiency"] == pytest.approx(0.065 / (0.065 + 0.046))
+    assert rows[8].plain.all_reduce_seconds == pytest.approx(0.0506)
+    assert rows[8].plain.exposed_seconds == pytest.approx(0.046)
+    assert rows[8].plain.images_per_second == pytest.approx(8 * 32 / (0.065 + 0.046))
+    assert rows[8].compressed.images_per_second == pytest.approx(8 * 32 / (0.065 + 0.023))
+    assert rows[8].plain.images_per_second_without_overlap == pytest.approx(8 * 32 / (0.065 + 0.0506))
+    assert rows[8].compressed.images_per_second_without_overlap == pytest.approx(8 * 32 / (0.065 + 0.0253))
+    assert rows[8].plain.efficiency == pytest.approx(0.065 / (0.065 + 0.046))
     three = Links(peer_bytes_per_second=1e9, network_bytes_per_second=1e9, gpus_per_node=3, latency_seconds=0.0)
-    assert [row["ranks"] for row in predict(times, links=three, algorithm="ring")] == [1, 2]
+    assert [row.ranks for row in predict(times, links=three, algorithm="ring")] == [1, 2]
+
+
+def test_predictions_name_their_algorithm():
+    times = ComputeTimes(
+        batch=32, passes=1, forward_seconds=0.01, backward=one_bucket_a_layer([0.01], [400]), optimizer_seconds=0.0
+    )
+    rows = predict(times, links=WITH_SWITCH, algorithm="best")
+    assert {row.ranks: row.algorithm for row in rows if 1 < row.ranks < 64} == {
+        2: "ring",
+        4: "in-switch",
+        8: "in-switch",
+    }
+    assert {row.algorithm for row in predict(times, links=WITH_SWITCH, algorithm="tree")} == {"tree"}
+
+
+def test_kernels_follow_one_another():
+    peaks = Peaks(name="it", source="table", flops_per_second=1e12, bytes_per_second=1e9, watts=None)
+    kernels = [Work(flops=3 * 10**12, bytes=10**9), Work(flops=10**12, bytes=5 * 10**9), Work(flops=0, bytes=10**9)]
+    assert floor_seconds(kernels, peaks) == pytest.approx(3 + 5 + 1)
+    assert floor_seconds([Work(flops=4 * 10**12, bytes=7 * 10**9)], peaks) == pytest.approx(7), "as one kernel"
+
+
+def test_the_floors_backward_pass_goes_from_the_last_layer_to_the_first():
+    layers = layer_costs("A", classes=10, crop=32, batch=2, bytes_per_value=4)
+    peaks = Peaks(name="it", source="table", flops_per_second=1e12, bytes_per_second=1e9, watts=None)
+    for fused in (True, False):
+        times = floor_times(layers, peaks, batch=2, passes=1, precision="fp32", fused=fused)
+        first, last = times.backward[-1], times.backward[0]
+        assert (first.parameters, last.parameters) == ((64 * 27, 64), (10 * 4096, 10))
+        assert last.seconds < first.seconds, "ten classes, and 64 channels of 32 × 32 pixels"

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,26 @@ def test_reads_are_issued_before_they_are_needed_and_not_without_bound(folder, m
     assert 13 <= len(asked) <= 16
 
 
+def test_a_reader_that_is_closed_reads_no_more(folder, monkeypatch):
+    """What comes after it has the storage to itself; only what is being read at that moment is read to its end."""
+    reads = []
+
+    def slow(self, name, offsets, targets) -> None:
+        reads.append(name)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(storage.FolderStorage, "read", slow)
+    table = table_of(folder)
+    plan = make_plan(table, batch_size=2)
+    batches = plan.batches(start=0, rank=0, world_size=1, micro_batch=2)
+    fetched = ShardReader(table, threads=2, batches_ahead=50).fetch(batches, plan.read_group)
+    next(fetched)
+    del fetched
+    before = len(reads)
+    time.sleep(0.3)
+    assert len(reads) - before <= 2, "one for each thread"
+
+
 def test_a_window_is_read_in_few_large_pieces(own_copy, monkeypatch):
     """With --order window, one request a shard and window; and no shard is asked for twice in an epoch."""
     requests = []
@@ -289,7 +310,8 @@ def test_fewer_files_may_be_open_than_there_are_shards(tmp_path):
 # ---- runs --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [pytest.param("global", marks=pytest.mark.slow), "window"])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["global", "window"])
 def test_a_run_goes_on_bit_exactly_in_the_middle_of_an_epoch_and_a_window(folder, tmp_path, order):
     flags = [*TRAIN, "--data", str(folder), "--order", order, "--window-shards", "3"]
     assert train.main([*flags, "--steps", "5", "--out", str(tmp_path / "whole")]) == 0

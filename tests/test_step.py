@@ -143,6 +143,7 @@ def test_warm_up_changes_nothing(batch_norm):
     assert all(weight.grad is None for weight in model.parameters())
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_compile_once_each_and_give_the_same_numbers():
     """With batch normalisation, whose statistics a compiled step has to write as well."""
     images, labels = make_batch(4)

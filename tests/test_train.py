@@ -103,6 +103,7 @@ def test_resume_never_moves_the_earlier_run_aside(short_run, tmp_path):
     assert load(out / "earlier-1/last.pt").steps == 8
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_elsewhere_moves_the_run_in_out_aside(short_run, tmp_path):
     out = tmp_path / "another"
     shutil.copytree(short_run, out)
@@ -115,6 +116,7 @@ def test_a_checkpoint_from_elsewhere_moves_the_run_in_out_aside(short_run, tmp_p
     assert not (out / "earlier-2").exists(), "a checkpoint of its own"
 
 
+@pytest.mark.slow
 def test_resume_from_a_path_notes_what_changed(short_run, tmp_path):
     flags = [*SMALL, "--steps", "9", "--out", str(tmp_path / "new"), "--resume", str(short_run / "last.pt")]
     done = run(*flags, "--lr", "0.001", "--weight-decay", "0", "--precision", "fp16")
@@ -141,6 +143,7 @@ def two_ranks(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_ranks_resumed_on_one_go_on_alike(two_ranks, tmp_path):
     out = tmp_path / "out"
     flags = [*SMOOTH, "--out", str(out)]
@@ -169,6 +172,7 @@ def test_three_ranks_stopped_and_resumed_are_bit_identical_with_dropout(tmp_path
     assert_same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
 
 
+@pytest.mark.slow
 def test_accumulation_over_ranks_equals_one_rank(two_ranks, tmp_path):
     flags = [*SMOOTH, "--steps", "6"]
     run(*flags, "--micro-batch", "3", "--out", str(tmp_path), ranks=2)
@@ -183,7 +187,8 @@ def test_micro_batch_is_the_largest_divisor_that_it_allows(tmp_path, capsys, at_
     assert f"batch 12 = 1 ranks × {passes} passes × {size} images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("compression", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compression", ["bf16", "fp16"])
 def test_compressed_gradients_keep_ranks_identical_and_close_to_uncompressed(two_ranks, tmp_path, compression):
     flags = [*SMOOTH, "--steps", "6", "--grad-compression", compression]
     done = run(*flags, "--out", str(tmp_path), ranks=2, script="tests/worker.py")
@@ -223,6 +228,7 @@ def photos(tmp_path_factory) -> Path:
     return photo_folder(tmp_path_factory.mktemp("data") / "photos", train=13, val=7, classes=3)
 
 
+@pytest.mark.slow
 def test_validation_is_exact_on_any_number_of_ranks(photos, tmp_path):
     """13 training and 7 validation photographs: batches straddle epochs, validation batches are padded."""
     flags = ["--arch", "A", "--data", str(photos), "--crop", "32", "--train-scale", "32-64", "--batch-size", "6"]
@@ -239,6 +245,7 @@ def test_validation_is_exact_on_any_number_of_ranks(photos, tmp_path):
     assert results[3]["validation_loss"] == pytest.approx(results[1]["validation_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_scanning_waits_for_rank_0_and_its_errors_reach_all(photos, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(photos, copy, ignore=shutil.ignore_patterns(".vgg-manifest"))
@@ -330,6 +337,7 @@ def test_a_checkpoint_of_another_network(capsys, short_run, flags, message):
     assert (short_run / "last.pt").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_data_that_changed_since_the_checkpoint(capsys, tmp_path, photos):
     copy, out = tmp_path / "copy", tmp_path / "out"
     shutil.copytree(photos, copy)

@@ -1,4 +1,4 @@
-"""profile/training_parity.py: what it reports, what it keeps, what it refuses."""
+"""benchmarks/parity.py: what it reports, what it keeps, what it refuses."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from training_parity import OURS, PLAIN, compare, difference_interval, main
 
+from benchmarks.parity import OURS, PLAIN, compare, difference_interval, main
 from tests.images import photo_folder
 
 

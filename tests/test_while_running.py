@@ -138,8 +138,8 @@ def test_a_terminal_gets_a_bar_and_a_line_of_figures(tmp_path, monkeypatch):
         log_a_step(log, 1)
         log_a_step(log, 2)
     text = screen.getvalue()
-    assert "epoch 0.20:  10 % |" in text
-    assert "2/20 steps, ETA 00:00" in text
+    assert "epoch 0.20   10 %" in text
+    assert "2/20 steps  ETA 00:00" in text
     assert "loss 2.000  top-1 25.0%  1,234 images/s  data wait 25%  lr 1.0e-02" in text
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from nvidia.dali import fn, pipeline_def, types
-from nvml_sampler import NvmlSampler, uuids_of
 
+from perf.telemetry import NvmlSampler, uuids_of
 from pipeline import graphs
 from tests.gpu.device import DECODERS_DIFFER_BY, DEVICE
 from tests.images import photographs
@@ -94,7 +94,7 @@ def test_the_engine_decodes_windows():
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu.test_jpeg_engine"],
         cwd=ROOT,
-        env={**environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'profile'}"},
+        env={**environment(), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,

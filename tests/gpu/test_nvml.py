@@ -4,8 +4,8 @@ from time import monotonic, perf_counter, sleep
 
 import pytest
 import torch
-from nvml_sampler import NvmlSampler, uuids_of
 
+from perf.telemetry import NvmlSampler, uuids_of
 from tests.gpu.device import DEVICE
 
 pytestmark = pytest.mark.gpu
@@ -61,6 +61,15 @@ def test_power_clocks_and_temperature_are_a_busy_gpus(telemetry):
     assert 200 < fields["sm_clock_mhz"]["median"] < 4000
     assert 200 < fields["memory_clock_mhz"]["median"] < 20_000
     assert 10 < fields["temperature_celsius"]["median"] < 110
+
+
+def test_limits_are_above_what_was_read(telemetry):
+    _, busy = telemetry
+    if not {"max_sm_clock_mhz", "power_limit_watts", "default_power_limit_watts"} & set(busy["missing"]):
+        assert busy["fields"]["sm_clock_mhz"]["max"] <= busy["max_sm_clock_mhz"] < 4000
+        assert busy["fields"]["power_watts"]["median"] < 1.1 * busy["power_limit_watts"] < 3000
+        assert 10 < busy["default_power_limit_watts"] < 3000
+    assert busy["is_mig"] == busy["uuid"].startswith("MIG-")
 
 
 def test_energy_is_power_times_time(telemetry):

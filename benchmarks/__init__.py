@@ -1,0 +1,32 @@
+"""What this project claims of itself: `python -m benchmarks.NAME` measures it. Its last line on stdout is the figures as JSON."""
+
+import sys
+
+if sys.argv[0] == "-m":  # as it is until NAME has been found: Ctrl-C ends the imports in a line, too
+    from common.start import begin
+
+    begin()
+
+import json
+from collections.abc import Callable
+
+from common.flags import FlagParser
+from common.process import run_program
+
+
+def flag_parser(name: str, purpose: str) -> FlagParser:
+    """Of benchmarks.NAME; what it does not know may be a flag of train.py."""
+    return FlagParser(prog=f"python -m benchmarks.{name}", description=purpose, allow_abbrev=False)
+
+
+def program(run: Callable[[list[str] | None], dict]) -> Callable[..., int]:
+    """Make main(argv=None), which returns the exit code, of a function that parses the flags and returns the figures."""
+
+    def main(argv: list[str] | None = None) -> int:
+        def print_figures() -> int:
+            print(json.dumps(run(argv)))
+            return 0
+
+        return run_program(print_figures)
+
+    return main

@@ -1,0 +1,200 @@
+"""python -m benchmarks.parity --data DIR --out OUT [flags of train.py]: does this trainer learn what a plain loop learns?
+
+DIR holds train/<class>/* and val/<class>/*. Each seed is trained twice: by train.py, and by a loop over torchvision's
+ImageFolder and transforms (benchmarks/plain.py) from the same initial weights, with the same hyper-parameters. What differs
+is what this project wrote itself: the order, the augmentation's draws, decoding and resizing by DALI, the step, the schedule,
+the validation. Compared are the validation results after the last epoch: means over seeds, their spread, and the 95 % confidence
+interval of the difference of means (Welch's t). The defaults are for a few thousand images of 32 pixels.
+
+A finished run is kept in OUT and not repeated; a run of train.py goes on where it was interrupted.
+"""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from scipy import stats
+
+from benchmarks import flag_parser, program
+from benchmarks.plain import train_plainly
+from common.errors import TrainingError, UserError
+from common.files import DAMAGED_FILE, replacing
+from common.flags import FlagParser
+from common.process import end
+from common.progress import say
+from engine import checkpoint
+from engine.config import parse_args
+from engine.records import METRICS, read_records
+from perf.machine import ROOT
+from perf.plot_style import BLUE, VERMILION, new_figure, png
+
+OURS, PLAIN = "this trainer", "plain loop"
+RESULT = "result.json"
+_FOLDERS = {OURS: "ours", PLAIN: "plain"}
+_COLOURS = {OURS: BLUE, PLAIN: VERMILION}
+_MEASURES = {"top1": ("validation top-1 (%)", 100), "loss": ("validation loss (nats)", 1)}
+"""What people call it, and how many of their units it is."""
+_DEFAULT_FLAGS = ["--arch", "A", "--crop", "32", "--train-scale", "36", "--batch-size", "50", "--epochs", "8"]
+_DEFAULT_FLAGS += ["--lr", "0.015", "--warmup-epochs", "1", "--checkpoint-minutes", "1", "--keep", "1"]
+# What the plain loop has no other of.
+_FIXED_FLAGS = ["--schedule", "cosine", "--precision", "fp32", "--no-compile"]
+
+
+@program
+def main(argv: list[str] | None) -> dict:
+    parser = flag_parser(
+        "parity", "Train with train.py and with a plain PyTorch loop, and compare. Other flags are train.py's."
+    )
+    add_run_flags(parser, picture="parity.png")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind, at least 2")
+    arguments, flags = parser.parse_known_args(argv)
+    if arguments.seeds < 2:
+        raise UserError(f"--seeds {arguments.seeds}: must be at least 2, or there is no spread")
+    flags = [*_DEFAULT_FLAGS, *flags, "--data", str(arguments.data), *_FIXED_FLAGS]
+    parse_args(flags)  # what is wrong is said before hours have passed
+    histories: dict[str, list[list[dict]]] = {OURS: [], PLAIN: []}
+    for seed in range(arguments.seeds):
+        for name, run in train_both(arguments.out, [*flags, "--seed", str(seed)], seed).items():
+            if run["diverged_at"]:
+                raise TrainingError(f"seed {seed} diverged; choose a lower --lr and another --out")
+            histories[name].append(run["history"])
+    result = compare(histories)
+    picture = arguments.plot or arguments.out / "parity.png"
+    with replacing(picture) as file:
+        file.write(plot(histories, arguments.data.name))
+    print_table(result)
+    settings = {"data": str(arguments.data), "flags": flags, "seeds": arguments.seeds}
+    return {**settings, **result, "plot": str(picture)}
+
+
+def train_both(out: Path, flags: list[str], seed: int) -> dict[str, dict]:
+    """The results of the two runs of a seed, by name."""
+    ours, plain = (out / f"{_FOLDERS[name]}-{seed}" for name in (OURS, PLAIN))
+    result = {OURS: kept(ours, flags, lambda: run_trainer(ours, flags))}
+
+    def plainly() -> dict:
+        used = checkpoint.load(ours / checkpoint.LAST)
+        return {"history": train_plainly(parse_args(flags), used.mean_rgb, used.colour_shift), "diverged_at": None}
+
+    return {**result, PLAIN: kept(plain, flags, plainly)}
+
+
+# ---- runs of an experiment: each result is kept in a file as soon as it is there, and not made a second time --------
+
+
+def add_run_flags(parser: FlagParser, *, picture: str) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* and val/<class>/*")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--plot", type=Path, help=f"PNG to write; default: OUT/{picture}")
+
+
+def kept(out: Path, flags: list[str], make: Callable[[], dict]) -> dict:
+    """What OUT/result.json holds; where there is none yet, what make() returns, written there.
+
+    flags: of train.py, which the result belongs to. Raises UserError: OUT holds the result of other ones.
+    """
+    path = out / RESULT
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+            earlier = list(map(str, found["flags"]))
+        except DAMAGED_FILE as error:
+            raise UserError(
+                f"{path}: is not a result of an earlier start; remove it, or choose another --out"
+            ) from error
+        if earlier != flags:
+            raise UserError(f"{out} holds a run with other flags ({' '.join(earlier)}); choose another --out")
+        say(f"{out}: done before")
+        return found
+    out.mkdir(parents=True, exist_ok=True)
+    result = {"flags": flags, **make()}
+    with replacing(path) as file:
+        file.write(json.dumps(result).encode())
+    return result
+
+
+def run_trainer(out: Path, flags: list[str]) -> dict:
+    """train.py as a user starts it, in a process of its own; one that was interrupted goes on where it was.
+
+    Returns {"history": [{"epoch", "loss", "top1"}, …] of the validations, "diverged_at": the step after which its loss was found
+    to be infinite or NaN, which ended it, or None}. Raises UserError and TrainingError as it does.
+    """
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(out)]
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        for last in process.stderr:
+            sys.stderr.write(last)
+    diverged = re.search(r"after step (\d+): the training diverged", last)
+    if process.returncode and not diverged:
+        kind = UserError if process.returncode == UserError.exit_code else TrainingError
+        raise kind(f"train.py ended with exit code {process.returncode}: {last.strip().removeprefix('error: ')}")
+    validations = [record for record in read_records(out / METRICS) if record["kind"] == "validation"]
+    history = [{key: record[key] for key in ("epoch", "loss", "top1")} for record in validations]
+    return {"history": history, "diverged_at": int(diverged[1]) if diverged else None}
+
+
+# ---- the comparison ------------------------------------------------------------------------------------------------
+
+
+def compare(histories: dict[str, list[list[dict]]]) -> dict:
+    """The figures after the last epoch. histories: by name, then by seed, at least two, then by epoch."""
+    result: dict = {}
+    for measure in _MEASURES:
+        values = {name: [run[-1][measure] for run in runs] for name, runs in histories.items()}
+        low, high = difference_interval(values[OURS], values[PLAIN])
+        result[measure] = {
+            name: {"runs": runs, "mean": statistics.mean(runs), "standard_deviation": statistics.stdev(runs)}
+            for name, runs in values.items()
+        }
+        result[measure]["difference"] = statistics.mean(values[OURS]) - statistics.mean(values[PLAIN])
+        result[measure] |= {"difference_95": [low, high], "equal_within_spread": low <= 0 <= high}
+    result["top1_by_epoch"] = {
+        name: [[entry["top1"] for entry in run] for run in runs] for name, runs in histories.items()
+    }
+    return result
+
+
+def difference_interval(one: list[float], other: list[float]) -> tuple[float, float]:
+    """95 % confidence interval of the difference of two means, each of two values or more with a variance of its own (Welch)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where all values are the same
+        low, high = stats.ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    return float(low), float(high)
+
+
+def print_table(result: dict) -> None:
+    for measure, (title, unit) in _MEASURES.items():
+        print(f"{title} after the last epoch, seed by seed; mean ± standard deviation")
+        for name in (OURS, PLAIN):
+            row = result[measure][name]
+            runs = "  ".join(f"{unit * value:7.3f}" for value in row["runs"])
+            print(f"  {name:14}{runs}    {unit * row['mean']:.3f} ± {unit * row['standard_deviation']:.3f}")
+        middle, (low, high) = result[measure]["difference"], result[measure]["difference_95"]
+        print(f"  difference of means {unit * middle:+.3f} ({unit * low:+.3f} … {unit * high:+.3f})")
+
+
+def plot(histories: dict[str, list[list[dict]]], data: str) -> bytes:
+    """A PNG: top-1 and loss over epochs, each run thin, the means bold."""
+    figure = new_figure(3.4, f"This trainer and a plain PyTorch loop, on {data}")
+    for axes, (measure, (label, unit)) in zip(figure.subplots(1, 2), _MEASURES.items(), strict=True):
+        for name, runs in histories.items():
+            values = [[unit * entry[measure] for entry in run] for run in runs]
+            epochs = [entry["epoch"] for entry in runs[0]]
+            for run in values:
+                axes.plot(epochs, run, color=_COLOURS[name], alpha=0.35, linewidth=0.8)
+            means = [statistics.mean(column) for column in zip(*values, strict=True)]
+            axes.plot(epochs, means, "o-", color=_COLOURS[name], markersize=3, label=f"{name}, mean of {len(runs)}")
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return png(figure)
+
+
+if __name__ == "__main__":
+    end(main)

@@ -1,0 +1,156 @@
+"""What everyone writes with torchvision and PyTorch, to compare with: transforms, and a training. Of this project it has only
+the network."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+
+from common.progress import say
+from engine.assembly import network_of
+from engine.config import Config
+from engine.precision import Precision
+from pipeline.loader import Batch
+
+Matrix = Sequence[Sequence[float]]
+COLOUR_SHIFT_SIGMA = 0.1  # section 3.1 of the paper, after AlexNet
+_WORKERS = 2
+
+
+def read_pil(path: str) -> Image.Image:
+    return Image.open(path).convert("RGB")
+
+
+class ListedImages(Dataset):
+    """What torchvision's ImageFolder does, over a given list: (what read() makes of a path, label)."""
+
+    def __init__(self, paths: list[str], labels: list[int], read: Callable) -> None:
+        self._paths, self._labels, self._read = paths, labels, read
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self._read(self._paths[index]), self._labels[index]
+
+
+class ColourShift(nn.Module):
+    """AlexNet's colour shift: one vector added to a [3, height, width] image."""
+
+    def __init__(self, shift_of_alpha: Matrix) -> None:
+        """shift_of_alpha: [3, 3], the eigenvectors times their eigenvalues, in 0–255 pixels."""
+        super().__init__()
+        self._shift_of_alpha = torch.tensor(shift_of_alpha)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image + (self._shift_of_alpha @ (torch.randn(3) * COLOUR_SHIFT_SIGMA))[:, None, None]
+
+
+def training_transform(
+    scale: tuple[int, int], crop: int, mean_rgb: Sequence[float], colour_shift: Matrix
+) -> v2.Compose:
+    """A PIL image, or a uint8 tensor [3, h, w], → float32 [3, crop, crop] (section 3.1): rescaled, cropped, flipped, shifted.
+
+    scale: lowest and highest S in pixels, drawn per image. mean_rgb: subtracted, in 0–255. colour_shift: ColourShift's matrix.
+    Draws from torch's generator.
+    """
+    lowest, highest = scale
+    return v2.Compose(
+        [
+            v2.Resize(lowest) if lowest == highest else v2.RandomShortestSize(list(range(lowest, highest + 1))),
+            v2.RandomCrop(crop),
+            v2.RandomHorizontalFlip(),
+            *_less_the_mean(mean_rgb),
+            ColourShift(colour_shift),
+        ]
+    )
+
+
+def validation_transform(scale: int, crop: int, mean_rgb: Sequence[float]) -> v2.Compose:
+    """The same without anything random: rescaled to `scale`, the centre crop, the mean subtracted."""
+    return v2.Compose([v2.Resize(scale), v2.CenterCrop(crop), *_less_the_mean(mean_rgb)])
+
+
+def _less_the_mean(mean_rgb: Sequence[float]) -> list[nn.Module]:
+    return [v2.ToImage(), v2.ToDtype(torch.float32), v2.Normalize(mean=list(mean_rgb), std=[1.0] * 3)]
+
+
+def usual_step(
+    network: nn.Module, config: Config, precision: Precision, *, fused: bool = False
+) -> Callable[[Callable, Batch], None]:
+    """The step that everyone writes; it is given the network or its compiled form, and a batch."""
+    optimizer = sgd(network, config, fused=fused)
+    scaler = precision.grad_scaler()
+
+    def step(forward: Callable, batch: Batch) -> None:
+        images, labels = batch
+        with precision.autocast():
+            loss = F.cross_entropy(forward(images), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def sgd(network: nn.Module, config: Config, *, fused: bool = False) -> torch.optim.SGD:
+    rates = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    return torch.optim.SGD([{"params": [*network.parameters()], **rates}], fused=fused)
+
+
+def train_plainly(config: Config, mean_rgb: Sequence[float], colour_shift: Matrix) -> list[dict]:
+    """Train with the configuration's hyper-parameters in float32, the cosine schedule. Returns the validations' results.
+
+    As build() initialises it, the network begins with the weights that train.py's begins with. An epoch leaves out the images
+    that do not fill a batch. mean_rgb, colour_shift: as training_transform() takes them.
+    Each result: {"epoch", "loss" (mean cross-entropy, nats), "top1" (0–1)}.
+    """
+    torch.manual_seed(config.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    data, batch_size = Path(config.data), config.batch_size
+    training_set = ImageFolder(data / "train", training_transform(config.scale, config.crop, mean_rgb, colour_shift))
+    validation_set = ImageFolder(data / "val", validation_transform(config.validation_scale, config.crop, mean_rgb))
+    training = DataLoader(
+        training_set, batch_size, shuffle=True, drop_last=True, num_workers=_WORKERS, persistent_workers=True
+    )
+    validation = DataLoader(validation_set, batch_size, num_workers=_WORKERS)
+
+    model = network_of(config, classes=len(training_set.classes), device=device)
+    optimizer = sgd(model, config)
+    warm_up, steps = round(config.warmup_epochs * len(training)), config.epochs * len(training)
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / (warm_up + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    history = []
+    for epoch in range(1, config.epochs + 1):
+        model.train()
+        for images, labels in training:
+            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+
+        model.eval()
+        loss_sum, correct = 0.0, 0
+        with torch.no_grad():
+            for images, labels in validation:
+                logits, labels = model(images.to(device)), labels.to(device)
+                loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
+                correct += int((logits.argmax(dim=1) == labels).sum())
+        count = len(validation_set)
+        history.append({"epoch": epoch, "loss": loss_sum / count, "top1": correct / count})
+        say(f"plain loop, epoch {epoch}: validation top-1 {correct / count:.2%}  loss {loss_sum / count:.3f}")
+    return history

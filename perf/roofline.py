@@ -1,0 +1,294 @@
+"""The roofline of a training step, and profile/roofline.py, which prints it: floors, MFU, and what more GPUs would do."""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+
+import msgspec
+import torch
+
+from common.errors import UserError
+from common.flags import FlagParser, above_zero, whole_above_zero
+from common.process import run_program
+from engine.precision import choose_precision, set_numerics
+from model.vgg import CONFIGURATIONS
+from perf.costs import Job, LayerCost, decoded_pixels, gradient_bytes, optimizer_bytes
+from perf.peaks import CARDS, find_card, measure_peaks, peaks_here, peaks_of
+from perf.report import FloorSeconds, Layer, Links, Peaks, Roofline
+from perf.scaling import (
+    ComputeTimes,
+    add_link_flags,
+    all_reduce_beside,
+    floor_seconds,
+    floor_times,
+    links_from,
+    predict,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Of one GPU in one step; None for what was not measured."""
+
+    step_seconds: float | None = None  # all-reduce included
+    step_joules: float | None = None
+    forward_seconds: float | None = None  # of all passes together, as the backward pass's
+    backward_seconds: float | None = None  # without the all-reduce
+    optimizer_seconds: float | None = None
+
+
+_NOTHING = Measured()
+
+
+def roofline(
+    job: Job,
+    *,
+    peaks: Peaks,
+    links: Links | None,
+    algorithm: str = "best",
+    measured: Measured = _NOTHING,
+    layer_seconds: dict[str, float] | None = None,
+) -> Roofline:
+    """Floors, MFU, images per joule and predictions; None where something was not measured.
+
+    MFU: FLOPs of the step / (step_seconds · peak). scaling starts from the measured forward, backward and optimizer times; if
+    only the whole step of a single GPU was measured, from that one, divided as the floor is; otherwise from the fused floor
+    (scaling_from). Without links nothing is predicted, and of the floor the all-reduce is 0. layer_seconds: measured, of one
+    pass forward and backward, by the layer's name.
+
+    Raises ValueError as VGG does; UserError: GPUs that do not fill their machines, in-switch without such a switch.
+    """
+    layers = job.layers()
+    parameters = sum(sum(layer.parameters) for layer in layers)
+    fused, unfused = (
+        floor_times(layers, peaks, batch=job.batch, passes=job.passes, precision=job.precision, fused=is_fused)
+        for is_fused in (True, False)
+    )
+    flops = job.passes * sum(layer.forward.flops + layer.backward.flops for layer in layers)
+    times = _measured_times(job, fused, measured)
+    return Roofline(
+        peaks=peaks,
+        floor_seconds=_floor(job, fused, links, algorithm),
+        floor_seconds_unfused=_floor(job, unfused, links, algorithm),
+        flops_per_image=flops / job.batch,
+        optimizer_bytes=optimizer_bytes(parameters, job.precision),
+        all_reduce_bytes=gradient_bytes(parameters, job.grad_compression),
+        mfu=flops / (measured.step_seconds * peaks.flops_per_second) if measured.step_seconds else None,
+        images_per_joule=job.batch / measured.step_joules if measured.step_joules else None,
+        layers=[_layer(layer, job.passes, peaks, (layer_seconds or {}).get(layer.name)) for layer in layers],
+        links=links,
+        scaling_from="measured" if times else "floor",
+        scaling=predict(times or fused, links=links, algorithm=algorithm) if links else [],
+    )
+
+
+def _floor(job: Job, times: ComputeTimes, links: Links | None, algorithm: str) -> FloorSeconds:
+    seconds = exposed = 0.0
+    if links:
+        size = gradient_bytes(1, job.grad_compression)
+        seconds, exposed = all_reduce_beside(
+            times.backward, ranks=job.ranks, links=links, algorithm=algorithm, bytes_per_gradient=size
+        )
+    return FloorSeconds(
+        forward=job.passes * times.forward_seconds,
+        backward=job.passes * times.backward_seconds,
+        optimizer=times.optimizer_seconds,
+        all_reduce=seconds,
+        total=times.seconds + exposed,
+    )
+
+
+def _layer(layer: LayerCost, passes: int, peaks: Peaks, measured_seconds: float | None) -> Layer:
+    """A layer's part of a step, forward and backward together."""
+    kernels = (*layer.forward_kernels, *layer.backward_kernels)
+    return Layer(
+        name=layer.name,
+        kind=layer.kind,
+        flops=passes * (layer.forward.flops + layer.backward.flops),
+        bytes=passes * (layer.forward.bytes + layer.backward.bytes),
+        bytes_unfused=passes * sum(kernel.bytes for kernel in kernels),
+        floor_seconds=passes * floor_seconds([layer.forward, layer.backward], peaks),
+        floor_seconds_unfused=passes * floor_seconds(kernels, peaks),
+        measured_seconds=passes * measured_seconds if measured_seconds is not None else None,
+    )
+
+
+def _measured_times(job: Job, floor: ComputeTimes, measured: Measured) -> ComputeTimes | None:
+    """The floor's times, stretched to what was measured; None where that does not say enough."""
+    if measured.forward_seconds and measured.backward_seconds and measured.optimizer_seconds:
+        return floor.stretched(
+            forward=measured.forward_seconds / (job.passes * floor.forward_seconds),
+            backward=measured.backward_seconds / (job.passes * floor.backward_seconds),
+            optimizer=measured.optimizer_seconds / floor.optimizer_seconds,
+        )
+    if measured.step_seconds and job.ranks == 1:
+        times = measured.step_seconds / floor.seconds
+        return floor.stretched(forward=times, backward=times, optimizer=times)
+    return None
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    return run_program(lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    arguments = _parse_args(argv)
+    peaks, precision = _choose_peaks(arguments)
+    same = ("arch", "classes", "crop", "micro_batch", "grad_compression", "ranks", "batch_norm")
+    job = Job(batch=arguments.batch_size, precision=precision, **{name: getattr(arguments, name) for name in same})
+    links = links_from(arguments, peaks, ranks_a_machine=None, ranks=job.ranks)
+    measured = Measured(step_seconds=arguments.step_seconds, step_joules=arguments.step_joules)
+    try:
+        result = roofline(job, peaks=peaks, links=links, algorithm=arguments.all_reduce, measured=measured)
+    except ValueError as error:  # of VGG: a crop that is not a multiple of 32
+        raise UserError(f"--crop: {error}") from error
+    size, crop, scale, jpeg_bytes = arguments.image_size, arguments.crop, arguments.train_scale, arguments.jpeg_bytes
+    pixels = decoded_pixels(*size, crop=crop, scale=scale) if size else None
+    if arguments.layers:
+        _print_layers(result)
+    _print_floor(job, result, arguments.step_seconds)
+    rate = job.ranks * job.batch / result.floor_seconds.total
+    if pixels:
+        print(f"{'to decode':18}{pixels:12,.0f} pixels an image, {pixels * rate / 1e6:,.0f} million a second")
+    if jpeg_bytes:
+        print(f"{'to read':18}{jpeg_bytes:12,.0f} bytes an image, {jpeg_bytes * rate / 1e6:,.0f} MB a second")
+    _print_scaling(result, arguments.all_reduce)
+    decode = {"pixels_per_image": pixels, "jpeg_bytes_per_image": jpeg_bytes}
+    print(json.dumps({**asdict(job), **msgspec.to_builtins(result), "decode": decode}))
+    return 0
+
+
+def _parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = FlagParser(
+        prog="python profile/roofline.py", description="The least time that a training step can take, and more GPUs."
+    )
+    add = parser.add_argument
+    add("--arch", choices=CONFIGURATIONS, default="D", help="configuration of the paper's Table 1")
+    add("--batch-norm", action="store_true", help="as for train.py")
+    add("--classes", type=whole_above_zero, default=1000, help="classes of the data set")
+    add("--crop", type=whole_above_zero, default=224, help="side of the network's input in pixels")
+    add("--batch-size", type=whole_above_zero, default=256, help="images of each GPU in one step")
+    add("--micro-batch", type=whole_above_zero, help="images in one pass; the batch must be a multiple of it")
+    add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="as for train.py")
+    add("--gpu", help=f"one of the table: {', '.join(card.name for card in CARDS)}. Default: what is in this machine")
+    add("--measure", action="store_true", help="measure this machine's peaks, even if its GPU is in the table")
+    add("--step-seconds", type=above_zero, help="of one step, measured: gives the MFU, and predictions start from it")
+    add("--step-joules", type=above_zero, help="of one GPU in one step, measured: gives images per joule")
+    add("--ranks", type=whole_above_zero, default=1, help="GPUs that the floor is for")
+    add("--grad-compression", choices=("none", "bf16", "fp16"), default="none", help="of the floor, as for train.py")
+    add_link_flags(parser)
+    add("--layers", action="store_true", help="print the floor of every layer too")
+    add("--image-size", type=_size, metavar="HEIGHTxWIDTH", help="of the training images: gives the pixels to decode")
+    add("--train-scale", type=_scale, default=(256, 256), help="as for train.py: 256, 256-512")
+    add("--jpeg-bytes", type=above_zero, help="of a training image's file: gives the bytes to read")
+    arguments = parser.parse_args(argv)
+    batch, micro_batch = arguments.batch_size, arguments.micro_batch
+    if micro_batch and batch % micro_batch:
+        raise UserError(f"--batch-size {batch} is not a multiple of --micro-batch {micro_batch}")
+    if arguments.gpu and arguments.measure:
+        raise UserError("--measure measures this machine: leave out --gpu")
+    if arguments.train_scale[0] < arguments.crop and arguments.image_size:
+        raise UserError(f"--train-scale {arguments.train_scale[0]} is less than --crop {arguments.crop}")
+    return arguments
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return whole_above_zero(height), whole_above_zero(width)
+
+
+def _scale(text: str) -> tuple[int, int]:
+    lowest, _, highest = text.partition("-")
+    scale = whole_above_zero(lowest), whole_above_zero(highest or lowest)
+    if scale[0] > scale[1]:
+        raise argparse.ArgumentTypeError(f"{text}: the lowest scale comes first")
+    return scale
+
+
+def _choose_peaks(arguments: argparse.Namespace) -> tuple[Peaks, str]:
+    """Peaks, and the precision that they are for. Raises UserError: no such GPU in the table, or not that precision."""
+    if arguments.gpu is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        set_numerics(deterministic=False)
+        precision = choose_precision(arguments.precision, device).name
+        return (measure_peaks if arguments.measure else peaks_here)(device, precision), precision
+    card = find_card(arguments.gpu)
+    if card is None:
+        raise UserError(f"--gpu {arguments.gpu}: not in the table, which has {', '.join(card.name for card in CARDS)}")
+    precision = arguments.precision
+    if precision == "auto":
+        precision = "bf16" if card.bf16_tflops else "fp16"
+    peaks = peaks_of(card.name, precision)
+    if peaks is None:
+        raise UserError(f"--gpu {card.name} has no {precision}; take --precision fp16 or fp32")
+    return peaks, precision
+
+
+def _print_layers(result: Roofline) -> None:
+    ridge = result.peaks.flops_per_second / result.peaks.bytes_per_second
+    print(f"{'':38}{'fused':>36}{'unfused':>24}")
+    names = ("GFLOP", "MB", "FLOP/byte", "floor, ms", "MB", "floor, ms")
+    print(f"{'layer':18}{'kind':8}{''.join(f'{name:>12}' for name in names)}  limit")
+    for layer in result.layers:
+        intensity = layer.flops / layer.bytes
+        print(
+            f"{layer.name:18}{layer.kind:8}{layer.flops / 1e9:12,.2f}{layer.bytes / 1e6:12,.1f}"
+            f"{intensity:12,.1f}{1e3 * layer.floor_seconds:12.3f}{layer.bytes_unfused / 1e6:12,.1f}"
+            f"{1e3 * layer.floor_seconds_unfused:12.3f}  {'compute' if intensity > ridge else 'memory'}"
+        )
+    print()
+
+
+def _print_floor(job: Job, result: Roofline, step_seconds: float | None) -> None:
+    peaks, fused, unfused = result.peaks, result.floor_seconds, result.floor_seconds_unfused
+    rate = job.ranks * job.batch / fused.total
+    print(
+        f"{job.arch}{' with batch normalisation' if job.batch_norm else ''}, {job.classes} classes, crop {job.crop}, batch "
+        f"{job.batch}{f' in passes of {job.micro_batch}' if job.passes > 1 else ''}, {job.precision}, {job.ranks} × "
+        f"{peaks.name}: {peaks.flops_per_second / 1e12:,.3g} TFLOP/s, {peaks.bytes_per_second / 1e9:,.4g} GB/s ({peaks.source})"
+    )
+    print(f"{result.flops_per_image / 1e9:,.2f} GFLOP a training image\n")
+    power = f", {rate / job.ranks / peaks.watts:,.3g} images/joule at {peaks.watts:,g} W" if peaks.watts else ""
+    notes = {
+        "optimizer": f"  {result.optimizer_bytes / 1e6:,.0f} MB",
+        "all_reduce": f"  {result.all_reduce_bytes / 1e6:,.0f} MB, beside the backward pass",
+        "total": f"  at most {rate:,.0f} images/s{power}",
+    }
+    print(f"{'floor of a step':18}{'fused, ms':>12}{'unfused, ms':>12}")
+    for part in FloorSeconds.__struct_fields__:
+        name, one, other = part.replace("_", "-"), getattr(fused, part), getattr(unfused, part)
+        print(f"{name:18}{1e3 * one:12.3f}{1e3 * other:12.3f}{notes.get(part, '')}")
+    if step_seconds:
+        passes, rest = min(step_seconds, unfused.total) - fused.total, max(0.0, step_seconds - unfused.total)
+        saved = f"of it up to {1e3 * max(0.0, passes):,.1f} ms memory passes that fusing would save"
+        print(f"{'step':18}{1e3 * step_seconds:12.3f}  {saved};")
+        print(f"{'':32}{1e3 * rest:,.1f} ms or more kernels below their rate, or waiting")
+    if result.mfu is not None:
+        print(f"{'MFU':18}{100 * result.mfu:11.1f}%")
+    if result.images_per_joule is not None:
+        print(f"{'images/joule':18}{result.images_per_joule:12.3f}")
+
+
+def _print_scaling(result: Roofline, algorithm: str) -> None:
+    links = result.links
+    if links is None:
+        print("\nThe links to more devices are not known: with --network-gbits-per-second, what they do is predicted")
+        return
+    print(
+        f"\nPredicted from the {'measured step' if result.scaling_from == 'measured' else 'floor'}, the same batch on each "
+        f"GPU; all-reduce: {algorithm}; {links.gpus_per_node} GPUs a machine at "
+        f"{links.peer_bytes_per_second / 1e9:,.4g} GB/s{', added up in the switch' if links.in_switch else ''}, machines at "
+        f"{8 * links.network_bytes_per_second / 1e9:,.4g} Gbit/s, {1e6 * links.latency_seconds:,.3g} µs ({links.source})."
+    )
+    print(f"{'images/s':6}{'all-reduce beside the backward pass':>46}{'after it':>28}")
+    both = f"{'float32':>14}{'of linear':>10}{'16 bits':>14}{'of linear':>10}"
+    print(f"{'GPUs':>6}{both}{'float32':>14}{'16 bits':>14}  algorithm")
+    for row in result.scaling:
+        pair = row.plain, row.compressed
+        beside = "".join(f"{each.images_per_second:14,.0f}{100 * each.efficiency:9.1f}%" for each in pair)
+        after = "".join(f"{each.images_per_second_without_overlap:14,.0f}" for each in pair)
+        print(f"{row.ranks:6}{beside}{after}  {row.algorithm if row.ranks > 1 else ''}")
