@@ -83,7 +83,7 @@ def _less_the_mean(mean_rgb: Sequence[float]) -> list[nn.Module]:
 
 
 def usual_step(
-    network: nn.Module, config: Config, precision: Precision, *, fused: bool = False
+    network: nn.Module, config: Config, precision: Precision, *, fused: bool | None = None
 ) -> Callable[[Callable, Batch], None]:
     """The step that everyone writes; it is given the network or its compiled form, and a batch."""
     optimizer = sgd(network, config, fused=fused)
@@ -101,9 +101,15 @@ def usual_step(
     return step
 
 
-def sgd(network: nn.Module, config: Config, *, fused: bool = False) -> torch.optim.SGD:
-    rates = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-    return torch.optim.SGD([{"params": [*network.parameters()], **rates}], fused=fused)
+def sgd(network: nn.Module, config: Config, *, fused: bool | None = None) -> torch.optim.SGD:
+    """fused: None leaves torch its default, which on a GPU updates many tensors at a time; False would forbid that, too."""
+    return torch.optim.SGD(
+        network.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
 
 
 def train_plainly(config: Config, mean_rgb: Sequence[float], colour_shift: Matrix) -> list[dict]:

@@ -6,9 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from torch import nn
 
 from benchmarks.parity import OURS, PLAIN, compare, difference_interval, main
+from benchmarks.plain import sgd
+from engine.config import Config
 from tests.images import photo_folder
+
+
+def test_what_others_would_write_is_not_slowed_down():
+    """torch chooses how its optimizer updates: fused=False would have each tensor of the peers' networks updated by itself."""
+    (group,) = sgd(nn.Linear(1, 1), Config()).param_groups
+    assert (group["fused"], group["foreach"]) == (None, None)
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (Config.lr, Config.momentum, Config.weight_decay)
 
 
 def test_welch_interval_is_scipys():
