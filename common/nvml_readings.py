@@ -153,9 +153,7 @@ class Reader:
         while ways:
             try:
                 return ways[0](self._gpu)
-            except (
-                AttributeError
-            ) as error:  # while it was looked up: the binding is older than the function or constant
+            except AttributeError as error:  # of the binding, which is older than the function or the constant
                 self.reasons[name] = f"nvidia-ml-py is too old: it has no {error.name}"
             except pynvml.NVMLError as error:
                 if error.value in _GONE:

@@ -21,14 +21,14 @@ def for_input(report: Report, part: str) -> list[Advice]:
         flags += _if(not gpu and of_one_rank, *more)
     elif shards:
         flags = [
-            *_if(True, f"--read-threads {2 * readers if readers else 64}", "more requests to the storage at a time"),
-            *_if(True, f"--read-ahead {2 * config['read_ahead']}", "evens out slow requests"),
+            _try(f"--read-threads {2 * readers if readers else 64}", "more requests to the storage at a time"),
+            _try(f"--read-ahead {2 * config['read_ahead']}", "evens out slow requests"),
             *_if(config["order"] == "global", "--order window", "reads shards from end to end"),
         ]
     else:
         flags = [
-            *_if(True, f"--threads {2 * threads}", "more files are read at a time; waiting costs no core"),
-            *_if(True, f"--prefetch {2 * config['prefetch']}", "evens out slow files"),
+            _try(f"--threads {2 * threads}", "more files are read at a time; waiting costs no core"),
+            _try(f"--prefetch {2 * config['prefetch']}", "evens out slow files"),
         ]
     return flags + _if(not shards, "--data PREPARED", "what pipeline.prepare makes: smaller images in few large files")
 
@@ -37,7 +37,7 @@ def for_a_shared_gpu(report: Report) -> list[Advice]:
     """Where the GPU's decoder keeps the step from its GPU."""
     cores, files = report.hardware.cores, report.config["images_in"] == "files"
     return [
-        *_if(True, "--decoder cpu", f"leaves the GPU to the step; this machine has {cores} cores for all of its GPUs"),
+        _try("--decoder cpu", f"leaves the GPU to the step; this machine has {cores} cores for all of its GPUs"),
         *_if(files, "--data PREPARED", "what pipeline.prepare makes: less to decode"),
     ]
 
@@ -47,11 +47,10 @@ def for_launch(report: Report) -> list[Advice]:
 
 
 def for_communication(report: Report) -> list[Advice]:
-    whole, larger = (
-        report.config["grad_compression"] == "none",
-        larger_batches(report, "one all-reduce for more images"),
-    )
-    return _if(whole, "--grad-compression bf16", "half the bytes") + larger
+    return [
+        *_if(report.config["grad_compression"] == "none", "--grad-compression bf16", "half the bytes"),
+        *larger_batches(report, "one all-reduce for more images"),
+    ]
 
 
 def for_memory(report: Report) -> list[Advice]:
@@ -85,7 +84,7 @@ def for_kernels(report: Report) -> list[Advice]:
 
 
 def larger_batches(report: Report, why: str) -> list[Advice]:
-    return _if(True, f"--batch-size {2 * report.config['batch_size']}", f"{why}; --lr has to grow with it")
+    return [_try(f"--batch-size {2 * report.config['batch_size']}", f"{why}; --lr has to grow with it")]
 
 
 def _larger_passes(report: Report) -> list[Advice]:
@@ -97,5 +96,9 @@ def _compiled(report: Report) -> list[Advice]:
     return _if(not report.config["compile"], "--compile", "fewer and longer kernels, which read and write less")
 
 
+def _try(flags: str, why: str) -> Advice:
+    return Advice(flags=flags, why=why)
+
+
 def _if(helps: object, flags: str, why: str) -> list[Advice]:
-    return [Advice(flags=flags, why=why)] if helps else []
+    return [_try(flags, why)] if helps else []

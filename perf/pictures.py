@@ -45,7 +45,7 @@ def steps(report: Report) -> Figure | str:
 def _draw_strip(axes: Axes, title: str, rate: Rate) -> None:
     times = 1e3 * np.array(rate.series_seconds)
     mean, median = 1e3 * rate.step_seconds.mean, 1e3 * rate.step_seconds.median
-    slow, places, few = times > 2 * median, np.arange(len(times)), len(times) <= _FEW
+    slow, places, few = times > words.SLOW * median, np.arange(len(times)), len(times) <= _FEW
     widths = np.where(slow, 1.5, 1.2 if few else 0.5)
     axes.vlines(places, 0, times, color=np.where(slow, VERMILION, SKY), linewidth=widths)
     axes.plot(places[~slow], times[~slow], ".", color=BLUE, markersize=4 if few else 1.5)
@@ -66,7 +66,7 @@ def _draw_histogram(axes: Axes, rate: Rate) -> None:
     """Counts on a logarithmic axis: a single stall shows beside hundreds of steps."""
     times = 1e3 * np.array(rate.series_seconds)
     counts, edges = np.histogram(times, bins=_BINS, range=(0, 1.12 * times.max()))
-    colours = np.where(edges[:-1] > 2e3 * rate.step_seconds.median, VERMILION, BLUE)
+    colours = np.where(edges[:-1] > 1e3 * words.SLOW * rate.step_seconds.median, VERMILION, BLUE)
     axes.barh(edges[:-1], counts, height=np.diff(edges), align="edge", color=colours)
     axes.set(xscale="log", xlim=(0.6, 1.6 * max(counts)))
     axes.xaxis.set_major_locator(LogLocator(numticks=5))

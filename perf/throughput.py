@@ -21,6 +21,7 @@ from common.process import run_program, usable_cores
 from common.ranks import Ranks, first_then_others, ranks_of_this_run
 from engine.assembly import too_little_memory
 from engine.config import Config, default_data, parse_args, to_dict
+from engine.gpu_curves import gpus_of_this_machine
 from perf.laps import BACKWARD, DATA_WAIT, FORWARD, OPTIMIZER
 from perf.machine import git_revision, hardware
 from perf.peaks import peaks_here
@@ -42,7 +43,7 @@ from perf.report import (
 from perf.roofline import Job, Measured, add_link_flags, links_from, roofline
 from perf.show import write_report
 from perf.stages import ALL_REDUCE, WITHOUT_ALL_REDUCE, Bench, Findings, open_bench, run_stages
-from perf.telemetry import NvmlSampler, mean_watts, telemetry_of, uuids_of
+from perf.telemetry import NvmlSampler, mean_watts, telemetry_of
 from perf.timing import Limits, rate_of, step_parts, summarise
 from perf.tuning import print_tuned, result, tune, write_recipe
 from perf.verdict import NO_VERDICT, ceiling, judge
@@ -132,17 +133,16 @@ def profile(config: Config, ranks: Ranks, options: argparse.Namespace) -> Report
 
     Raises UserError, TrainingError.
     """
-    on_gpu, machine = ranks.device.type == "cuda", ranks.local_world_size
     bench = open_bench(config, ranks, Limits(seconds=options.seconds, steps=config.steps))
     peaks = peaks_here(ranks.device, bench.precision.name)  # on all ranks at the same time: they may share a CPU
+    machine = ranks.local_world_size
     # Nothing follows from a single rank for more of them.
     ranks_a_machine = None if ranks.world_size == 1 else 1 if ranks.world_size % machine else machine
     options.links = links_from(options, peaks, ranks_a_machine=ranks_a_machine, ranks=ranks.world_size)
-    if on_gpu:
+    if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(ranks.device)
-    gpus = [uuid for rank in range(machine) for uuid in uuids_of(torch.device("cuda", rank)) or []] if on_gpu else None
-    sampler = NvmlSampler(gpus) if ranks.local_rank == 0 else None
+    sampler = NvmlSampler(gpus_of_this_machine(ranks)) if ranks.local_rank == 0 else None
     try:
         with sampler or nullcontext():
             found = run_stages(bench, config.out / TRACE if options.trace else None)

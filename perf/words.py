@@ -24,7 +24,7 @@ _STOPPED_BY = {
     "steps": "the steps were used up before the wanted precision was reached",
 }
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
-_SLOW = 2.0
+SLOW = 2.0
 """Times the median: a lap that takes longer is a slow one."""
 
 Table = list[dict[str, str]]
@@ -161,7 +161,7 @@ def slow_laps(rate: Rate) -> tuple[int, float]:
 
     A slow value of a long series is the longest step of several, so what counts is the time that the others leave.
     """
-    others = [seconds for seconds in rate.series_seconds if seconds <= _SLOW * rate.step_seconds.median]
+    others = [seconds for seconds in rate.series_seconds if seconds <= SLOW * rate.step_seconds.median]
     slow = len(rate.series_seconds) - len(others)
     return slow, max(0.0, 1 - sum(others) * rate.steps_a_lap / rate.seconds) if slow else 0.0
 
