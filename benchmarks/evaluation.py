@@ -128,8 +128,9 @@ def each_crop(data: Data, crop: int, batch_size: int) -> DaliLoader:
             yield samples.take(slice(first, first + batch_size))
 
     def lose(*_) -> None:
-        cure = f"have python -m pipeline.manifest {folder} --verify decode leave it out"
-        raise UserError(f"an image cannot be decoded; {cure}")
+        raise UserError(
+            f"an image cannot be decoded; have python -m pipeline.manifest {folder} --verify decode leave it out"
+        )
 
     return DaliLoader(
         batches,

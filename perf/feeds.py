@@ -133,11 +133,12 @@ def decoding_alone(data: Data, start: int) -> Callable[[], tuple]:
     return decode
 
 
-def _without_it(data: Data, flag: str = "--verify decode") -> str:
-    """How training is rid of an image. flag: of the manifest's program."""
+def _without_it(data: Data) -> str:
+    """How training is rid of an image."""
     if isinstance(data.manifest, Prepared):
         return "prepare the data set anew"
-    return f"have python -m pipeline.manifest {data.manifest.root if data.manifest else 'DIR'} {flag} leave it out"
+    folder = data.manifest.root if data.manifest else "DIR"
+    return f"have python -m pipeline.manifest {folder} --verify decode leave it out"
 
 
 def _pipeline(data: Data, *, device_id: int | None) -> Callable:
@@ -173,6 +174,8 @@ def _read(path: str, data: Data) -> np.ndarray:
     try:
         return np.fromfile(path, dtype=np.uint8)
     except OSError as error:
+        folder = data.manifest.root if data.manifest else "DIR"
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); restore it, or {_without_it(data, '--rescan')}"
+            f"{path}: cannot be read ({error.strerror}); restore it, or have python -m pipeline.manifest {folder} --rescan "
+            "leave it out"
         ) from error

@@ -119,8 +119,9 @@ def all_reduce_seconds(size_bytes: float, *, ranks: int, links: Links, algorithm
     switch.
     """
     if not _fill_machines(ranks, links):
-        machines = f"machines of {links.gpus_per_node}"
-        raise UserError(f"{ranks} GPUs do not fill {machines}; give --gpus-per-node a divisor of {ranks}")
+        raise UserError(
+            f"{ranks} GPUs do not fill machines of {links.gpus_per_node}; give --gpus-per-node a divisor of {ranks}"
+        )
     if algorithm == "best":
         algorithm = fastest(size_bytes, ranks=ranks, links=links)
     local = min(ranks, links.gpus_per_node)
