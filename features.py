@@ -22,7 +22,7 @@ def write(flags: FeatureFlags) -> dict:
 
     from common.files import replacing
     from common.progress import printable, say
-    from common.ranks import first_then_others, ranks_of_this_run
+    from common.ranks import on_rank_0, ranks_of_this_run
     from engine.data import open_data
     from engine.features import WIDTH, svm_accuracy, write_features
     from engine.networks import load_network
@@ -74,7 +74,7 @@ def write(flags: FeatureFlags) -> dict:
                 results |= {"svm_c": flags.svm_c, "accuracy": accuracy, "mean_class_accuracy": mean_class_accuracy}
             return results
 
-        return first_then_others(ranks, finish, lambda results: results)
+        return on_rank_0(ranks, finish)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ def train(config: Config, requests: StopRequests) -> dict:
         return inspect(config)
     from common.lock import FolderLock
     from common.progress import say
-    from common.ranks import first_then_others, ranks_of_this_run
+    from common.ranks import on_rank_0, ranks_of_this_run
     from engine.assembly import network_of
     from engine.data import open_data
     from engine.networks import initial_network, start_from
@@ -49,7 +49,7 @@ def train(config: Config, requests: StopRequests) -> dict:
             done = start_from(initial, model, config, data.classes)
             if ranks.is_main:
                 say(done)
-        first_then_others(ranks, lambda: claim_out(config, checkpoint, lock), lambda _: None)
+        on_rank_0(ranks, lambda: claim_out(config, checkpoint, lock))
         trainer = Trainer(
             config,
             ranks=ranks,

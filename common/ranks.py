@@ -175,17 +175,17 @@ def _own_device(device: str, local_rank: int, local_world_size: int) -> torch.de
     return torch.device("cuda", local_rank)
 
 
-def first_then_others(ranks: Ranks, first: Callable[[], T], others: Callable[[T], T]) -> T:
-    """Rank 0 calls first() while the others wait, then each of them calls others(result of first).
+def on_rank_0(ranks: Ranks, call: Callable[[], T]) -> T:
+    """Rank 0 makes the call while the others wait. Returns its result on every rank.
 
     A UserError or TrainingError of rank 0 is raised on every rank. Any other error of rank 0 ends the others, too.
     """
     if ranks.patient_group is None:
-        return first()
+        return call()
     message: list = [None, None]
     if ranks.is_main:
         try:
-            message[0] = first()
+            message[0] = call()
         except (UserError, TrainingError) as error:
             message[1] = error
         except Exception as error:
@@ -196,7 +196,7 @@ def first_then_others(ranks: Ranks, first: Callable[[], T], others: Callable[[T]
     result, failure = message
     if failure is not None:
         raise failure
-    return result if ranks.is_main else others(result)
+    return result
 
 
 def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.errors import TrainingError, UserError
 from common.progress import printable, say, say_once
-from common.ranks import Ranks, first_then_others
+from common.ranks import Ranks, on_rank_0
 from engine.checkpoint import Checkpoint
 from engine.config import DIGITS, SYNTHETIC, Config
 from engine.networks import Network
@@ -335,7 +335,7 @@ def _colours(
         return (red, green, blue), tuple((x, y, z) for x, y, z in checkpoint.colour_shift)
     mean_rgb, colour_shift = IMAGENET_MEAN_RGB, IMAGENET_COLOUR_SHIFT
     # Rank 0 reads them for all: a machine that does not share its folders may have others, or none.
-    statistics = first_then_others(ranks, lambda: find_statistics(manifest) if manifest else None, lambda found: found)
+    statistics = on_rank_0(ranks, lambda: find_statistics(manifest) if manifest else None)
     if statistics:
         mean_rgb, colour_shift = statistics.mean_rgb, statistics.colour_shift
     if initial:
@@ -351,14 +351,14 @@ def _shared_manifest(config: Config, ranks: Ranks) -> Manifest | Prepared:
     data = config.data
     manifest: Manifest | Prepared
     if data != DIGITS and is_prepared(data):
-        fingerprint = first_then_others(ranks, lambda: open_prepared(data).fingerprint, lambda found: found)
+        fingerprint = on_rank_0(ranks, lambda: open_prepared(data).fingerprint)
         manifest = open_prepared(data, check_shards=False)
     else:
         if config.order == "window":
             raise UserError("--order window: needs prepared data; make it with python -m pipeline.prepare")
-        root, folder, fingerprint = first_then_others(
-            ranks, lambda: _open_first(data), lambda answer: _open_again(data, *answer)
-        )
+        root, folder, fingerprint = on_rank_0(ranks, lambda: _open_first(data))
+        if not ranks.is_main:
+            root, folder = _open_again(data, root, folder, fingerprint)
         manifest = load_manifest(root, folder)
     if manifest.fingerprint != fingerprint:
         raise UserError(f"--data {data}: rank {ranks.rank} sees other images than rank 0; copy the data set anew")
@@ -370,12 +370,12 @@ def _open_first(data: str) -> tuple[Path, Path, str]:
     return manifest.root, manifest.folder, manifest.fingerprint
 
 
-def _open_again(data: str, root: Path, folder: Path, fingerprint: str) -> tuple[Path, Path, str]:
-    with contextlib.suppress(UserError):  # where this machine does not share rank 0's folders
+def _open_again(data: str, root: Path, folder: Path, fingerprint: str) -> tuple[Path, Path]:
+    """Rank 0's folders where this machine shares them, else its own."""
+    with contextlib.suppress(UserError):
         if load_manifest(root, folder).fingerprint == fingerprint:
-            return root, folder, fingerprint
-    own_root, own_folder, _ = _open_first(data)
-    return own_root, own_folder, fingerprint
+            return root, folder
+    return _open_first(data)[:2]
 
 
 def _micro_batch(config: Config, ranks: Ranks) -> int:

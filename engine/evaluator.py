@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.errors import TrainingError, UserError
 from common.progress import say
-from common.ranks import first_then_others
+from common.ranks import on_rank_0
 from engine.data import Data
 from engine.networks import Network
 from engine.passes import answers, center_crops, seen_by
@@ -77,7 +77,7 @@ class Evaluator:
                     path = self._computed(trial.network, protocol, scale, trial.flip)
                     weights_and_paths.append((1 / (len(trials) * len(protocols) * len(trial.scales)), path))
         shape = self._shape(trials[0].network)
-        return first_then_others(self._data.ranks, lambda: self._count(weights_and_paths, shape), lambda hits: hits)
+        return on_rank_0(self._data.ranks, lambda: self._count(weights_and_paths, shape))
 
     def _count(self, weights_and_paths: Sequence[tuple[float, Path]], shape: tuple[int, int]) -> Hits:
         parts = []
@@ -92,9 +92,7 @@ class Evaluator:
         """The file with the posteriors of one pass over the validation images, written now unless it is there."""
         flipped = PROTOCOLS[protocol].flip if flip == "auto" else flip == "on"
         ranks, shape = self._data.ranks, self._shape(network)
-        path, is_there = first_then_others(
-            ranks, lambda: self._look_up(network, protocol, scale, flipped), lambda answer: answer
-        )
+        path, is_there = on_rank_0(ranks, lambda: self._look_up(network, protocol, scale, flipped))
         if is_there:
             if ranks.is_main:
                 say(f"{network.name}: {protocol}, Q = {scale}: from {path}")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.ranks import first_then_others
+from common.ranks import on_rank_0
 from engine.data import Data
 from engine.networks import Network
 from engine.passes import answers, seen_by
@@ -38,7 +38,7 @@ def write_features(
         blocks = _blocks(network, dense, data, split, scale, flip=flip, pixels=batch_size * network.crop**2)
         write_rows(part, shape, np.float32, blocks, ranks, missing=np.nan)
     mean = _mean(parts, shape) if ranks.is_main else iter(())
-    first_then_others(ranks, lambda: write_rows(path, shape, np.float32, mean, None, missing=np.nan), lambda _: None)
+    on_rank_0(ranks, lambda: write_rows(path, shape, np.float32, mean, None, missing=np.nan))
     if ranks.is_main:
         for part in parts:
             part.unlink(missing_ok=True)  # the same command may run twice

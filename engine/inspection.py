@@ -8,7 +8,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import replacing
 from common.progress import printable
-from common.ranks import first_then_others, ranks_of_this_run
+from common.ranks import on_rank_0, ranks_of_this_run
 from engine.config import SYNTHETIC, Config
 from engine.contact_sheet import Tile, draw_sheet, thumbnail_size
 from engine.data import Data, open_data
@@ -35,7 +35,7 @@ def inspect(config: Config) -> dict:
     with ranks_of_this_run(config.device) as ranks:
         precision = choose_precision(config.precision, ranks.device)
         data = open_data(config, ranks, precision, initial=initial_network(config))
-        return first_then_others(ranks, lambda: _write(data, count, config.out), lambda results: results)
+        return on_rank_0(ranks, lambda: _write(data, count, config.out))
 
 
 def _write(data: Data, count: int, out: Path) -> dict:

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.files import half_written, remove_own
 from common.lock import FolderLock
 from common.progress import say
-from common.ranks import Ranks, first_then_others
+from common.ranks import Ranks, on_rank_0
 from engine import checkpoint as checkpoints
 from engine.checkpoint import Checkpoint
 from engine.config import Config, save_config, to_dict
@@ -39,7 +39,7 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoin
 
     Raises UserError: OUT cannot be written, another run writes to it, no checkpoint can be read, or holds another network.
     """
-    path = first_then_others(ranks, lambda: _find(config, lock), lambda found: found)
+    path = on_rank_0(ranks, lambda: _find(config, lock))
     if path is None:
         return None
     checkpoint = checkpoints.load(path)

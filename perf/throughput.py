@@ -18,7 +18,7 @@ from common.files import replacing
 from common.flags import FlagParser, above_zero
 from common.orphans import end_with_torchrun
 from common.process import run_program, usable_cores
-from common.ranks import Ranks, first_then_others, ranks_of_this_run
+from common.ranks import Ranks, on_rank_0, ranks_of_this_run
 from engine.assembly import too_little_memory
 from engine.config import Config, default_data, parse_args, to_dict
 from engine.gpu_curves import gpus_of_this_machine
@@ -64,7 +64,7 @@ def _run(argv: list[str] | None) -> int:
     config, options = parse(argv)
     # To tune, processes of their own measure: this one leaves the GPU to them.
     with ranks_of_this_run("cpu" if options.tune else config.device) as ranks:
-        first_then_others(ranks, lambda: claim(config.out, RECIPE if options.tune else REPORT_JSON), lambda _: None)
+        on_rank_0(ranks, lambda: claim(config.out, RECIPE if options.tune else REPORT_JSON))
         if options.tune:
             command = shlex.join(["python", "profile/throughput.py", *(sys.argv[1:] if argv is None else argv)])
             line = _tune(config, ranks, options, command)

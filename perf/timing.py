@@ -9,7 +9,7 @@ from time import perf_counter, process_time
 import numpy as np
 from scipy.special import stdtrit
 
-from common.ranks import Ranks, first_then_others, gather
+from common.ranks import Ranks, gather, on_rank_0
 from perf.laps import BACKWARD, FORWARD, OPTIMIZER, Lap, Laps
 from perf.machine import busy_seconds, watched
 from perf.report import Rate, StepParts, Summary
@@ -98,11 +98,9 @@ def measure(
         step()
     if period == 1 and queue:
         affordable = math.ceil(_LEAST_SHARE_OF_TIME * limits.seconds / _pace(step, laps, 1))
-        queue = first_then_others(ranks, lambda: min(queue, affordable), lambda decided: decided)
+        queue = on_rank_0(ranks, lambda: min(queue, affordable))
     pace = _pace(step, laps, queue + (period > 1 or not queue))
-    steps_a_lap, count = first_then_others(
-        ranks, lambda: _first_block(pace, limits, queue, period), lambda decided: decided
-    )
+    steps_a_lap, count = on_rank_0(ranks, lambda: _first_block(pace, limits, queue, period))
     made, taken, not_counted, cpu_seconds, pauses = 0, [], SETTLING_STEPS + queue + 1, 0.0, 0.0
     began, busy_before, own_before = perf_counter(), busy_seconds(), process_time()
     laps.begin()
@@ -118,7 +116,7 @@ def measure(
         seconds = np.array([sum(lap.values()) for lap in taken] or [pace * steps_a_lap])
         spent = max(perf_counter() - began - pauses, float(seconds.sum()))
         decide = functools.partial(laps_to_go, seconds, spent, made, steps_a_lap, limits, period=period)
-        count, stopped_by = first_then_others(ranks, decide, lambda decided: decided)
+        count, stopped_by = on_rank_0(ranks, decide)
         if count and ranks.world_size > 1 and queue:  # while the ranks waited for rank 0, their queues filled up
             laps.pause()
             pause, again = perf_counter(), 2 * period if period > 1 else queue + 1

@@ -27,7 +27,7 @@ from rich.text import Text
 from common.errors import UserError
 from common.files import replacing
 from common.progress import printable, say
-from common.ranks import Ranks, first_then_others
+from common.ranks import Ranks, on_rank_0
 from engine.config import Config
 from engine.data import default_threads
 from perf.machine import git_revision
@@ -48,7 +48,7 @@ def tune(config: Config, ranks: Ranks, *, limits: Limits, seconds: float) -> tup
     """
 
     def clock() -> float:
-        return first_then_others(ranks, perf_counter, lambda now: now)  # all ranks search, and must decide alike
+        return on_rank_0(ranks, perf_counter)  # all ranks search, and must decide alike
 
     def run(stage: str, changes: Settings, limit_seconds: float) -> Outcome:
         outcome = trials.run(stage, changes, limit_seconds)

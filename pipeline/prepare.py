@@ -41,7 +41,7 @@ from common.flags import FlagParser
 from common.lock import FolderLock
 from common.process import end, is_of_a_name, run_program
 from common.progress import printable, say, track
-from common.ranks import Ranks, first_then_others, ranks_of_this_run, wait_for_all
+from common.ranks import Ranks, on_rank_0, ranks_of_this_run, wait_for_all
 from pipeline import draws
 from pipeline.decoding import decode_whole, each_in_order
 from pipeline.manifest import open_manifest
@@ -110,7 +110,7 @@ def prepare(source: Path, destination: Path, settings: Settings, *, threads: int
 def _prepare(
     source: Path, destination: Path, settings: Settings, *, threads: int, ranks: Ranks, lock: FolderLock
 ) -> dict:
-    root, folder = first_then_others(ranks, lambda: _begin(source, destination, settings, lock), lambda answer: answer)
+    root, folder = on_rank_0(ranks, lambda: _begin(source, destination, settings, lock))
     manifest = load_manifest(root, folder)
     if is_complete(destination):
         say(f"{destination} is complete already")

@@ -467,13 +467,13 @@ RANK = """
 import sys
 import torch, torch.distributed as dist
 from common.errors import TrainingError
-from common.ranks import first_then_others, ranks_of_this_run
+from common.ranks import on_rank_0, ranks_of_this_run
 process._SECONDS_FOR_RANK_0 = 2.0
 def full():
     raise OSError(28, "No space left on device", "/full")
 with ranks_of_this_run("cpu") as ranks:
     if sys.argv[1] == "in rank 0's turn":
-        first_then_others(ranks, full, lambda none: none)
+        on_rank_0(ranks, full)
     elif ranks.rank == 1:
         raise TrainingError("the true sentence")
     dist.all_reduce(torch.ones(1))

@@ -301,11 +301,11 @@ def test_ranks_that_wait_for_rank_0_count_neither_the_pause_nor_what_it_let_pile
     """Another rank decides when to go on; what lies ready by then comes out of the queue before the next lap."""
     step = Step(monkeypatch, lambda n: 0.01)
 
-    def decided_late(ranks, first, others):
+    def decided_late(ranks, call):
         step.now += 5.0
-        return first()
+        return call()
 
-    monkeypatch.setattr("perf.timing.first_then_others", decided_late)
+    monkeypatch.setattr("perf.timing.on_rank_0", decided_late)
     two = Ranks(rank=1, world_size=2, local_rank=1, local_world_size=2, device=torch.device("cpu"), patient_group=None)
     timing = measure(step, laps=Laps(two.device), ranks=two, limits=Limits(seconds=4, steps=None), queue=4)
     assert timing.step_seconds == pytest.approx(0.01)
