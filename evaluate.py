@@ -32,7 +32,7 @@ def evaluate(flags: EvaluateFlags) -> dict:
         set_numerics(deterministic=False)
         precision = choose_precision(flags.precision, ranks.device)
         networks = [load_network(spec) for spec in flags.checkpoint]
-        data = open_data(flags.config(ranks.world_size), ranks, precision)
+        data = open_data(flags.data, ranks, precision, flags.loading, max_bad_images=flags.max_bad_images)
         networks = [for_data(network, data.classes, tell=ranks.is_main) for network in networks]
         evaluator = Evaluator(data, batch_size=flags.batch_size, folder=flags.posteriors)
         results = table(flags.table, networks, evaluator) if flags.table else fused(flags, networks, evaluator)

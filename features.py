@@ -38,7 +38,8 @@ def write(flags: FeatureFlags) -> dict:
         scales = flags.chosen_scales() or (default_scale(network),)
         if min(scales) < network.crop:
             raise UserError(f"--scales {min(scales)}: the network takes images of {network.crop} pixels at least")
-        data = open_data(flags.config(ranks.world_size), ranks, choose_precision(flags.precision, ranks.device))
+        precision = choose_precision(flags.precision, ranks.device)
+        data = open_data(flags.data, ranks, precision, flags.loading, max_bad_images=flags.max_bad_images)
         assert data.manifest
         tables = {split: getattr(data.manifest, split) for split in SPLITS}
         labels = {split: table.read(np.arange(len(table))).labels for split, table in tables.items()}

@@ -30,7 +30,7 @@ def train(config: Config, requests: StopRequests) -> dict:
     from common.progress import say
     from common.ranks import on_rank_0, ranks_of_this_run
     from engine.assembly import network_of
-    from engine.data import open_data
+    from engine.data import open_training_data
     from engine.networks import initial_network, start_from
     from engine.precision import choose_precision, set_numerics
     from engine.resume import check_same_data, claim_out, open_checkpoint
@@ -41,9 +41,9 @@ def train(config: Config, requests: StopRequests) -> dict:
         precision = choose_precision(config.precision, ranks.device)
         checkpoint = open_checkpoint(config, ranks, lock)
         initial = None if checkpoint else initial_network(config)
-        data = open_data(config, ranks, precision, checkpoint=checkpoint, initial=initial)
+        data = open_training_data(config, ranks, precision, checkpoint=checkpoint, initial=initial)
         if checkpoint:
-            check_same_data(checkpoint, data, allow_changed=config.allow_changed_data)
+            check_same_data(checkpoint, data, config)
         model = network_of(config, classes=len(data.classes), device=ranks.device)
         if initial:
             done = start_from(initial, model, config, data.classes)

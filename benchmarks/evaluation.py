@@ -9,7 +9,6 @@ import argparse
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -24,15 +23,16 @@ from common.files import cache_folder
 from common.heap import share_one_heap
 from common.process import end, usable_cores
 from common.ranks import ranks_of_this_run
-from engine.config import Config
-from engine.data import Data, open_data
+from engine.config import LoadingFlags
+from engine.data import Data, Viewing, open_data
 from engine.evaluator import posteriors_of
 from engine.precision import choose_precision
 from engine.protocols import grid_corners, grid_crops, mean_over_views, whole_image
 from model.dense import Dense
 from model.vgg import build
+from pipeline.graphs import GraphOptions
 from pipeline.loader import DaliLoader
-from pipeline.plan import Samples, rescaled_sizes, source_windows
+from pipeline.plan import IMAGENET_MEAN_RGB, Samples, rescaled_sizes, source_windows
 from pipeline.prepared import is_prepared
 
 
@@ -52,8 +52,8 @@ def main(argv: list[str] | None) -> dict:
         raise UserError(f"--data {arguments.data}: is prepared; give the folder of images that it was made from")
     folder = arguments.data or photograph_folder(cache_folder() / "photographs-val-96", train=2, val=96)
     with ranks_of_this_run(arguments.device) as ranks:
-        config = Config(data=str(folder), device=arguments.device)
-        data = open_data(config, ranks, choose_precision("auto", ranks.device))
+        precision = choose_precision("auto", ranks.device)
+        data = open_data(str(folder), ranks, precision, LoadingFlags(), max_bad_images=None)
         passes = {"dense": dense_passes(data, arguments), "multicrop": crop_passes(data, arguments)}
         results = {name: compare(both, arguments.rounds, data.val_images) for name, both in passes.items()}
     for name, rows in results.items():
@@ -77,47 +77,48 @@ def compare(passes: dict[str, Callable[[], object]], rounds: int, images: int) -
 def dense_passes(data: Data, arguments: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """A dense pass with flips over all images: batched by size, and one image at a time."""
     crop, device = arguments.dense_crop, data.ranks.device
-    data = at_scale(data, crop)
     model = build(arguments.arch, classes=1000, crop=crop, dropout=0.5, init="xavier", device=device).eval()
     compute = posteriors_of(Dense(model), data.precision)
 
-    def run(pixels: int) -> None:
-        for images, _ in data.whole_batches("val", pixels)[0]:
-            mean_over_views(compute, whole_image(images, crop), flip=True, pixels=pixels).cpu()
+    def run(batch_size: int) -> None:
+        viewing = viewing_at(crop, batch_size)
+        for images, _ in data.whole_batches(viewing, "val")[0]:
+            mean_over_views(compute, whole_image(images, crop), flip=True, pixels=viewing.pixels).cpu()
 
-    return {OURS: lambda: run(arguments.batch_size * crop**2), "one by one": lambda: run(1)}
+    return {OURS: lambda: run(arguments.batch_size), "one by one": lambda: run(1)}
 
 
 def crop_passes(data: Data, arguments: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """The crops of all images on the device: cut from whole images, and each decoded by itself."""
     crop = arguments.crop
-    data = at_scale(data, crop)
+    viewing = viewing_at(crop, arguments.batch_size)
 
     def cut() -> None:
-        for images, _ in data.whole_batches("val", arguments.batch_size * crop**2)[0]:
+        for images, _ in data.whole_batches(viewing, "val")[0]:
             for view in grid_crops(images, crop):
                 view.contiguous(memory_format=torch.channels_last).sum().item()
 
     def decode_each() -> None:
-        for images, _ in each_crop(data, crop, arguments.batch_size):
+        for images, _ in each_crop(data, viewing):
             images.sum().item()
 
     return {OURS: cut, "decode each": decode_each}
 
 
-def each_crop(data: Data, crop: int, batch_size: int) -> DaliLoader:
+def each_crop(data: Data, viewing: Viewing) -> DaliLoader:
     """Every crop of every image as a sample of its own, of which the window alone is decoded, as training does."""
     assert data.manifest
+    crop, batch_size = viewing.crop, viewing.batch_size
     table, folder = data.manifest.val, data.manifest.root
     source, labels, sizes = table.read(np.arange(len(table)))
-    rescaled = rescaled_sizes(sizes, np.full(len(table), data.config.validation_scale))
+    rescaled = rescaled_sizes(sizes, np.full(len(table), viewing.scale))
     corners = [list(itertools.product(*(grid_corners(side, crop) for side in size))) for size in rescaled.tolist()]
     rows = np.repeat(np.arange(len(table)), len(corners[0]))
     flipped = np.zeros(len(rows), dtype=bool)
     samples = Samples(
         source=source[rows],
         **source_windows(sizes[rows], rescaled[rows], np.concatenate(corners), crop, flipped),
-        mean=np.tile(np.asarray(data.mean_rgb, dtype=np.float32), (len(rows), 1)),
+        mean=np.tile(np.asarray(viewing.mean_rgb, dtype=np.float32), (len(rows), 1)),
         labels=labels[rows],
         numbers=rows,
         rows=rows,
@@ -134,20 +135,21 @@ def each_crop(data: Data, crop: int, batch_size: int) -> DaliLoader:
 
     return DaliLoader(
         batches,
+        GraphOptions(
+            crop=crop,
+            device_id=data.ranks.device.index,
+            decoder=data.decoder,
+            half=data.precision.half_images,
+            threads=data.threads,
+        ),
         lose=lose,
         batch_size=batch_size,
-        crop=crop,
-        device=data.ranks.device,
-        decoder=data.decoder,
-        half=data.precision.half_images,
-        threads=data.threads,
-        prefetch=data.config.prefetch,
     )
 
 
-def at_scale(data: Data, crop: int) -> Data:
-    """The data set for a crop, at the paper's scale for it."""
-    return replace(data, config=replace(data.config, crop=crop, train_scale=str(256 * crop // 224)))
+def viewing_at(crop: int, batch_size: int) -> Viewing:
+    """For a crop, at the paper's scale for it."""
+    return Viewing(crop=crop, scale=256 * crop // 224, mean_rgb=IMAGENET_MEAN_RGB, batch_size=batch_size)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ from common.process import end
 from common.ranks import Ranks, ranks_of_this_run
 from engine.assembly import assemble, network_of, too_little_memory
 from engine.config import DIGITS, SYNTHETIC, Config, parse_args
-from engine.data import Data, open_data
+from engine.data import TrainingData, open_training_data
 from engine.precision import Precision, choose_precision, set_numerics
-from perf.stages import resident
 from pipeline.loader import Batch
 from pipeline.prepare import Settings, prepare
 from pipeline.prepared import is_prepared
@@ -61,7 +60,7 @@ def compare(config: Config, ranks: Ranks, options: argparse.Namespace, work: Pat
     """Measure, print the table, return the figures. work: a folder for the prepared images."""
     set_numerics(deterministic=config.deterministic)
     precision = choose_precision(config.precision, ranks.device)
-    files = open_data(config, ranks, precision)
+    files = open_training_data(config, ranks, precision)
     step = training_step(files, ranks, precision)
     inputs = make_inputs(files, ranks, precision, work)
     rows = compare_streams(
@@ -78,32 +77,32 @@ def compare(config: Config, ranks: Ranks, options: argparse.Namespace, work: Pat
     return {**kept, "rounds": options.rounds, "inputs": rows}
 
 
-def training_step(data: Data, ranks: Ranks, precision: Precision) -> Callable[[Iterator[Batch]], object]:
+def training_step(data: TrainingData, ranks: Ranks, precision: Precision) -> Callable[[Iterator[Batch]], object]:
     """The trainer's own, compiled where it would be, for these classes. It leaves the weights as they are."""
     config = data.config
     model = network_of(config, classes=len(data.classes), device=ranks.device)
     config = replace(config, lr=0.0)
     step = assemble(config, ranks=ranks, precision=precision, micro_batch=data.micro_batch, model=model).step
-    step.warm_up(*next(resident(data)))
+    step.warm_up(*next(data.resident_batches()))
     return step
 
 
-def make_inputs(files: Data, ranks: Ranks, precision: Precision, work: Path) -> dict[str, Iterator[Batch]]:
+def make_inputs(files: TrainingData, ranks: Ranks, precision: Precision, work: Path) -> dict[str, Iterator[Batch]]:
     """Endless iterators of batches, by name."""
     config, folder = files.config, work / "prepared"
     low, high = config.scale
     settings = Settings(short_side=f"{low}" if low == high else f"max:{high}", quality=90, shard_images=2048)
     prepare(Path(config.data), folder, settings, threads=files.threads, ranks=ranks)
-    prepared = open_data(replace(config, data=str(folder)), ranks, precision)
-    inputs = {NOISE: resident(files)}
+    prepared = open_training_data(replace(config, data=str(folder)), ranks, precision)
+    inputs = {NOISE: files.resident_batches()}
     for kind, data in (("files", files), ("prepared", prepared)):
         for name, changes in decoders(config, ranks).items():
-            inputs[f"{kind}, {name}"] = replace(data, config=replace(data.config, **changes)).train_batches(0)
+            inputs[f"{kind}, {name}"] = replace(data, loading=replace(data.config, **changes)).train_batches(0)
     return inputs
 
 
 def decoders(config: Config, ranks: Ranks) -> dict[str, dict]:
-    """What is changed in the configuration, by name."""
+    """What is changed of how images are loaded, by name."""
     if ranks.device.type == "cpu":
         return {"CPU": {"decoder": "cpu"}}
     return {

@@ -20,6 +20,7 @@ import functools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,11 @@ from common.process import end, usable_cores
 from common.progress import say
 from common.ranks import Ranks, ranks_of_this_run
 from engine.config import Config, parse_args
-from engine.data import Data
+from engine.data import open_training_data
 from engine.precision import choose_precision
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.plan import IMAGENET_COLOUR_SHIFT, IMAGENET_MEAN_RGB
 from pipeline.prepare import Settings, prepare
-from pipeline.prepared import open_prepared
 
 PREPARED = "this project, prepared"
 _SCALES = {"S=256": "256", "S in [256;512]": "256-512"}
@@ -103,8 +103,8 @@ def make_loaders(
     packed = work / scale
     prepare(arguments.data, packed, settings, threads=threads, ranks=ranks)
     ours, prepared = (
-        Data(config=config, ranks=ranks, precision=precision, micro_batch=size, manifest=found).train_batches(0)
-        for found in (manifest, open_prepared(str(packed)))
+        open_training_data(replace(config, data=str(folder)), ranks, precision).train_batches(0)
+        for folder in (arguments.data, packed)
     )
     rows = manifest.train.read(np.arange(len(manifest.train)))
     files = [manifest.train.name(source) for source in rows.source], rows.labels.tolist()

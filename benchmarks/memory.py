@@ -17,7 +17,7 @@ from common.process import end
 from common.progress import say
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
-from engine.data import open_data
+from engine.data import open_training_data
 from engine.precision import choose_precision
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None) -> dict:
     share_one_heap()  # as train.py does
     config = parse_args(["--data", arguments.data, "--device", "cpu", *flags])
     with ranks_of_this_run("cpu") as ranks:
-        data = open_data(config, ranks, choose_precision("fp32", torch.device("cpu")))
+        data = open_training_data(config, ranks, choose_precision("fp32", torch.device("cpu")))
         found = measure(data.train_batches(0), data.train_images, config.batch_size, arguments.epochs)
     if arguments.plot:
         plot(found, arguments.plot)

@@ -32,7 +32,7 @@ from common.process import end
 from common.ranks import Ranks, ranks_of_this_run
 from engine.assembly import network_of
 from engine.config import SYNTHETIC, Config, parse_args, save_config
-from engine.data import Data
+from engine.data import TrainingData, open_training_data
 from engine.precision import Precision, choose_precision, set_numerics
 from engine.preemption import StopRequests
 from engine.records import CONFIG
@@ -106,18 +106,18 @@ class BareStep:
         return perf_counter() - began
 
 
-def bare_step(config: Config, ranks: Ranks) -> tuple[BareStep, Data]:
+def bare_step(config: Config, ranks: Ranks) -> tuple[BareStep, TrainingData]:
     """The configuration's network and batch of noise, and the data set that this is from."""
     set_numerics(deterministic=config.deterministic)
     precision = choose_precision(config.precision, ranks.device)
-    data = Data(config=config, ranks=ranks, precision=precision, micro_batch=config.batch_size, manifest=None)
+    data = open_training_data(config, ranks, precision)
     model = network_of(config, classes=len(data.classes), device=ranks.device)
     step = usual_step(model, replace(config, lr=1e-4), precision, fused=True)
     return BareStep(next(data.train_batches(0)), model, precision, step), data
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataInTurns(Data):
+class DataInTurns(TrainingData):
     """Hands the trainer the same batch again and again; between two turns of the trainer, runs the bare loop."""
 
     bare: BareStep
@@ -134,7 +134,7 @@ class DataInTurns(Data):
             self.trainer_seconds.append(perf_counter() - began)
 
 
-def trainer_overhead(bare: BareStep, data: Data) -> tuple[Clocks, dict]:
+def trainer_overhead(bare: BareStep, data: TrainingData) -> tuple[Clocks, dict]:
     config = data.config
     turns = DataInTurns(**vars(data), bare=bare, trainer_seconds=[], bare_seconds=[])
     save_config(config, config.out / CONFIG)  # as train.py does
@@ -154,7 +154,7 @@ def trainer_overhead(bare: BareStep, data: Data) -> tuple[Clocks, dict]:
     return {"seconds": (turns.trainer_seconds[1:], without)}, notes
 
 
-def sampler_overhead(bare: BareStep, data: Data, rounds: int, interval_seconds: float) -> tuple[Clocks, dict]:
+def sampler_overhead(bare: BareStep, data: TrainingData, rounds: int, interval_seconds: float) -> tuple[Clocks, dict]:
     """Raises UserError: there is nothing to sample here."""
     uuids = uuids_of(data.ranks.device)
     with NvmlSampler(uuids, interval_seconds) as sampler:

@@ -23,7 +23,7 @@ from common.progress import say
 from common.ranks import Ranks, ranks_of_this_run
 from engine.assembly import assemble, network_of
 from engine.config import SYNTHETIC, Config, parse_args
-from engine.data import open_data
+from engine.data import open_training_data
 from engine.precision import Precision, choose_precision, set_numerics
 
 _NAMES = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
@@ -64,7 +64,7 @@ def compare(config: Config, ranks: Ranks, options: argparse.Namespace) -> dict:
 
 def make_steps(config: Config, ranks: Ranks, precision: Precision) -> dict[str, Callable[[], object]]:
     """By name: a function that takes one training step on the resident batch."""
-    data = open_data(config, ranks, precision)
+    data = open_training_data(config, ranks, precision)
     batches = data.train_batches(0)
     classes = len(data.classes)
     model = network_of(config, classes=classes, device=ranks.device)

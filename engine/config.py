@@ -298,9 +298,7 @@ def _is_installed(package: str) -> bool:
 
 def check(config: Config) -> None:
     """Raise UserError for values that no world size and no machine could make good."""
-    for name, value in vars(config).items():
-        if isinstance(value, int) and abs(value) >= 2**63 and name != "seed":
-            raise UserError(f"--{name.replace('_', '-')}: must be in (-2^63, 2^63)")
+    check_integers(config)
     try:
         lowest, highest = config.scale
     except ValueError:
@@ -329,22 +327,40 @@ def check(config: Config) -> None:
         f"--step-epochs {config.step_epochs}: must be at least 1": config.step_epochs >= 1,
         f"--warmup-epochs {config.warmup_epochs}: must not be negative": config.warmup_epochs >= 0,
         f"--seed {config.seed}: must be in [0, 2^63)": 0 <= config.seed < 2**63,
-        f"--threads {config.threads}: must be at least 1": config.threads is None or config.threads >= 1,
-        f"--prefetch {config.prefetch}: must be at least 1": config.prefetch >= 1,
-        f"--hw-decoder-load {config.hw_decoder_load}: must be in [0, 1]": 0 <= config.hw_decoder_load <= 1,
         f"--window-shards {config.window_shards}: must be at least 1": config.window_shards >= 1,
-        f"--read-threads {config.read_threads}: must be at least 1": config.read_threads is None
-        or config.read_threads >= 1,
-        f"--read-ahead {config.read_ahead}: must be at least 1": config.read_ahead >= 1,
         f"--checkpoint-minutes {config.checkpoint_minutes}: must not be negative": config.checkpoint_minutes >= 0,
         f"--keep {config.keep}: must be at least 1": config.keep >= 1,
-        f"--max-bad-images {config.max_bad_images}: must not be negative": (
-            config.max_bad_images is None or config.max_bad_images >= 0
-        ),
         f"--log-every {config.log_every}: must be at least 1": config.log_every >= 1,
         "--wandb: wandb is not installed here; pip install wandb": not config.wandb or _is_installed("wandb"),
         f"--inspect {config.inspect}: must be in [1, 400]": config.inspect is None or 1 <= config.inspect <= 400,
     }
+    _refuse(checks)
+    check_loading(config, config.max_bad_images)
+
+
+def check_integers(flags: object) -> None:
+    """Raise UserError where one of a dataclass of flags is too large for 64 bits, which most of them become; --seed says so
+    itself."""
+    for name, value in vars(flags).items():
+        if isinstance(value, int) and abs(value) >= 2**63 and name != "seed":
+            raise UserError(f"--{name.replace('_', '-')}: must be in (-2^63, 2^63)")
+
+
+def check_loading(loading: LoadingFlags, max_bad_images: int | None) -> None:
+    """Raise UserError for values that no machine could make good."""
+    read_threads = loading.read_threads
+    checks = {
+        f"--threads {loading.threads}: must be at least 1": loading.threads is None or loading.threads >= 1,
+        f"--prefetch {loading.prefetch}: must be at least 1": loading.prefetch >= 1,
+        f"--hw-decoder-load {loading.hw_decoder_load}: must be in [0, 1]": 0 <= loading.hw_decoder_load <= 1,
+        f"--read-threads {read_threads}: must be at least 1": read_threads is None or read_threads >= 1,
+        f"--read-ahead {loading.read_ahead}: must be at least 1": loading.read_ahead >= 1,
+        f"--max-bad-images {max_bad_images}: must not be negative": max_bad_images is None or max_bad_images >= 0,
+    }
+    _refuse(checks)
+
+
+def _refuse(checks: dict[str, bool]) -> None:
     for message, holds in checks.items():
         if not holds:
             raise UserError(message)

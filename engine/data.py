@@ -1,33 +1,34 @@
-"""From --data to loaders: the one place where the configuration meets the pipeline."""
+"""From --data to loaders: the one place where the flags meet the pipeline."""
 
 import contextlib
 import itertools
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import TrainingError, UserError
-from common.progress import printable, say, say_once
+from common.errors import UserError
+from common.progress import printable, say
 from common.ranks import Ranks, on_rank_0
 from engine.checkpoint import Checkpoint
-from engine.config import DIGITS, SYNTHETIC, Config
+from engine.config import DIGITS, SYNTHETIC, Config, LoadingFlags
+from engine.lost_images import LostImages
 from engine.networks import Network
 from engine.precision import Precision
 from pipeline.digits import digits_folder
-from pipeline.headers import read_header
+from pipeline.graphs import GraphOptions
 from pipeline.loader import Batch, DaliLoader, SyntheticLoader
 from pipeline.manifest import open_manifest
-from pipeline.manifest_files import QUARANTINE, Manifest, add_to_quarantine, load_manifest
+from pipeline.manifest_files import Manifest, load_manifest
 from pipeline.plan import IMAGENET_COLOUR_SHIFT, IMAGENET_MEAN_RGB, ColourShift, Samples, TrainPlan, ValidationPlan
 from pipeline.prepared import Prepared, is_prepared, open_prepared
 from pipeline.reader import Fetch, ShardReader
+from pipeline.scan import SPLITS
 from pipeline.statistics import find_statistics
-from pipeline.tables import FileTable, ShardTable
+from pipeline.tables import ShardTable
 from pipeline.whole import WholePlan
 
 Plan = TrainPlan | ValidationPlan | WholePlan
@@ -43,23 +44,37 @@ _MOST_THREADS_BESIDE_A_GPU = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """A data set and the loaders over it."""
+class Viewing:
+    """How a network is shown images that it does not learn from."""
 
-    config: Config
+    crop: int
+    """Side of the network's input in pixels."""
+    scale: int
+    """Shorter side of the rescaled image in pixels, at least `crop`."""
+    mean_rgb: tuple[float, float, float]
+    """What is subtracted from the pixels (0–255)."""
+    batch_size: int
+    """Images of the crop's size that a rank computes at a time; of larger ones, as many as have no more pixels."""
+    pad_channels: bool = False
+    """As --pad-channels."""
+
+    @property
+    def pixels(self) -> int:
+        """In a batch."""
+        return self.batch_size * self.crop**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A data set on these ranks, and loaders that show it to networks."""
+
     ranks: Ranks
     precision: Precision
-    micro_batch: int
-    """Images in one training pass of one rank."""
+    loading: LoadingFlags
     manifest: Manifest | Prepared | None
     """None for synthetic data."""
-    mean_rgb: tuple[float, float, float] = IMAGENET_MEAN_RGB
-    """What is subtracted from the pixels (0–255)."""
-    colour_shift: ColourShift = IMAGENET_COLOUR_SHIFT
-    bad_rows: set[int] = field(default_factory=set)
-    """Training rows that this rank found not to be decodable, or not everywhere."""
-    bad_val_rows: set[int] = field(default_factory=set)
-    """Validation rows that this rank found so."""
+    lost: dict[str, LostImages]
+    """By split; none for synthetic data."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -87,46 +102,159 @@ class Data:
     def decoder(self) -> str:
         """Where JPEGs are decoded: "gpu" or "cpu"."""
         auto = "gpu" if self.ranks.device.type == "cuda" else "cpu"
-        return auto if self.config.decoder == "auto" else self.config.decoder
+        return auto if self.loading.decoder == "auto" else self.loading.decoder
 
     @property
     def threads(self) -> int:
         """DALI's CPU threads in this rank."""
-        return self.config.threads or default_threads(self.ranks.cpu_share, self.decoder)
+        return self.loading.threads or default_threads(self.ranks.cpu_share, self.decoder)
 
-    def engine_load(self, *, training: bool) -> float:
-        """The share of a loader's images that --decoder gpu gives to the GPU's JPEG engine, in [0, 1].
+    def validation_batches(self, viewing: Viewing) -> tuple[Iterator[Batch], int] | None:
+        """Batches of this rank, endless, and how many make one pass over the validation set; None for synthetic data."""
+        if self.manifest is None:
+            return None
+        plan = self.validation_plan(viewing)
+        size = min(viewing.batch_size, _VALIDATION_BATCH)
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        loader = self._loader(
+            plan,
+            lambda skip: plan.batches(rank=rank, world_size=world_size, batch_size=size, skip=skip),
+            size,
+            "val",
+            self._options(viewing.crop, viewing.pad_channels),
+        )
+        return loader, plan.steps(world_size=world_size, batch_size=size)
 
-        Of a batch that the engine shares with other decoders it gets the images that come first by kind and size: an image's
-        pixels then depend on its batch-mates, and so on micro-batch and rank count. Where a result must not, the engine
-        decodes all or none. None, unless all are asked for: nvImageCodec marks the engine's images good before they are decoded.
+    def whole_batches(self, viewing: Viewing, split: str) -> tuple[Iterator[Batch], int]:
+        """This rank's whole images of "train" or "val", each once, and how many they are; not for synthetic data.
+
+        The images of a batch have one size, and viewing.pixels together at most, unless it is a single one. The labels are the
+        rows' numbers.
         """
-        load = self.config.hw_decoder_load
-        shares = training and not self.config.deterministic
-        return load if shares or load == 1 else 0.0
+        assert self.manifest
+        plan = WholePlan(
+            table=self.manifest.train if split == "train" else self.manifest.val,
+            scale=viewing.scale,
+            pixels=viewing.pixels,
+            mean_rgb=viewing.mean_rgb,
+        )
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        for row in plan.too_large.tolist() if self.ranks.is_main else ():
+            name, (height, width) = plan.table.name(plan.table.read(np.array([row])).source[0]), plan.size(row)
+            say(
+                f"warning: {printable(name)} would have {width:,}×{height:,} pixels at a scale of {plan.scale}, more than "
+                f"{plan.most_pixels:,}; it counts as lost"
+            )
+        loader = self._loader(
+            plan,
+            lambda skip: plan.batches(rank=rank, world_size=world_size, skip=skip),
+            plan.largest_batch,
+            split,
+            self._options(None, viewing.pad_channels),
+        )
+        return loader, plan.images(rank=rank, world_size=world_size)
+
+    def validation_plan(self, viewing: Viewing) -> ValidationPlan:
+        """What a validation shows; not for synthetic data."""
+        assert self.manifest
+        return ValidationPlan(
+            table=self.manifest.val, crop=viewing.crop, scale=viewing.scale, mean_rgb=viewing.mean_rgb
+        )
+
+    def fetch(self, plan: Plan) -> Fetch | None:
+        """What adds the images' bytes to the plan's batches, in threads of its own; None where DALI reads files itself."""
+        if not isinstance(plan.table, ShardTable):
+            return None
+        reader = ShardReader(plan.table, threads=self.loading.read_threads, batches_ahead=self.loading.read_ahead)
+        return lambda batches: reader.fetch(batches, plan.read_group)
+
+    def _options(self, crop: int | None, pad_channels: bool, *, shares_engine: bool = False) -> GraphOptions:
+        """shares_engine: whether the GPU's JPEG engine may decode a part of each batch.
+
+        It then gets the images that come first by kind and size, so that an image's pixels depend on its batch-mates, and so on
+        micro-batch and rank count. Where a result must not, the engine decodes all or none. None, unless all are asked for:
+        nvImageCodec marks the engine's images good before they are decoded.
+        """
+        device, load = self.ranks.device, self.loading.hw_decoder_load
+        return GraphOptions(
+            crop=crop,
+            device_id=device.index if device.type == "cuda" else None,
+            decoder=self.decoder,
+            hw_decoder_load=load if shares_engine or load == 1 else 0.0,
+            half=self.precision.half_images,
+            pad_channels=pad_channels,
+            threads=self.threads,
+            prefetch=self.loading.prefetch,
+        )
+
+    def _loader(
+        self,
+        plan: Plan,
+        batches_after: Callable[[int], Iterator[Samples]],
+        batch_size: int,
+        split: str,
+        options: GraphOptions,
+    ) -> DaliLoader:
+        def lose(samples: Samples, dead: np.ndarray, reasons: list[str]) -> None:
+            plan.lose(samples, dead)
+            self.lost[split].add(samples, reasons)
+
+        return DaliLoader(batches_after, options, lose=lose, batch_size=batch_size, fetch=self.fetch(plan))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData(Data):
+    """A data set to train on, and to validate on."""
+
+    config: Config
+    micro_batch: int
+    """Images in one training pass of one rank."""
+    mean_rgb: tuple[float, float, float] = IMAGENET_MEAN_RGB
+    """What is subtracted from the pixels (0–255)."""
+    colour_shift: ColourShift = IMAGENET_COLOUR_SHIFT
+
+    @property
+    def viewing(self) -> Viewing:
+        """As a validation during the training has it."""
+        config = self.config
+        return Viewing(
+            crop=config.crop,
+            scale=config.validation_scale,
+            mean_rgb=self.mean_rgb,
+            batch_size=min(config.batch_size, config.micro_batch or _VALIDATION_BATCH),
+            pad_channels=config.pad_channels,
+        )
+
+    @property
+    def train_options(self) -> GraphOptions:
+        """Of the training loader."""
+        config = self.config
+        return self._options(config.crop, config.pad_channels, shares_engine=not config.deterministic)
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches of this rank, endless, from sample number `start` on."""
         if self.manifest is None:
-            return SyntheticLoader(
-                batch_size=self.micro_batch,
-                crop=self.config.crop,
-                classes=_SYNTHETIC_CLASSES,
-                device=self.ranks.device,
-                half=self.precision.half_images,
-                pad_channels=self.config.pad_channels,
-                seed=self.ranks.rank,
-            )
+            return self.resident_batches()
         plan = self.train_plan()
-        rank, world_size, micro_batch = self.ranks.rank, self.ranks.world_size, self.micro_batch
+        rank, world_size, size = self.ranks.rank, self.ranks.world_size, self.micro_batch
         return self._loader(
             plan,
-            lambda skip: plan.batches(
-                start=start, rank=rank, world_size=world_size, micro_batch=micro_batch, skip=skip
-            ),
-            micro_batch,
-            self.bad_rows,
-            training=True,
+            lambda skip: plan.batches(start=start, rank=rank, world_size=world_size, micro_batch=size, skip=skip),
+            size,
+            "train",
+            self.train_options,
+        )
+
+    def resident_batches(self) -> Iterator[Batch]:
+        """A micro-batch of noise that stays on the device, yielded for ever."""
+        return SyntheticLoader(
+            batch_size=self.micro_batch,
+            crop=self.config.crop,
+            classes=len(self.classes),
+            device=self.ranks.device,
+            half=self.precision.half_images,
+            pad_channels=self.config.pad_channels,
+            seed=self.ranks.rank,
         )
 
     def train_plan(self) -> TrainPlan:
@@ -143,62 +271,8 @@ class Data:
             window_shards=self.config.window_shards if self.config.order == "window" else None,
         )
 
-    def validation_batches(self) -> tuple[Iterator[Batch], int] | None:
-        """Batches of this rank, endless, and how many make one pass over the validation set; None for synthetic data."""
-        if self.manifest is None:
-            return None
-        plan = self.validation_plan()
-        size = min(self.config.batch_size, self.config.micro_batch or _VALIDATION_BATCH, _VALIDATION_BATCH)
-        rank, world_size = self.ranks.rank, self.ranks.world_size
-        loader = self._loader(
-            plan,
-            lambda skip: plan.batches(rank=rank, world_size=world_size, batch_size=size, skip=skip),
-            size,
-            self.bad_val_rows,
-        )
-        return loader, plan.steps(world_size=world_size, batch_size=size)
-
-    def whole_batches(self, split: str, pixels: int) -> tuple[Iterator[Batch], int]:
-        """This rank's whole images of "train" or "val", each once, and how many they are; not for synthetic data.
-
-        The images' shorter side is the validation scale; those of a batch have one size, and `pixels` together at most, unless
-        it is a single one. The labels are the rows' numbers.
-        """
-        assert self.manifest
-        plan = WholePlan(
-            table=self.manifest.train if split == "train" else self.manifest.val,
-            scale=self.config.validation_scale,
-            pixels=pixels,
-            mean_rgb=self.mean_rgb,
-        )
-        rank, world_size = self.ranks.rank, self.ranks.world_size
-        for row in plan.too_large.tolist() if self.ranks.is_main else ():
-            name, (height, width) = plan.table.name(plan.table.read(np.array([row])).source[0]), plan.size(row)
-            say(
-                f"warning: {printable(name)} would have {width:,}×{height:,} pixels at a scale of {plan.scale}, more than "
-                f"{plan.most_pixels:,}; it counts as lost"
-            )
-        loader = self._loader(
-            plan,
-            lambda skip: plan.batches(rank=rank, world_size=world_size, skip=skip),
-            plan.largest_batch,
-            self.bad_rows if split == "train" else self.bad_val_rows,
-            whole=True,
-        )
-        return loader, plan.images(rank=rank, world_size=world_size)
-
-    def validation_plan(self) -> ValidationPlan:
-        """What a validation shows; not for synthetic data."""
-        assert self.manifest
-        return ValidationPlan(
-            table=self.manifest.val,
-            crop=self.config.crop,
-            scale=self.config.validation_scale,
-            mean_rgb=self.mean_rgb,
-        )
-
     def look(self, plan: TrainPlan | ValidationPlan, numbers: np.ndarray) -> tuple[Tensor, Samples]:
-        """Some samples of a plan (int64 [n]; rows of a ValidationPlan), loaded as training and validation load them.
+        """Some samples of a plan (int64 [n]; rows of a ValidationPlan), loaded as validation loads them.
 
         Returns the images, [n, 3 or 4, crop, crop] in the host's memory, and what the plan decided about each.
         """
@@ -210,83 +284,13 @@ class Data:
             for step in itertools.count(skip):
                 yield plan.samples(filled_up[step % steps])
 
-        loader = self._loader(plan, batches_after, size, self.bad_rows if isinstance(plan, TrainPlan) else set())
+        split = "train" if isinstance(plan, TrainPlan) else "val"
+        loader = self._loader(
+            plan, batches_after, size, split, self._options(self.config.crop, self.config.pad_channels)
+        )
         images = torch.cat([next(loader)[0].cpu() for _ in range(steps)])
         # Asked for after the loading, which may have found images to do without.
         return images[: len(numbers)], plan.samples(numbers)
-
-    def max_lost(self, images: int) -> int:
-        """Images of a set of so many that may be lost before the run ends."""
-        limit = self.config.max_bad_images
-        return min(math.ceil(images / 1000) if limit is None else limit, images - 1)
-
-    def _loader(
-        self,
-        plan: Plan,
-        batches_after: Callable[[int], Iterator[Samples]],
-        batch_size: int,
-        bad_rows: set[int],
-        *,
-        whole: bool = False,
-        training: bool = False,
-    ) -> DaliLoader:
-        return DaliLoader(
-            batches_after,
-            lose=lambda samples, dead, reasons: self._lose(plan, bad_rows, samples, dead, reasons),
-            batch_size=batch_size,
-            crop=None if whole else self.config.crop,
-            device=self.ranks.device,
-            decoder=self.decoder,
-            hw_decoder_load=self.engine_load(training=training),
-            half=self.precision.half_images,
-            threads=self.threads,
-            prefetch=self.config.prefetch,
-            pad_channels=self.config.pad_channels,
-            fetch=self.fetch(plan),
-        )
-
-    def fetch(self, plan: Plan) -> Fetch | None:
-        """What adds the images' bytes to the plan's batches, in threads of its own; None where DALI reads files itself."""
-        if not isinstance(plan.table, ShardTable):
-            return None
-        reader = ShardReader(plan.table, threads=self.config.read_threads, batches_ahead=self.config.read_ahead)
-        return lambda batches: reader.fetch(batches, plan.read_group)
-
-    def _lose(
-        self,
-        plan: Plan,
-        bad_rows: set[int],
-        samples: Samples,
-        dead: np.ndarray,
-        reasons: list[str],
-    ) -> None:
-        """Have the plan do without some samples; warn of each file once, and add it to the quarantine."""
-        assert self.manifest
-        plan.lose(samples, dead)
-        news = {}
-        for index, (row, reason) in enumerate(zip(samples.rows.tolist(), reasons, strict=True)):
-            if row not in bad_rows:
-                bad_rows.add(row)
-                name = plan.table.name(samples.source[index])
-                if isinstance(plan.table, FileTable):  # "empty file" says more than the decoder does
-                    reason = read_header(Path(name)).reason or reason
-                news[name] = reason
-        for name, reason in news.items():
-            say(f"warning: {printable(name)} cannot be decoded ({reason}); going on without it")
-        try:
-            add_to_quarantine(self.manifest.folder, self.manifest.root, news)
-        except OSError as error:
-            say_once(f"warning: {self.manifest.folder / QUARANTINE} cannot be added to ({error.strerror})")
-        check_lost(len(bad_rows), self.max_lost(len(plan.table)), self.manifest.folder)
-
-
-def check_lost(lost: int, limit: int, manifest_folder: Path) -> None:
-    """Raise TrainingError where more images are lost than may be."""
-    if lost > limit:
-        raise TrainingError(
-            f"{lost} images cannot be decoded, more than the {limit} that --max-bad-images allows; they were named above, and "
-            f"are listed in {manifest_folder / QUARANTINE} where that can be written"
-        )
 
 
 def default_threads(cores: int, decoder: str) -> int:
@@ -296,34 +300,46 @@ def default_threads(cores: int, decoder: str) -> int:
 
 
 def open_data(
+    source: str, ranks: Ranks, precision: Precision, loading: LoadingFlags, *, max_bad_images: int | None
+) -> Data:
+    """Find or make the data set of --data. Raises UserError.
+
+    Rank 0 scans a new data set while the others wait; after that, every rank maps the same files. On a machine that does
+    not share rank 0's folders, its ranks make the manifest there: it must come out the same.
+    """
+    if loading.decoder == "gpu" and ranks.device.type != "cuda":
+        raise UserError("--decoder gpu: needs a GPU; use --decoder cpu or auto")
+    manifest = None if source == SYNTHETIC else _shared_manifest(source, ranks)
+    lost = (
+        {split: LostImages(manifest=manifest, split=split, max_bad_images=max_bad_images) for split in SPLITS}
+        if manifest
+        else {}
+    )
+    return Data(ranks=ranks, precision=precision, loading=loading, manifest=manifest, lost=lost)
+
+
+def open_training_data(
     config: Config,
     ranks: Ranks,
     precision: Precision,
     *,
     checkpoint: Checkpoint | None = None,
     initial: Network | None = None,
-) -> Data:
-    """Find or make the data set and check that its batches divide among the ranks. Raises UserError.
+) -> TrainingData:
+    """Like open_data, and check that the batches divide among the ranks. Raises UserError.
 
     checkpoint, initial: what the run goes on from, or starts with. The mean and the colour shift are the checkpoint's; or the
     mean is the initial network's; what is left is the data set's, where pipeline.statistics has computed it, or ImageNet's.
-
-    Rank 0 scans a new data set while the others wait; after that, every rank maps the same files. On a machine that does
-    not share rank 0's folders, its ranks make the manifest there: it must come out the same.
     """
-    if config.decoder == "gpu" and ranks.device.type != "cuda":
-        raise UserError("--decoder gpu: needs a GPU; use --decoder cpu or auto")
     micro_batch = _micro_batch(config, ranks)
-    manifest = None if config.data == SYNTHETIC else _shared_manifest(config, ranks)
-    mean_rgb, colour_shift = _colours(manifest, checkpoint, initial, ranks)
-    return Data(
-        config=config,
-        ranks=ranks,
-        precision=precision,
-        micro_batch=micro_batch,
-        manifest=manifest,
-        mean_rgb=mean_rgb,
-        colour_shift=colour_shift,
+    if config.order == "window" and (
+        config.data == DIGITS or not (config.data == SYNTHETIC or is_prepared(config.data))
+    ):
+        raise UserError("--order window: needs prepared data; make it with python -m pipeline.prepare")
+    data = open_data(config.data, ranks, precision, config, max_bad_images=config.max_bad_images)
+    mean_rgb, colour_shift = _colours(data.manifest, checkpoint, initial, ranks)
+    return TrainingData(
+        **vars(data), config=config, micro_batch=micro_batch, mean_rgb=mean_rgb, colour_shift=colour_shift
     )
 
 
@@ -347,15 +363,12 @@ def _colours(
     return mean_rgb, colour_shift
 
 
-def _shared_manifest(config: Config, ranks: Ranks) -> Manifest | Prepared:
-    data = config.data
+def _shared_manifest(data: str, ranks: Ranks) -> Manifest | Prepared:
     manifest: Manifest | Prepared
     if data != DIGITS and is_prepared(data):
         fingerprint = on_rank_0(ranks, lambda: open_prepared(data).fingerprint)
         manifest = open_prepared(data, check_shards=False)
     else:
-        if config.order == "window":
-            raise UserError("--order window: needs prepared data; make it with python -m pipeline.prepare")
         root, folder, fingerprint = on_rank_0(ranks, lambda: _open_first(data))
         if not ranks.is_main:
             root, folder = _open_again(data, root, folder, fingerprint)

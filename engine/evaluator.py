@@ -14,7 +14,7 @@ from common.progress import say
 from common.ranks import on_rank_0
 from engine.data import Data
 from engine.networks import Network
-from engine.passes import answers, center_crops, seen_by
+from engine.passes import answers, center_crops, viewing_of
 from engine.posteriors import LOST, Hits, Weighted, count, digest, open_posteriors, pack
 from engine.precision import Precision
 from engine.protocols import PROTOCOLS, mean_over_views, parts_of
@@ -135,15 +135,16 @@ class Evaluator:
         return self._built[1]
 
     def _blocks(self, network: Network, model: VGG, name: str, scale: int, flipped: bool) -> Iterator[Block]:
-        protocol, pixels = PROTOCOLS[name], self._batch_size * network.crop**2
+        protocol, data, viewing = PROTOCOLS[name], self._data, viewing_of(network, scale, self._batch_size)
         # Sizes change from batch to batch: to search for the fastest kernel of each would not pay.
         torch.backends.cudnn.benchmark = not protocol.whole
-        data = seen_by(network, self._data, scale)
-        batches, images = data.whole_batches("val", pixels) if protocol.whole else center_crops(data)
+        batches, images = data.whole_batches(viewing, "val") if protocol.whole else center_crops(data, viewing)
         softmax = posteriors_of(Dense(model) if protocol.dense else model, data.precision)
 
         def compute(images: Tensor) -> Tensor:
-            return pack(mean_over_views(softmax, protocol.views(images, network.crop), flip=flipped, pixels=pixels))
+            return pack(
+                mean_over_views(softmax, protocol.views(images, network.crop), flip=flipped, pixels=viewing.pixels)
+            )
 
         yield from answers(network, data, "val", batches, images, compute, f"{network.name}: {name}, Q = {scale}")
 

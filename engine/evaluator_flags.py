@@ -10,7 +10,7 @@ from typing import Literal
 
 from common.errors import UserError
 from common.flags import expand_switch, parse_dataclass
-from engine.config import SYNTHETIC, Config, check, default_data
+from engine.config import SYNTHETIC, LoadingFlags, check_integers, check_loading, default_data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,22 +38,9 @@ class InputFlags:
     max_bad_images: int | None = None
     """Images that may turn out not to be decodable; more end it. Default: 0.1 % of the images."""
 
-    def config(self, world_size: int) -> Config:
-        """The same as train.py's configuration, for the data set and its loaders. Raises UserError for impossible values."""
-        if self.data == SYNTHETIC:
-            raise UserError(f"--data {SYNTHETIC}: has no images to test on; give a folder, or digits")
-        config = Config(
-            data=self.data,
-            device=self.device,
-            precision=self.precision,
-            decoder=self.decoder,
-            threads=self.threads,
-            max_bad_images=self.max_bad_images,
-            batch_size=self.batch_size * world_size,
-            micro_batch=self.batch_size,
-        )
-        check(config)
-        return config
+    @property
+    def loading(self) -> LoadingFlags:
+        return LoadingFlags(decoder=self.decoder, threads=self.threads)
 
     def chosen_scales(self) -> tuple[int, ...] | None:
         """--scales as numbers. Raises UserError."""
@@ -129,7 +116,10 @@ def _expanded(argv: list[str] | None) -> list[str]:
 
 
 def _check(flags: InputFlags) -> None:
+    if flags.data == SYNTHETIC:
+        raise UserError(f"--data {SYNTHETIC}: has no images to test on; give a folder, or digits")
+    check_integers(flags)
     if flags.batch_size < 1:
         raise UserError(f"--batch-size {flags.batch_size}: must be at least 1")
-    flags.config(1)
+    check_loading(flags.loading, flags.max_bad_images)
     flags.chosen_scales()

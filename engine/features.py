@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from common.ranks import on_rank_0
-from engine.data import Data
+from engine.data import Data, Viewing
 from engine.networks import Network
-from engine.passes import answers, seen_by
+from engine.passes import answers, viewing_of
 from engine.protocols import mean_over_views, whole_image
 from engine.rows import Block, open_rows, write_rows
 from model.dense import Dense
@@ -35,7 +35,7 @@ def write_features(
     dense = Dense(network.build(ranks.device))
     parts = [path.with_name(f".{path.name}.Q{scale}") for scale in scales]
     for scale, part in zip(scales, parts, strict=True):
-        blocks = _blocks(network, dense, data, split, scale, flip=flip, pixels=batch_size * network.crop**2)
+        blocks = _blocks(network, dense, data, split, viewing_of(network, scale, batch_size), flip=flip)
         write_rows(part, shape, np.float32, blocks, ranks, missing=np.nan)
     mean = _mean(parts, shape) if ranks.is_main else iter(())
     on_rank_0(ranks, lambda: write_rows(path, shape, np.float32, mean, None, missing=np.nan))
@@ -44,19 +44,17 @@ def write_features(
             part.unlink(missing_ok=True)  # the same command may run twice
 
 
-def _blocks(
-    network: Network, dense: Dense, data: Data, split: str, scale: int, *, flip: bool, pixels: int
-) -> Iterator[Block]:
+def _blocks(network: Network, dense: Dense, data: Data, split: str, viewing: Viewing, *, flip: bool) -> Iterator[Block]:
     def compute(images: Tensor) -> Tensor:
-        return mean_over_views(features, whole_image(images, network.crop), flip=flip, pixels=pixels)
+        return mean_over_views(features, whole_image(images, network.crop), flip=flip, pixels=viewing.pixels)
 
     def features(images: Tensor) -> Tensor:
         with data.precision.autocast():
             return dense.features(images).float()
 
     torch.backends.cudnn.benchmark = False  # sizes change from batch to batch
-    batches, images = seen_by(network, data, scale).whole_batches(split, pixels)
-    yield from answers(network, data, split, batches, images, compute, f"features of {split}, Q = {scale}")
+    batches, images = data.whole_batches(viewing, split)
+    yield from answers(network, data, split, batches, images, compute, f"features of {split}, Q = {viewing.scale}")
 
 
 def _mean(parts: list[Path], shape: tuple[int, int]) -> Iterator[Block]:

@@ -11,7 +11,7 @@ from common.progress import printable
 from common.ranks import on_rank_0, ranks_of_this_run
 from engine.config import SYNTHETIC, Config
 from engine.contact_sheet import Tile, draw_sheet, thumbnail_size
-from engine.data import Data, open_data
+from engine.data import TrainingData, open_training_data
 from engine.networks import initial_network
 from engine.pictures import as_pictures
 from engine.precision import choose_precision
@@ -34,14 +34,14 @@ def inspect(config: Config) -> dict:
         raise UserError("--inspect: synthetic data are noise; give --data a data set")
     with ranks_of_this_run(config.device) as ranks:
         precision = choose_precision(config.precision, ranks.device)
-        data = open_data(config, ranks, precision, initial=initial_network(config))
+        data = open_training_data(config, ranks, precision, initial=initial_network(config))
         return on_rank_0(ranks, lambda: _write(data, count, config.out))
 
 
-def _write(data: Data, count: int, out: Path) -> dict:
+def _write(data: TrainingData, count: int, out: Path) -> dict:
     config = data.config
     assert data.manifest
-    train, val = data.train_plan(), data.validation_plan()
+    train, val = data.train_plan(), data.validation_plan(data.viewing)
     # Spread over the set, whose rows are sorted by class.
     rows = np.linspace(0, len(val.table) - 1, min(count, len(val.table))).round().astype(np.int64)
     tiles = (
@@ -64,7 +64,9 @@ def _write(data: Data, count: int, out: Path) -> dict:
     return {"inspect": str(path), "training_samples": count, "validation_images": len(rows), "stopped": False}
 
 
-def _training_tiles(data: Data, table: FileTable | ShardTable, plan: TrainPlan, numbers: np.ndarray) -> list[Tile]:
+def _training_tiles(
+    data: TrainingData, table: FileTable | ShardTable, plan: TrainPlan, numbers: np.ndarray
+) -> list[Tile]:
     crops, samples = data.look(plan, numbers)
     epochs, planned = plan.epochs_and_rows(numbers)
     scales, shifts = plan.scales(numbers), np.asarray(data.mean_rgb) - samples.mean
@@ -81,7 +83,9 @@ def _training_tiles(data: Data, table: FileTable | ShardTable, plan: TrainPlan, 
     return _tiles(data, table, samples, crops, captions)
 
 
-def _validation_tiles(data: Data, table: FileTable | ShardTable, plan: ValidationPlan, rows: np.ndarray) -> list[Tile]:
+def _validation_tiles(
+    data: TrainingData, table: FileTable | ShardTable, plan: ValidationPlan, rows: np.ndarray
+) -> list[Tile]:
     crops, samples = data.look(plan, rows)
     captions = [
         (f"{_name(data, label)}, image {row}", f"S {plan.scale}, centre")
@@ -90,12 +94,12 @@ def _validation_tiles(data: Data, table: FileTable | ShardTable, plan: Validatio
     return _tiles(data, table, samples, crops, captions)
 
 
-def _name(data: Data, label: int) -> str:
+def _name(data: TrainingData, label: int) -> str:
     return "cannot be decoded: another in its place" if label == LOST_LABEL else printable(data.classes[label])
 
 
 def _tiles(
-    data: Data, table: FileTable | ShardTable, samples: Samples, crops: Tensor, captions: list[tuple[str, str]]
+    data: TrainingData, table: FileTable | ShardTable, samples: Samples, crops: Tensor, captions: list[tuple[str, str]]
 ) -> list[Tile]:
     sizes = table.read(samples.rows).sizes
     thumbnails = np.array([thumbnail_size(height, width, data.config.crop) for height, width in sizes.tolist()])

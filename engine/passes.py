@@ -1,6 +1,5 @@
 """One pass of a network over a split's images, this rank's share of it: which image gives which answer."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -9,8 +8,7 @@ from torch import Tensor
 
 from common.errors import TrainingError
 from common.progress import printable, track
-from common.ranks import union_over_ranks
-from engine.data import Data, check_lost
+from engine.data import Data, Viewing
 from engine.networks import Network
 from engine.precision import Precision
 from engine.rows import Block
@@ -20,15 +18,14 @@ from pipeline.plan import LOST_LABEL, PADDING_LABEL
 _NO_ROW = -1  # of what fills up a batch, and of images that cannot be decoded
 
 
-def seen_by(network: Network, data: Data, scale: int) -> Data:
-    """The data set as a network takes it, rescaled to a shorter side of `scale` pixels: with its crop and its mean."""
-    config = dataclasses.replace(data.config, crop=network.crop, train_scale=str(scale))
-    return dataclasses.replace(data, config=config, mean_rgb=network.mean_rgb)
+def viewing_of(network: Network, scale: int, batch_size: int) -> Viewing:
+    """Images as a network takes them, rescaled to a shorter side of `scale` pixels: with its crop and its mean."""
+    return Viewing(crop=network.crop, scale=scale, mean_rgb=network.mean_rgb, batch_size=batch_size)
 
 
-def center_crops(data: Data) -> tuple[Iterator[Batch], int]:
+def center_crops(data: Data, viewing: Viewing) -> tuple[Iterator[Batch], int]:
     """The validation's batches of one pass, the rows' numbers in place of the labels, and this rank's images in them."""
-    found = data.validation_batches()
+    found = data.validation_batches(viewing)
     assert found
     batches, steps = found
     rank, world_size = data.ranks.rank, data.ranks.world_size
@@ -57,8 +54,7 @@ def answers(
     batches: images and their rows' numbers, `images` of them. Raises TrainingError where an answer is not finite, and where
     more images of the split cannot be decoded, on all ranks together, than may be.
     """
-    assert data.manifest
-    table = data.manifest.train if split == "train" else data.manifest.val
+    table = data.lost[split].table
 
     def finite(block: Block) -> Block:
         good = np.isfinite(block.values).all(axis=1)
@@ -80,8 +76,8 @@ def answers(
         before = now
     if before:
         yield finite(_block(*before))
-    bad_rows = data.bad_rows if split == "train" else data.bad_val_rows
-    check_lost(len(union_over_ranks(bad_rows, data.ranks)), data.max_lost(len(table)), data.manifest.folder)
+    lost = data.lost[split]
+    lost.check(lost.of_all_ranks(data.ranks))
 
 
 def _block(rows: Tensor, values: Tensor) -> Block:

@@ -11,6 +11,7 @@ from common.errors import UserError
 from engine.networks import Network
 from engine.passes import not_finite
 from engine.precision import Precision
+from pipeline.graphs import GraphOptions
 from pipeline.headers import read_header
 from pipeline.loader import DaliLoader
 from pipeline.plan import LOST_LABEL, Samples, ValidationPlan
@@ -66,15 +67,16 @@ def predict(
     batch_size = min(len(good), _MOST_IN_A_BATCH)
     batches = DaliLoader(
         lambda skip: plan.batches(rank=0, world_size=1, batch_size=batch_size, skip=skip),
+        GraphOptions(
+            crop=network.crop,
+            device_id=device.index,
+            decoder="gpu" if device.type == "cuda" else "cpu",
+            hw_decoder_load=0.0,  # as a validation has it: an answer must not depend on the other images (engine/data.py)
+            half=precision.half_images,
+            threads=threads,
+        ),
         lose=lose,
         batch_size=batch_size,
-        crop=network.crop,
-        device=device,
-        decoder="gpu" if device.type == "cuda" else "cpu",
-        half=precision.half_images,
-        threads=threads,
-        prefetch=2,
-        hw_decoder_load=0.0,  # as a validation has it: an answer must not depend on the other images (engine/data.py)
     )
     model = network.build(device)
     likeliest: dict[int, tuple[list[int], list[float]]] = {}

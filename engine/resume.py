@@ -110,12 +110,12 @@ def _with(whether: bool) -> str:
     return "with" if whether else "without"
 
 
-def check_same_data(checkpoint: Checkpoint, data: Data, *, allow_changed: bool) -> None:
+def check_same_data(checkpoint: Checkpoint, data: Data, config: Config) -> None:
     """Raise UserError where the checkpoint's classes are others, or its images, unless that is allowed."""
     if tuple(checkpoint.classes) != tuple(data.classes):
         how = differing_classes(checkpoint.classes, data.classes) or "it has the data set's classes in another order"
-        raise UserError(f"the checkpoint does not fit the data set: {how}; {_instead(data.config)}")
-    if checkpoint.fingerprint != data.fingerprint and not allow_changed:
+        raise UserError(f"the checkpoint does not fit the data set: {how}; {_instead(config)}")
+    if checkpoint.fingerprint != data.fingerprint and not config.allow_changed_data:
         raise UserError(
             "the data set changed since the checkpoint was written, so its epoch cannot be completed exactly; "
             "restore the data, or give --allow-changed-data to go on with what is there"

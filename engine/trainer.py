@@ -20,7 +20,7 @@ from torch import Tensor
 from common.errors import TrainingError
 from common.heap import present_objects_frozen
 from common.progress import printable, say
-from common.ranks import Ranks, sum_over_ranks, union_over_ranks, wait_for_all
+from common.ranks import Ranks, sum_over_ranks, wait_for_all
 from engine import checkpoint as checkpoints
 from engine import schedule
 from engine.assembly import assemble, too_little_memory
@@ -28,7 +28,7 @@ from engine.checkpoint import Checkpoint
 from engine.clock import Clock, TimedBatches
 from engine.config import Config, to_dict
 from engine.confusion import MOST_CLASSES
-from engine.data import Data, check_lost
+from engine.data import TrainingData
 from engine.evaluation import Accuracy, evaluate
 from engine.gpu_curves import gpus_of_this_machine
 from engine.precision import Precision
@@ -47,13 +47,13 @@ class Trainer:
         *,
         ranks: Ranks,
         precision: Precision,
-        data: Data,
+        data: TrainingData,
         model: VGG,
         checkpoint: Checkpoint | None,
         requests: StopRequests,
     ) -> None:
         """checkpoint: where to go on from; None starts anew. requests: entered, so that they hear of signals already."""
-        self._clock, self._requests = Clock(), requests
+        self._clock, self._requests, self._lost = Clock(), requests, data.lost.get("train")
         self._config, self._ranks, self._precision, self._data, self._model = config, ranks, precision, data, model
         if checkpoint:
             model.load_state_dict(checkpoint.model)
@@ -204,7 +204,7 @@ class Trainer:
     # ---- figures -------------------------------------------------------------------------------------------------
 
     def _log_training(self, log: RunLog | None, batches: TimedBatches) -> None:
-        lost = torch.full_like(self._loss_sum, len(self._data.bad_rows))
+        lost = torch.full_like(self._loss_sum, len(self._lost.rows) if self._lost else 0)
         sums = sum_over_ranks(torch.stack((self._loss_sum, lost)), self._ranks)
         loss_sum, lost_images = sums.tolist()  # waits for the device
         self._loss_sum.zero_()
@@ -237,11 +237,10 @@ class Trainer:
 
     def _check_lost_images(self, found: int) -> None:
         """found: images lost, added up over ranks, of which several may have found the same one."""
-        manifest, limit = self._data.manifest, self._data.max_lost(self._data.train_images)
-        if manifest and found > limit:
-            lost = len(union_over_ranks(self._data.bad_rows, self._ranks))
-            self._requests.failed_together = lost > limit  # so that the others wait for rank 0 to save
-            check_lost(lost, limit, manifest.folder)
+        if self._lost and found > self._lost.limit:
+            lost = self._lost.of_all_ranks(self._ranks)
+            self._requests.failed_together = lost > self._lost.limit  # so that the others wait for rank 0 to save
+            self._lost.check(lost)
 
     def _validate(self) -> tuple[Accuracy | None, Tensor | None]:
         """Validate. Returns the result, and which classes were taken for which, where they are few.
@@ -277,7 +276,7 @@ class Trainer:
     @functools.cached_property
     def _validation(self) -> tuple[Iterator[Batch], int] | None:
         """The batches of the validation, opened when the first one is due, and how many make one pass."""
-        opened = self._data.validation_batches()
+        opened = self._data.validation_batches(self._data.viewing)
         return opened and (SharedBatches(opened[0], self._requests, passes=1), opened[1])
 
     def _results(self) -> dict:

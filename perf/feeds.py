@@ -13,7 +13,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from common.errors import UserError
-from engine.data import Data
+from engine.data import TrainingData
 from perf.timing import SETTLING_STEPS
 from pipeline.graphs import decode_windows, read_files
 from pipeline.plan import Samples
@@ -46,17 +46,17 @@ class Feed:
 NO_FEED = Feed()
 
 
-def feed_of(data: Data, stage: int) -> Feed:
+def feed_of(data: TrainingData, stage: int) -> Feed:
     """Of one of the stages with data.
 
     Each begins elsewhere in the epoch, so that of a data set that is larger than the memory none finds in the page cache what
     the one before it has read; with windows of shards, one step before a window's end.
     """
     gc.collect()  # ends the loader of an earlier stage, which is in cycles of references and would read on
-    config, plan, images, batch = data.config, data.train_plan(), data.train_images, data.config.batch_size
+    loading, plan, images, batch = data.loading, data.train_plan(), data.train_images, data.config.batch_size
     passes = batch // data.ranks.world_size // data.micro_batch
-    queue = math.ceil(config.prefetch / passes)
-    read_ahead = math.ceil(config.read_ahead / passes) if isinstance(plan.table, ShardTable) else 0
+    queue = math.ceil(loading.prefetch / passes)
+    read_ahead = math.ceil(loading.read_ahead / passes) if isinstance(plan.table, ShardTable) else 0
     if (group := plan.read_group) is None:
         return Feed(start=stage * images // _STAGES_WITH_DATA, queue=queue + read_ahead)
 
@@ -83,7 +83,7 @@ def feed_of(data: Data, stage: int) -> Feed:
     return Feed(start=max(0, begin(first + 1) - batch), queue=max(queue, to_the_middle), period=period, windows=number)
 
 
-def reading_alone(data: Data, start: int) -> Callable[[], tuple]:
+def reading_alone(data: TrainingData, start: int) -> Callable[[], tuple]:
     """Reads the images of this rank's next micro-batch at each call, from sample number `start` on, as the loader reads them.
 
     Files are read by as many DALI threads, prepared data by the same reader.
@@ -99,14 +99,14 @@ def reading_alone(data: Data, start: int) -> Callable[[], tuple]:
     return reading().run
 
 
-def decoding_alone(data: Data, start: int) -> Callable[[], tuple]:
+def decoding_alone(data: TrainingData, start: int) -> Callable[[], tuple]:
     """Decodes the windows of a micro-batch at each call, out of bytes that lie in memory; a few batches, again and again.
 
     The batches are those from sample number `start` on. Raises UserError: a file cannot be read; where it is called, too:
     an image cannot be decoded.
     """
     inputs = itertools.cycle(_resident(data, start))
-    device, config = data.ranks.device, data.config
+    device = data.ranks.device
     on_gpu = device.type == "cuda"
 
     @_pipeline(data, device_id=device.index if on_gpu else None)
@@ -114,7 +114,7 @@ def decoding_alone(data: Data, start: int) -> Callable[[], tuple]:
         encoded, begin, shape = fn.external_source(
             lambda: next(inputs), num_outputs=3, batch=True, dtype=[types.UINT8, types.INT32, types.INT32], no_copy=True
         )
-        return decode_windows(encoded, begin, shape, decoder=data.decoder, hw_decoder_load=config.hw_decoder_load)
+        return decode_windows(encoded, begin, shape, data.train_options)
 
     pipeline = decoding()
 
@@ -133,7 +133,7 @@ def decoding_alone(data: Data, start: int) -> Callable[[], tuple]:
     return decode
 
 
-def _without_it(data: Data) -> str:
+def _without_it(data: TrainingData) -> str:
     """How training is rid of an image."""
     if isinstance(data.manifest, Prepared):
         return "prepare the data set anew"
@@ -141,22 +141,22 @@ def _without_it(data: Data) -> str:
     return f"have python -m pipeline.manifest {folder} --verify decode leave it out"
 
 
-def _pipeline(data: Data, *, device_id: int | None) -> Callable:
+def _pipeline(data: TrainingData, *, device_id: int | None) -> Callable:
     return pipeline_def(
         batch_size=data.micro_batch,
         num_threads=data.threads,
         device_id=device_id,
-        prefetch_queue_depth=data.config.prefetch,
+        prefetch_queue_depth=data.loading.prefetch,
         exec_dynamic=True,
     )
 
 
-def _batches(data: Data, start: int) -> Iterator[Samples]:
+def _batches(data: TrainingData, start: int) -> Iterator[Samples]:
     rank, world_size = data.ranks.rank, data.ranks.world_size
     return data.train_plan().batches(start=start, rank=rank, world_size=world_size, micro_batch=data.micro_batch)
 
 
-def _resident(data: Data, start: int) -> list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
+def _resident(data: TrainingData, start: int) -> list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
     """What the decoder takes: the bytes of each image, start and shape of each window."""
     plan, resident, resident_bytes = data.train_plan(), [], 0
     fetch = data.fetch(plan)
@@ -170,7 +170,7 @@ def _resident(data: Data, start: int) -> list[tuple[list[np.ndarray], np.ndarray
     return resident
 
 
-def _read(path: str, data: Data) -> np.ndarray:
+def _read(path: str, data: TrainingData) -> np.ndarray:
     try:
         return np.fromfile(path, dtype=np.uint8)
     except OSError as error:

@@ -23,7 +23,7 @@ from common.progress import say
 from common.ranks import Ranks
 from engine.assembly import Assembly, assemble, network_of
 from engine.config import Config
-from engine.data import Data, open_data
+from engine.data import TrainingData, open_training_data
 from engine.precision import Precision, choose_precision, set_numerics
 from engine.step import TrainStep
 from model.vgg import VGG
@@ -47,7 +47,7 @@ class Bench:
     config: Config
     ranks: Ranks
     precision: Precision
-    data: Data
+    data: TrainingData
     laps: Laps
     """By the device's clock."""
     limits: Limits
@@ -121,7 +121,7 @@ def run_stages(bench: Bench, trace: Path | None) -> Findings:
     begin("the step")
     assembly, first_pass_seconds = assemble_step(bench, model)
     found.compile_seconds = first_pass_seconds if assembly.compiled else None
-    step = training_step(bench, assembly, resident(bench.data))
+    step = training_step(bench, assembly, bench.data.resident_batches())
     timings["step"] = bench.time(step)
     found.host_seconds = host_seconds(bench, assembly, step)
     if several:
@@ -138,7 +138,7 @@ def run_stages(bench: Bench, trace: Path | None) -> Findings:
     del step, assembly, model  # their memory is the next network's
     # Eager, one layer after the other, of a network of its own: DDP's and the compiler's hooks are of the whole.
     found.layer_seconds = layer_seconds(
-        build_model(bench), next(resident(bench.data)), precision=bench.precision, device=ranks.device
+        build_model(bench), next(bench.data.resident_batches()), precision=bench.precision, device=ranks.device
     )
     return found
 
@@ -168,7 +168,7 @@ def _traced(step: Callable[[], object], ranks: Ranks, path: Path | None) -> Trac
 
 
 def open_bench(config: Config, ranks: Ranks, limits: Limits) -> Bench:
-    """Raises UserError as open_data does.
+    """Raises UserError as open_training_data does.
 
     The learning rate is 0: the weights stay as they are at first, so that no figure depends on what was measured before it.
     """
@@ -177,7 +177,7 @@ def open_bench(config: Config, ranks: Ranks, limits: Limits) -> Bench:
     plain = choose_precision(config.precision, ranks.device)
     precision = MarkedPrecision(plain.name, plain.device_type, laps)
     config = replace(config, lr=0.0)
-    data = open_data(config, ranks, precision)
+    data = open_training_data(config, ranks, precision)
     return Bench(config=config, ranks=ranks, precision=precision, data=data, laps=laps, limits=limits)
 
 
@@ -215,7 +215,7 @@ def assemble_step(bench: Bench, model: VGG) -> tuple[Assembly, float]:
         bench.config, ranks=bench.ranks, precision=bench.precision, micro_batch=bench.data.micro_batch, model=model
     )
     began = perf_counter()
-    assembly.step.warm_up(*next(resident(bench.data)))
+    assembly.step.warm_up(*next(bench.data.resident_batches()))
     if bench.ranks.device.type == "cuda":
         torch.cuda.synchronize(bench.ranks.device)
     return assembly, perf_counter() - began
@@ -226,22 +226,9 @@ def time_step_without_all_reduce(bench: Bench, model: VGG) -> Timing:
     config = replace(bench.config, batch_size=bench.share)
     alone = replace(bench, config=config, ranks=replace(bench.ranks, world_size=1))
     assembly, _ = assemble_step(alone, model)
-    timing = bench.time(training_step(bench, assembly, resident(bench.data)))
+    timing = bench.time(training_step(bench, assembly, bench.data.resident_batches()))
     torch._dynamo.reset()  # inside DDP, the model is compiled in parts, one a bucket: these kernels must not be used again
     return timing
-
-
-def resident(data: Data) -> Iterator[Batch]:
-    """One batch that stays on the device, yielded for ever."""
-    return SyntheticLoader(
-        batch_size=data.micro_batch,
-        crop=data.config.crop,
-        classes=len(data.classes),
-        device=data.ranks.device,
-        half=data.precision.half_images,
-        pad_channels=data.config.pad_channels,
-        seed=data.ranks.rank,
-    )
 
 
 def training_step(bench: Bench, assembly: Assembly, batches: Iterator[Batch]) -> Callable[[], object]:

@@ -30,7 +30,6 @@ from perf.stages import (
     assemble_step,
     build_model,
     open_bench,
-    resident,
     time_loader,
     time_training,
     training_batches,
@@ -206,7 +205,7 @@ def _measure(bench: Bench, stage: str) -> float:
         if bench.config.compile == "on" and not assembly.compiled:
             raise UserError("torch.compile finds no compiler")
         if stage == "step":
-            timing = bench.time(training_step(bench, assembly, resident(bench.data)))
+            timing = bench.time(training_step(bench, assembly, bench.data.resident_batches()))
         else:
             timing = time_training(bench, training_step(bench, assembly, training_batches(bench)))
     return rate_of(timing, images=bench.share, ranks=bench.ranks).images_per_second

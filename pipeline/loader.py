@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from common.errors import DataSourceError, TrainingError
 from common.progress import say
-from pipeline.graphs import HW_DECODER_LOAD, image_pipeline
+from pipeline.graphs import GraphOptions, image_pipeline
 from pipeline.plan import Samples
 from pipeline.reader import Fetch, fetched, graph_inputs
 from pipeline.recovery import cause_of, is_about_an_image, is_about_reading, undecodable
@@ -35,40 +35,22 @@ class DaliLoader:
     def __init__(
         self,
         batches_after: Callable[[int], Iterator[Samples]],
+        options: GraphOptions,
         *,
         lose: Callable[[Samples, np.ndarray, list[str]], None],
         batch_size: int,
-        crop: int | None,
-        device: torch.device,
-        decoder: str,
-        half: bool,
-        threads: int,
-        prefetch: int,
-        hw_decoder_load: float = HW_DECODER_LOAD,
-        pad_channels: bool = False,
         fetch: Fetch | None = None,
     ) -> None:
         """batches_after: the plan's batches less the first so many, each of `batch_size` samples, or at most so many.
 
         lose: called with samples that cannot be decoded, whether nothing of their files can be (bool [n]), and the reasons;
         the plan must show others from then on. It may raise to end the run. fetch: adds the images' bytes to batches; None
-        where the table is one of files, which DALI reads itself. The other arguments are image_pipeline's.
+        where the table is one of files, which DALI reads itself.
         """
         self._batches_after, self._lose, self._fetch = batches_after, lose, fetch
-        self._undecodable = functools.partial(undecodable, crop=crop, fetch=fetch, whole=decoder == "gpu")
-        self._device, self._decoder = device, decoder
-        self._make_pipeline = functools.partial(
-            image_pipeline,
-            from_files=fetch is None,
-            batch_size=batch_size,
-            crop=crop,
-            device_id=device.index if device.type == "cuda" else None,
-            decoder=decoder,
-            half=half,
-            threads=threads,
-            prefetch=prefetch,
-            hw_decoder_load=hw_decoder_load,
-            pad_channels=pad_channels,
+        self._options, self._batch_size = options, batch_size
+        self._undecodable = functools.partial(
+            undecodable, crop=options.crop, fetch=fetch, whole=options.decoder == "gpu"
         )
         self._delivered = self._attempts = 0
         self._start()
@@ -88,10 +70,10 @@ class DaliLoader:
         """DALI's outputs for the next batch, which is the first in flight."""
         while True:
             try:
-                if self._device.type == "cuda":
+                if (device := self._options.device_id) is not None:
                     # Given torch's stream, DALI orders its outputs on it: nobody waits on the host, and the memory goes
                     # back to DALI's pool only after the work that torch has queued by then.
-                    return self._pipeline.run(torch.cuda.current_stream(self._device))
+                    return self._pipeline.run(torch.cuda.current_stream(device))
                 return self._pipeline.run()
             except RuntimeError as error:
                 if not is_about_an_image(error):
@@ -109,7 +91,9 @@ class DaliLoader:
             self._in_flight.append(samples)
             return graph_inputs(samples, encoded, from_files=self._fetch is None)
 
-        self._pipeline = self._make_pipeline(next_inputs)
+        self._pipeline = image_pipeline(
+            next_inputs, self._options, from_files=self._fetch is None, batch_size=self._batch_size
+        )
 
     def _do_without_what_fails(self, error: RuntimeError) -> None:
         found = False
@@ -132,7 +116,7 @@ class DaliLoader:
                 "if too many files are open, raise ulimit -n, or lower --threads"
             ) from error
         else:
-            cure = "--decoder cpu" if self._decoder == "gpu" else "--threads 1"
+            cure = "--decoder cpu" if self._options.decoder == "gpu" else "--threads 1"
             raise TrainingError(
                 f"DALI failed on a batch ({cause_of(error)}), though each image of it can be decoded on the CPU; try {cure}"
             ) from error

@@ -76,8 +76,8 @@ class Samples(NamedTuple):
     """int64 [n]: the table's row that each sample shows."""
 
     def inputs(self) -> tuple[np.ndarray, ...]:
-        """What the DALI graph takes besides the images' bytes: all fields but source, numbers and rows."""
-        return self[1:-2]
+        """What the DALI graph takes besides the images' bytes, in the order of GRAPH_INPUTS."""
+        return tuple(getattr(self, name) for name in GRAPH_INPUTS)
 
     def first_pixels(self) -> "Samples":
         """The same files, but the window is their first pixel: where that cannot be decoded, nothing can."""
@@ -97,6 +97,20 @@ class Samples(NamedTuple):
     def flipped(self) -> np.ndarray:
         """bool [n]"""
         return (self.roi_end[..., 1] < self.roi_start[..., 1]) | (self.mirrored == 1)
+
+
+GRAPH_INPUTS = {
+    "start": np.int32,
+    "shape": np.int32,
+    "roi_start": np.float32,
+    "roi_end": np.float32,
+    "resized": np.bool_,
+    "mirrored": np.int32,
+    "size": np.float32,
+    "mean": np.float32,
+    "labels": np.int64,
+}
+"""Fields of Samples that the DALI graph takes besides the images' bytes, with their types."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from nvidia.dali import Pipeline
 
 from common.files import is_storage_trouble
 from pipeline import storage
-from pipeline.graphs import image_pipeline
+from pipeline.graphs import GraphOptions, image_pipeline
 from pipeline.plan import Samples
 from pipeline.reader import Fetch, fetched, graph_inputs
 from pipeline.storage import StorageTrouble, patiently, unreadable
@@ -47,14 +47,9 @@ def undecodable(samples: Samples, crop: int | None, fetch: Fetch | None, *, whol
     alone = [graph_inputs(*one, from_files=fetch is None) for one in fetched(one_by_one, fetch)]
     make_pipeline = functools.partial(
         image_pipeline,
+        options=GraphOptions(crop=crop, prefetch=1),
         from_files=fetch is None,
         batch_size=1,
-        crop=crop,
-        device_id=None,
-        decoder="cpu",
-        half=False,
-        threads=1,
-        prefetch=1,
         whole=whole,
     )
     results = each_alone(alone, make_pipeline, from_files=fetch is None)

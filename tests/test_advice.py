@@ -17,12 +17,14 @@ from benchmarks import evaluation as compare_evaluation
 from benchmarks import steps as compare_steps
 from common.errors import TrainingError, UserError
 from common.ranks import Ranks
-from engine import data, evaluator
+from engine import evaluator
 from engine.config import parse_args
+from engine.lost_images import LostImages
 from engine.resume import check_same_data
 from perf import feeds, sweep
 from perf.sweep import Point
 from pipeline import manifest, scan
+from pipeline.graphs import GraphOptions
 from pipeline.loader import DaliLoader
 from pipeline.prepared import Prepared
 
@@ -39,7 +41,7 @@ def raising(error: BaseException):
 @pytest.mark.parametrize(("decoder", "cure"), [("gpu", "try --decoder cpu"), ("cpu", "try --threads 1")])
 def test_a_batch_that_the_cpus_decoder_refuses_is_not_sent_to_the_cpus_decoder(decoder, cure):
     loader = DaliLoader.__new__(DaliLoader)
-    loader._in_flight, loader._decoder, loader._attempts = deque(), decoder, 0
+    loader._in_flight, loader._options, loader._attempts = deque(), GraphOptions(crop=32, decoder=decoder), 0
     with pytest.raises(TrainingError, match=f"{cure}$"):
         loader._do_without_what_fails(RuntimeError("Error in fn.decoders.image: encountered:\nsomething"))
 
@@ -103,16 +105,17 @@ def test_where_no_manifest_can_be_written_there_is_still_a_way(monkeypatch, tmp_
 )
 def test_another_folder_does_not_make_a_checkpoint_fit_that_was_named(flags, cure):
     checkpoint: Any = SimpleNamespace(classes=("cat", "dog"))
-    changed: Any = SimpleNamespace(classes=("dog", "emu"), config=parse_args(["--data", "digits", *flags]))
+    changed: Any = SimpleNamespace(classes=("dog", "emu"))
     with pytest.raises(UserError, match=f"does not fit the data set: .*; {cure}"):
-        check_same_data(checkpoint, changed, allow_changed=False)
+        check_same_data(checkpoint, changed, parse_args(["--data", "digits", *flags]))
 
 
 def test_lost_images_need_not_be_listed_where_nothing_can_be_written():
+    of_many: Any = SimpleNamespace(val=range(9000), folder=Path("read-only"))
     with pytest.raises(
         TrainingError, match=r"named above, and are listed in .*quarantine\.tsv where that can be written$"
     ):
-        data.check_lost(3, 2, Path("read-only"))
+        LostImages(manifest=of_many, split="val", max_bad_images=2).check(3)
 
 
 @pytest.mark.parametrize(("user", "cure"), [(1000, "run this as root$"), (0, "start that with --privileged$")])

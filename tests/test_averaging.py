@@ -8,7 +8,7 @@ from common.ranks import ranks_of_this_run
 from engine.averaging import WeightAverage
 from engine.checkpoint import load
 from engine.config import parse_args
-from engine.data import open_data
+from engine.data import open_training_data
 from engine.evaluation import evaluate
 from engine.networks import load_network
 from engine.precision import Precision
@@ -63,7 +63,8 @@ def test_the_average_is_validated_and_what_others_take_from_a_checkpoint(tmp_pat
     plain.load_state_dict(checkpoint.model)
     losses = {}
     with ranks_of_this_run("cpu") as ranks:
-        opened = open_data(parse_args(flags), ranks, Precision("fp32", "cpu")).validation_batches()
+        opened_data = open_training_data(parse_args(flags), ranks, Precision("fp32", "cpu"))
+        opened = opened_data.validation_batches(opened_data.viewing)
         assert opened
         batches, steps = opened
         for name, model in (("plain", plain), ("average", load_network(str(tmp_path / "run/best.pt")).build(CPU))):

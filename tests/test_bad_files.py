@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional
 from common.progress import printable
 from engine.checkpoint import load
 from pipeline.decoding import decode_whole
+from pipeline.graphs import GraphOptions
 from pipeline.headers import read_header
 from pipeline.loader import DaliLoader
 from pipeline.manifest import open_manifest
@@ -175,14 +176,9 @@ def test_what_the_network_sees_is_the_picture_rescaled_and_cropped(good):
     count = len(pictures)
     loader = DaliLoader(
         lambda skip: plan.batches(rank=0, world_size=1, batch_size=count, skip=skip),
+        GraphOptions(crop=CROP, threads=2, prefetch=1),
         lose=lambda *lost: pytest.fail(f"lost {lost}"),
         batch_size=count,
-        crop=CROP,
-        device=torch.device("cpu"),
-        decoder="cpu",
-        half=False,
-        threads=2,
-        prefetch=1,
     )
     images, _ = next(loader)
     images += torch.tensor(plan.mean_rgb)[:, None, None]
@@ -237,14 +233,9 @@ def test_an_image_that_ends_early_is_used_where_it_is_whole_and_never_shows_what
 
         loader = DaliLoader(
             lambda skip: plan.batches(rank=0, world_size=1, batch_size=9, skip=skip),
+            GraphOptions(crop=CROP, prefetch=1),
             lose=lose,
             batch_size=9,
-            crop=CROP,
-            device=torch.device("cpu"),
-            decoder="cpu",
-            half=False,
-            threads=1,
-            prefetch=1,
         )
         return next(loader)[0], lost
 

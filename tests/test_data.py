@@ -10,7 +10,7 @@ from common.ranks import Ranks
 from engine import data as engine_data
 from engine import prediction
 from engine.config import Config, parse_args
-from engine.data import Data, open_data
+from engine.data import TrainingData, Viewing, open_data, open_training_data
 from engine.evaluator_flags import parse_evaluate
 from engine.networks import Network
 from engine.precision import Precision
@@ -26,8 +26,8 @@ def ranks_of(world_size: int) -> Ranks:
     return dataclasses.replace(RANKS, world_size=world_size, local_world_size=world_size)
 
 
-def data_of(config: Config, world_size: int = 1) -> Data:
-    return open_data(config, ranks_of(world_size), FP32)
+def data_of(config: Config, world_size: int = 1) -> TrainingData:
+    return open_training_data(config, ranks_of(world_size), FP32)
 
 
 class Stop(Exception):
@@ -38,8 +38,8 @@ def loads(monkeypatch, module) -> list[float]:
     """What the loaders that a module makes from now on are told to give to the JPEG engine."""
     seen: list[float] = []
 
-    def loader(*_, hw_decoder_load=None, **__):
-        seen.append(hw_decoder_load)
+    def loader(batches_after, options, **_):
+        seen.append(options.hw_decoder_load)
         raise Stop
 
     monkeypatch.setattr(module, "DaliLoader", loader)
@@ -61,10 +61,10 @@ def test_the_jpeg_engine_takes_part_of_a_batch_in_training_alone(monkeypatch, fl
     seen = loads(monkeypatch, engine_data)
     for make in (
         lambda: data.train_batches(0),
-        data.validation_batches,
-        lambda: data.whole_batches("val", 10**4),
-        lambda: data.whole_batches("train", 10**4),
-        lambda: data.look(data.validation_plan(), np.arange(2)),
+        lambda: data.validation_batches(data.viewing),
+        lambda: data.whole_batches(data.viewing, "val"),
+        lambda: data.whole_batches(data.viewing, "train"),
+        lambda: data.look(data.validation_plan(data.viewing), np.arange(2)),
         lambda: data.look(data.train_plan(), np.arange(2)),
     ):
         with pytest.raises(Stop):
@@ -86,7 +86,8 @@ def test_nor_does_an_answer_of_predict_depend_on_the_other_images(monkeypatch):
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 def test_a_rank_tests_at_most_batch_size_images_at_a_time(world_size):
     flags = parse_evaluate(["--checkpoint", "x.pt", "--data", "digits", "--batch-size", "16"])
-    opened = data_of(flags.config(world_size), world_size).validation_batches()
+    data = open_data(flags.data, ranks_of(world_size), FP32, flags.loading, max_bad_images=None)
+    opened = data.validation_batches(Viewing(crop=32, scale=36, mean_rgb=(0, 0, 0), batch_size=flags.batch_size))
     assert opened
     batches, steps = opened
     assert len(next(batches)[0]) == 16

@@ -6,7 +6,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from pipeline.graphs import image_pipeline
+from pipeline.graphs import GraphOptions, image_pipeline
 from pipeline.loader import DaliLoader
 from pipeline.manifest import open_manifest
 from pipeline.plan import Samples, TrainPlan, ValidationPlan, rescaled_sizes
@@ -25,14 +25,9 @@ def run_graph(samples: Samples, crop: int = CROP) -> np.ndarray:
     """The loader's images for these samples: float32 [n, crop, crop, 3]."""
     loader = DaliLoader(
         lambda skip: iter([samples] * 4),
+        GraphOptions(crop=crop, threads=2, prefetch=1),
         lose=lambda *lost: pytest.fail("lost an image"),
         batch_size=len(samples.labels),
-        crop=crop,
-        device=CPU,
-        decoder="cpu",
-        half=False,
-        threads=2,
-        prefetch=1,
     )
     images, labels = next(loader)
     assert np.array_equal(labels.numpy(), samples.labels)
@@ -119,14 +114,9 @@ def test_whole_images_that_are_cut_equal_windows_that_are_decoded(table):
     pipelines = [
         image_pipeline(
             lambda: (samples.source, *samples.inputs()),
+            GraphOptions(crop=CROP, threads=2, prefetch=1),
             from_files=True,
             batch_size=20,
-            crop=CROP,
-            device_id=None,
-            decoder="cpu",
-            half=False,
-            threads=2,
-            prefetch=1,
             whole=whole,
         )
         for whole in (False, True)
@@ -188,15 +178,9 @@ def inspect_gpu_graph(decoder: str):
     """The GPU graph without a GPU: its operators with their devices, the devices of their inputs, and of the outputs."""
     pipeline = image_pipeline(
         lambda: (),
+        GraphOptions(crop=CROP, device_id=0, decoder=decoder, half=True, hw_decoder_load=0.25),
         from_files=True,
         batch_size=2,
-        crop=CROP,
-        device_id=0,
-        decoder=decoder,
-        half=True,
-        threads=1,
-        prefetch=2,
-        hw_decoder_load=0.25,
     )
     pipeline._build_graph()
     named = [(type(op._op).__name__, op) for op in pipeline._ops]

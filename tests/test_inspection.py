@@ -10,7 +10,7 @@ import train
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
 from engine.contact_sheet import Tile, draw_sheet, thumbnail_size
-from engine.data import open_data
+from engine.data import open_training_data
 from engine.inspection import _training_tiles, _validation_tiles, inspect
 from engine.precision import Precision
 from pipeline import draws
@@ -26,7 +26,7 @@ def flags(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(flags):
     with ranks_of_this_run("cpu") as ranks:
-        yield open_data(parse_args(flags), ranks, Precision("fp32", "cpu"))
+        yield open_training_data(parse_args(flags), ranks, Precision("fp32", "cpu"))
 
 
 def test_training_tiles_say_what_the_plan_decided(data):
@@ -64,7 +64,7 @@ def test_training_tiles_say_what_the_plan_decided(data):
 
 
 def test_validation_tiles_are_the_centre(data):
-    tiles = _validation_tiles(data, data.manifest.val, data.validation_plan(), np.array([0, 2]))
+    tiles = _validation_tiles(data, data.manifest.val, data.validation_plan(data.viewing), np.array([0, 2]))
     assert [tile.caption[1] for tile in tiles] == ["S 120, centre"] * 2
     for tile in tiles:
         top, left, bottom, right = tile.window
@@ -96,7 +96,7 @@ def test_a_broken_image_is_replaced_and_said(flags, tmp_path):
     inspect(config)  # scans the folder
     victim.write_bytes(bytes(victim.stat().st_size))
     with ranks_of_this_run("cpu") as ranks:
-        data = open_data(config, ranks, Precision("fp32", "cpu"))
+        data = open_training_data(config, ranks, Precision("fp32", "cpu"))
         assert data.manifest
         captions = [
             tile.caption[0] for tile in _training_tiles(data, data.manifest.train, data.train_plan(), np.arange(6))

@@ -14,6 +14,7 @@ from common.errors import DataSourceError
 from pipeline import recovery, storage
 from pipeline.decoding import decode_whole
 from pipeline.digits import digits_folder
+from pipeline.graphs import GraphOptions
 from pipeline.loader import DaliLoader, SyntheticLoader
 from pipeline.manifest import open_manifest
 from pipeline.plan import TrainPlan
@@ -35,15 +36,9 @@ def no_loss(*_):
 def make_loader(plan, *, start=0, prefetch=2, lose=no_loss, pad_channels=False):
     return DaliLoader(
         lambda skip: plan.batches(start=start, rank=0, world_size=1, micro_batch=plan.batch_size, skip=skip),
+        GraphOptions(crop=plan.crop, prefetch=prefetch, pad_channels=pad_channels),
         lose=lose,
         batch_size=plan.batch_size,
-        crop=plan.crop,
-        device=CPU,
-        decoder="cpu",
-        half=False,
-        threads=1,
-        prefetch=prefetch,
-        pad_channels=pad_channels,
     )
 
 
@@ -156,14 +151,9 @@ def test_an_error_in_the_plan_is_not_taken_for_a_bad_image():
 
     loader = DaliLoader(
         batches,
+        GraphOptions(crop=64),
         lose=no_loss,
         batch_size=4,
-        crop=64,
-        device=CPU,
-        decoder="cpu",
-        half=False,
-        threads=1,
-        prefetch=2,
     )
     with pytest.raises(RuntimeError, match="a bug"):
         next(loader)

@@ -530,6 +530,7 @@ import json, resource, sys, time
 from pathlib import Path
 import numpy as np, torch
 from nvidia.dali import fn
+from pipeline.graphs import GraphOptions
 from pipeline.loader import DaliLoader
 from pipeline.manifest import open_manifest
 from pipeline.manifest_files import add_to_quarantine, read_quarantine, read_scan, write_manifest
@@ -540,8 +541,7 @@ before, started = resident_mb(), time.perf_counter()
 table = open_manifest(Path(sys.argv[1])).train
 plan = TrainPlan(table=table, batch_size=32, crop=224, scale=(256, 256), seed=0)
 loader = DaliLoader(lambda skip: plan.batches(start=0, rank=0, world_size=1, micro_batch=32, skip=skip),
-                    lose=print, batch_size=32, crop=224,
-                    device=torch.device("cpu"), decoder="cpu", half=False, threads=1, prefetch=2)
+                    GraphOptions(crop=224), lose=print, batch_size=32)
 images, labels = next(loader)
 print(json.dumps({"rows": len(table), "seconds": time.perf_counter() - started, "mb": resident_mb() - before}))
 """

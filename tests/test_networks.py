@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.ranks import ranks_of_this_run
 from engine.checkpoint import load
 from engine.config import Config, parse_args
-from engine.data import open_data
+from engine.data import open_training_data
 from engine.networks import Network, for_data, in_order_of, load_network, start_from
 from engine.precision import Precision
 from model.vgg import build
@@ -77,9 +77,9 @@ def test_the_mean_of_the_initial_network_is_what_the_loader_subtracts(photos, ph
     initial = load_network(str(photo_run))
     other = type(initial)(**{**vars(initial), "mean_rgb": (10.0, 20.0, 30.0)})
     with ranks_of_this_run("cpu") as ranks:
-        for batches_of in (lambda data: data.train_batches(0), lambda data: data.validation_batches()[0]):
+        for batches_of in (lambda data: data.train_batches(0), lambda data: data.validation_batches(data.viewing)[0]):
             (own, labels), (shifted, same_labels) = (
-                next(batches_of(open_data(config, ranks, Precision("fp32", "cpu"), initial=network)))
+                next(batches_of(open_training_data(config, ranks, Precision("fp32", "cpu"), initial=network)))
                 for network in (initial, other)
             )
             assert torch.equal(labels, same_labels)

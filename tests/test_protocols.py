@@ -11,14 +11,15 @@ from torch import nn
 from torchvision.transforms.v2 import functional
 
 from common.ranks import Ranks
-from engine.config import Config
-from engine.data import open_data
+from engine.config import LoadingFlags
+from engine.data import Data, Viewing, open_data
 from engine.evaluator import posteriors_of
 from engine.precision import Precision
 from engine.protocols import PROTOCOLS, grid_corners, grid_crops, mean_over_views, whole_image
 from model.dense import Dense
 from model.vgg import build
 from pipeline.headers import Header
+from pipeline.plan import IMAGENET_MEAN_RGB
 from pipeline.scan import build_table
 from pipeline.tables import FileTable
 from pipeline.whole import WholePlan
@@ -54,18 +55,26 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+def data_of(folder: Path) -> Data:
+    return open_data(str(folder), RANKS, FP32, LoadingFlags(), max_bad_images=None)
+
+
+def viewing_at(scale: int) -> Viewing:
+    return Viewing(crop=CROP, scale=scale, mean_rgb=IMAGENET_MEAN_RGB, batch_size=8)
+
+
 def whole_images(folder: Path, scale: int):
     """Row → the loader's image, float32 [3, height, width]; and the sizes of the batches."""
-    config = Config(data=str(folder), crop=CROP, train_scale=str(scale), batch_size=8)
-    data = open_data(config, RANKS, FP32)
-    batches, count = data.whole_batches("val", pixels=8 * CROP**2)
+    data, viewing = data_of(folder), viewing_at(scale)
+    batches, count = data.whole_batches(viewing, "val")
     images: dict[int, torch.Tensor] = {}
     sizes = []
     for batch, rows in batches:
         assert len(batch) == 1 or batch.numel() <= 3 * 8 * CROP**2
         sizes.append(tuple(batch.shape))
         images |= {
-            int(row): image + torch.tensor(data.mean_rgb)[:, None, None] for row, image in zip(rows, batch, strict=True)
+            int(row): image + torch.tensor(viewing.mean_rgb)[:, None, None]
+            for row, image in zip(rows, batch, strict=True)
         }
     assert count == len(images) == len(SIDES)
     return images, sizes, data
@@ -164,8 +173,7 @@ def test_images_too_large_when_rescaled_are_named_and_in_no_batch(tmp_path, caps
         (tmp_path / split / "class").mkdir(parents=True)
         for name, size in (("a", (60, 90)), ("b", (60_000, 1)), ("c", (1, 20_000)), ("d", (40, 2900))):
             photographs()[0].resize(size).save(tmp_path / split / f"class/{name}.png")
-    config = Config(data=str(tmp_path), crop=CROP, train_scale="36", batch_size=8)
-    batches, count = open_data(config, RANKS, FP32).whole_batches("val", pixels=8 * CROP**2)
+    batches, count = data_of(tmp_path).whole_batches(viewing_at(36), "val")
     said = capsys.readouterr().err
     assert (
         f"warning: {tmp_path}/val/class/b.png would have 2,160,000×36 pixels at a scale of 36, more than 4,194,304"

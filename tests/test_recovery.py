@@ -10,7 +10,7 @@ import torch
 from common.ranks import Ranks
 from engine.checkpoint import load
 from engine.config import parse_args
-from engine.data import open_data
+from engine.data import open_training_data
 from engine.precision import Precision
 from tests.images import photo_folder
 from tests.runs import results_of, run
@@ -94,7 +94,7 @@ def test_a_list_that_cannot_be_written_is_warned_of_once_and_ends_nothing(damage
         rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), patient_group=None
     )
     config = parse_args([*FLAGS, "--data", str(damaged), "--max-bad-images", "9"])
-    data = open_data(config, ranks, Precision("fp32", "cpu"))
+    data = open_training_data(config, ranks, Precision("fp32", "cpu"))
     (damaged / ".vgg-manifest/quarantine.tsv").unlink()
     (damaged / ".vgg-manifest/quarantine.tsv").mkdir()  # in the way, since permissions do not stop root
     batches = data.train_batches(0)
@@ -113,9 +113,9 @@ def test_a_header_that_is_cut_does_not_end_the_process_in_a_large_batch(tmp_path
     ranks = Ranks(
         rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), patient_group=None
     )
-    data = open_data(config, ranks, Precision("fp32", "cpu"))
+    data = open_training_data(config, ranks, Precision("fp32", "cpu"))
     bad = folder / "train/class0/064.JPEG"
     os.truncate(bad, 300)
     images, _ = next(data.train_batches(0))
     assert images.shape == (128, 3, 32, 32)
-    assert len(data.bad_rows) == 1
+    assert len(data.lost["train"].rows) == 1

@@ -21,6 +21,7 @@ from PIL import Image
 import train
 from common.errors import DataSourceError, UserError
 from pipeline import prepare, storage
+from pipeline.graphs import GraphOptions
 from pipeline.loader import DaliLoader
 from pipeline.plan import Samples, TrainPlan, ValidationPlan
 from pipeline.prepared import is_prepared, open_prepared
@@ -65,14 +66,9 @@ def make_loader(plan: TrainPlan, *, lose=None, start: int = 0) -> DaliLoader:
     reader = ShardReader(plan.table, threads=3, batches_ahead=2)
     return DaliLoader(
         lambda skip: plan.batches(start=start, rank=0, world_size=1, micro_batch=plan.batch_size, skip=skip),
+        GraphOptions(crop=plan.crop, threads=2),
         lose=lose or (lambda samples, dead, reasons: pytest.fail(f"lost an image: {reasons}")),
         batch_size=plan.batch_size,
-        crop=plan.crop,
-        device=CPU,
-        decoder="cpu",
-        half=False,
-        threads=2,
-        prefetch=2,
         fetch=lambda batches: reader.fetch(batches, plan.read_group),
     )
 
@@ -555,6 +551,7 @@ import json, sys, time
 import numpy as np, torch
 from nvidia.dali import fn
 import train
+from pipeline.graphs import GraphOptions
 from pipeline.loader import DaliLoader
 from pipeline.plan import TrainPlan
 from pipeline.prepared import is_prepared, open_prepared
@@ -567,8 +564,8 @@ plan = TrainPlan(table=table, batch_size=64, crop=32, scale=(64, 64), seed=0,
                  window_shards=None if sys.argv[2] == "global" else 16)
 reader = ShardReader(table, threads=None, batches_ahead=8)
 loader = DaliLoader(lambda skip: plan.batches(start=0, rank=0, world_size=1, micro_batch=64, skip=skip),
-                    lose=print, batch_size=64, crop=32, device=torch.device("cpu"), decoder="cpu", half=False, threads=1,
-                    prefetch=2, fetch=lambda batches: reader.fetch(batches, plan.read_group))
+                    GraphOptions(crop=32), lose=print, batch_size=64,
+                    fetch=lambda batches: reader.fetch(batches, plan.read_group))
 next(loader)
 result = {"rows": len(table), "seconds": time.perf_counter() - started, "mb": resident_mb() - before}
 started = time.perf_counter()

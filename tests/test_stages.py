@@ -12,7 +12,7 @@ from PIL import Image
 from common.errors import UserError
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
-from engine.data import Data, default_threads, open_data
+from engine.data import TrainingData, default_threads, open_training_data
 from engine.precision import Precision
 from perf.feeds import decoding_alone, feed_of, reading_alone
 from perf.laps import MarkedBatches
@@ -49,12 +49,12 @@ def shards(photos, tmp_path_factory):
     return folder
 
 
-def data_of(folder) -> Data:
+def data_of(folder) -> TrainingData:
     with ranks_of_this_run("cpu") as ranks:
-        return open_data(parse_args(["--data", str(folder), *FLAGS]), ranks, Precision("fp32", "cpu"))
+        return open_training_data(parse_args(["--data", str(folder), *FLAGS]), ranks, Precision("fp32", "cpu"))
 
 
-def planned(data: Data, start: int, count: int) -> list[Samples]:
+def planned(data: TrainingData, start: int, count: int) -> list[Samples]:
     batches = data.train_plan().batches(start=start, rank=0, world_size=1, micro_batch=data.micro_batch)
     return list(itertools.islice(batches, count))
 

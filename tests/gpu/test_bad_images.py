@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.graphs import GraphOptions
 from pipeline.loader import DaliLoader
 from pipeline.manifest import open_manifest
 from pipeline.plan import Samples, TrainPlan
@@ -121,15 +122,9 @@ def delivered(
     given: list[np.ndarray] = []
     loader = DaliLoader(
         batches,
+        GraphOptions(crop=SIDE, device_id=device.index, decoder=decoder, hw_decoder_load=hw_decoder_load, threads=4),
         lose=lambda failed, dead, reasons: lost.update(failed.rows.tolist()),
         batch_size=len(samples.labels),
-        crop=SIDE,
-        device=device,
-        decoder=decoder,
-        half=False,
-        threads=4,
-        prefetch=2,
-        hw_decoder_load=hw_decoder_load,
     )
     images, _ = next(loader)
     return dict(zip(given[-1].tolist(), images.cpu().clone(), strict=True)), lost

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.graphs import GraphOptions
 from pipeline.loader import DaliLoader
 from pipeline.manifest import open_manifest
 from pipeline.plan import Samples, TrainPlan
@@ -66,15 +67,11 @@ def loader_of(*batches: Samples, device: torch.device, decoder: str, half: bool 
     """The batches in turn, for ever."""
     return DaliLoader(
         lambda skip: itertools.islice(itertools.cycle(batches), skip, None),
+        GraphOptions(
+            crop=CROP, device_id=device.index, decoder=decoder, half=half, pad_channels=pad_channels, threads=4
+        ),
         lose=lambda lost, dead, reasons: pytest.fail(f"cannot be decoded: {reasons}"),
         batch_size=len(batches[0].labels),
-        crop=CROP,
-        device=device,
-        decoder=decoder,
-        half=half,
-        threads=4,
-        prefetch=2,
-        pad_channels=pad_channels,
     )
 
 

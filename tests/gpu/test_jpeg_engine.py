@@ -69,14 +69,15 @@ def skip_without_engine(percent: float | str) -> None:
         pytest.skip(f"{torch.cuda.get_device_name(DEVICE)} has no JPEG engine, or DALI does not use it")
 
 
-def windows(encoded, **settings):
-    return graphs.decode_windows(encoded, START, SHAPE, **settings)
+def windows(encoded, decoder):
+    options = graphs.GraphOptions(crop=None, decoder=decoder, hw_decoder_load=1.0)
+    return graphs.decode_windows(encoded, START, SHAPE, options)
 
 
 def test_the_engine_decodes_for_the_graph():
     """All it can be given; the pixels are the CPU's."""
-    pipeline = pipeline_of(functools.partial(windows, decoder="gpu", hw_decoder_load=1.0), DEVICE.index)
-    (expected,) = pipeline_of(functools.partial(windows, decoder="cpu", hw_decoder_load=1.0), None).run()
+    pipeline = pipeline_of(functools.partial(windows, decoder="gpu"), DEVICE.index)
+    (expected,) = pipeline_of(functools.partial(windows, decoder="cpu"), None).run()
     (decoded,) = pipeline.run()
     decoded = decoded.as_cpu()
     for number in range(2):

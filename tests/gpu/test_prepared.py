@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pipeline import prepare
+from pipeline.graphs import GraphOptions
 from pipeline.loader import DaliLoader
 from pipeline.plan import TrainPlan
 from pipeline.prepared import open_prepared
@@ -36,14 +37,9 @@ def batch_on(plan: TrainPlan, device: torch.device, decoder: str) -> torch.Tenso
     reader = ShardReader(plan.table, threads=2, batches_ahead=2)
     loader = DaliLoader(
         lambda skip: plan.batches(start=0, rank=0, world_size=1, micro_batch=IMAGES, skip=skip),
+        GraphOptions(crop=224, device_id=device.index, decoder=decoder, threads=2),
         lose=lambda lost, dead, reasons: pytest.fail(f"cannot be decoded: {reasons}"),
         batch_size=IMAGES,
-        crop=224,
-        device=device,
-        decoder=decoder,
-        half=False,
-        threads=2,
-        prefetch=2,
         fetch=reader.fetch,
     )
     return next(loader)[0].cpu()
