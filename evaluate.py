@@ -11,11 +11,11 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 
 import json
 
-from common.heap import share_one_heap
-from common.orphans import end_with_torchrun
+from common.memory import share_one_heap
+from common.parent_death import end_with_torchrun
 from common.process import end, is_first_rank, run_program
 from common.progress import show
-from engine.evaluator_flags import EvaluateFlags, parse_evaluate
+from engine.evaluation.flags import EvaluateFlags, parse_evaluate
 
 
 def evaluate(flags: EvaluateFlags) -> dict:
@@ -23,10 +23,10 @@ def evaluate(flags: EvaluateFlags) -> dict:
     # Here, not above: --help and mistyped flags answer without waiting for torch.
     from common.ranks import ranks_of_this_run
     from engine.data import open_data
-    from engine.evaluator import Evaluator
+    from engine.evaluation.evaluator import Evaluator
+    from engine.evaluation.report import fused, table
     from engine.networks import for_data, load_network
     from engine.precision import choose_precision, set_numerics
-    from engine.reports import fused, table
 
     with ranks_of_this_run(flags.device) as ranks:
         set_numerics(deterministic=False)

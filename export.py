@@ -45,7 +45,7 @@ class Flags:
 def run(flags: Flags) -> dict:
     """Export as the flags say. Returns the results. Raises UserError, TrainingError."""
     # Here, not above: --help and mistyped flags answer without waiting for torch.
-    from engine.exporting import export
+    from engine.export import export
     from engine.networks import TORCHVISION, load_network
 
     network = load_network(flags.checkpoint)

@@ -9,10 +9,10 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 import json
 
 from common.errors import UserError
-from common.heap import share_one_heap
-from common.orphans import end_with_torchrun
+from common.memory import share_one_heap
+from common.parent_death import end_with_torchrun
 from common.process import end, is_first_rank, run_program
-from engine.evaluator_flags import FeatureFlags, parse_features
+from engine.evaluation.flags import FeatureFlags, parse_features
 
 
 def write(flags: FeatureFlags) -> dict:
@@ -24,11 +24,11 @@ def write(flags: FeatureFlags) -> dict:
     from common.progress import printable, say
     from common.ranks import on_rank_0, ranks_of_this_run
     from engine.data import open_data
-    from engine.features import WIDTH, svm_accuracy, write_features
+    from engine.evaluation.features import WIDTH, svm_accuracy, write_features
+    from engine.evaluation.report import default_scale
     from engine.networks import load_network
     from engine.precision import choose_precision, set_numerics
-    from engine.reports import default_scale
-    from pipeline.scan import SPLITS
+    from pipeline.dataset.scan import SPLITS
 
     with ranks_of_this_run(flags.device) as ranks:
         set_numerics(deterministic=False)

@@ -52,9 +52,9 @@ def run(flags: Flags) -> dict:
     """Predict as the flags say; print a table unless only JSON is asked for. Returns the results. Raises UserError."""
     # Here, not above: --help and mistyped flags answer without waiting for torch.
     from common.ranks import ranks_of_this_run
+    from engine.evaluation.prediction import predict
     from engine.networks import load_network
     from engine.precision import choose_precision, set_numerics
-    from engine.prediction import predict
 
     if flags.top < 1:
         raise UserError(f"--top {flags.top}: must be at least 1")
@@ -97,8 +97,8 @@ def find_images(given: Sequence[Path]) -> list[Path]:
 
     Raises UserError: nothing there, a folder that cannot be listed, or one without any.
     """
-    from pipeline.headers import says_image
-    from pipeline.scan import is_folder_there, list_files, say_left_out
+    from pipeline.dataset.headers import says_image
+    from pipeline.dataset.scan import is_folder_there, list_files, say_left_out
 
     paths: list[Path] = []
     for path in given:

@@ -9,11 +9,11 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 import json
 
 from common.errors import EXIT_STOPPED
-from common.heap import share_one_heap
-from common.orphans import end_with_torchrun
+from common.memory import share_one_heap
+from common.parent_death import end_with_torchrun
 from common.process import end, is_first_rank, run_program
 from engine.config import Config, parse_args
-from engine.preemption import StopRequests
+from engine.training.preemption import StopRequests
 
 
 def train(config: Config, requests: StopRequests) -> dict:
@@ -23,18 +23,18 @@ def train(config: Config, requests: StopRequests) -> dict:
     """
     # Imports here, not above: --help and mistyped flags answer without waiting for torch.
     if config.inspect:
-        from engine.inspection import inspect
+        from engine.monitoring.inspection import inspect
 
         return inspect(config)
     from common.lock import FolderLock
     from common.progress import say
     from common.ranks import on_rank_0, ranks_of_this_run
-    from engine.assembly import network_of
     from engine.data import open_training_data
     from engine.networks import initial_network, start_from
     from engine.precision import choose_precision, set_numerics
-    from engine.resume import check_same_data, claim_out, open_checkpoint
-    from engine.trainer import Trainer
+    from engine.training.assembly import network_of
+    from engine.training.resume import check_same_data, claim_out, open_checkpoint
+    from engine.training.trainer import Trainer
 
     with ranks_of_this_run(config.device) as ranks, FolderLock(config.out) as lock:
         set_numerics(deterministic=config.deterministic)

@@ -20,20 +20,20 @@ from benchmarks.photographs import photograph_folder
 from benchmarks.turns import OURS, print_table, summarise, take_turns
 from common.errors import UserError
 from common.files import cache_folder
-from common.heap import share_one_heap
+from common.memory import share_one_heap
 from common.process import end, usable_cores
 from common.ranks import ranks_of_this_run
 from engine.config import LoadingFlags
 from engine.data import Data, Viewing, open_data
-from engine.evaluator import posteriors_of
+from engine.evaluation.evaluator import posteriors_of
+from engine.evaluation.protocols import grid_corners, grid_crops, mean_over_views, whole_image
 from engine.precision import choose_precision
-from engine.protocols import grid_corners, grid_crops, mean_over_views, whole_image
 from model.dense import Dense
 from model.vgg import build
-from pipeline.graphs import GraphOptions
-from pipeline.loader import DaliLoader
-from pipeline.plan import IMAGENET_MEAN_RGB, Samples, rescaled_sizes, source_windows
-from pipeline.prepared import is_prepared
+from pipeline.dali.graph import GraphOptions
+from pipeline.dali.loader import DaliLoader
+from pipeline.plan.samples import IMAGENET_MEAN_RGB, Samples, rescaled_sizes, source_windows
+from pipeline.shards.index import is_prepared
 
 
 @program

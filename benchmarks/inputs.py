@@ -20,16 +20,16 @@ import torch
 from benchmarks import flag_parser, program
 from benchmarks.turns import add_turn_flags, compare_streams, forever
 from common.errors import UserError
-from common.heap import share_one_heap
+from common.memory import share_one_heap
 from common.process import end
 from common.ranks import Ranks, ranks_of_this_run
-from engine.assembly import assemble, network_of, too_little_memory
 from engine.config import DIGITS, SYNTHETIC, Config, parse_args
 from engine.data import TrainingData, open_training_data
 from engine.precision import Precision, choose_precision, set_numerics
-from pipeline.loader import Batch
-from pipeline.prepare import Settings, prepare
-from pipeline.prepared import is_prepared
+from engine.training.assembly import assemble, network_of, too_little_memory
+from pipeline.dali.loader import Batch
+from pipeline.preparation.packing import Settings, prepare
+from pipeline.shards.index import is_prepared
 
 NOISE = "noise"
 _PAUSE_SECONDS = 0.5

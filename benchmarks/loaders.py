@@ -33,16 +33,16 @@ from benchmarks.ffcv import ffcv_loader
 from benchmarks.plain import COLOUR_SHIFT_SIGMA, ListedImages, read_pil, training_transform
 from benchmarks.turns import OURS, add_turn_flags, compare_streams
 from common.errors import UserError
-from common.heap import share_one_heap
+from common.memory import share_one_heap
 from common.process import end, usable_cores
 from common.progress import say
 from common.ranks import Ranks, ranks_of_this_run
 from engine.config import Config, parse_args
 from engine.data import open_training_data
 from engine.precision import choose_precision
-from pipeline.manifest import Manifest, open_manifest
-from pipeline.plan import IMAGENET_COLOUR_SHIFT, IMAGENET_MEAN_RGB
-from pipeline.prepare import Settings, prepare
+from pipeline.dataset.manifest import Manifest, open_manifest
+from pipeline.plan.samples import IMAGENET_COLOUR_SHIFT, IMAGENET_MEAN_RGB
+from pipeline.preparation.packing import Settings, prepare
 
 PREPARED = "this project, prepared"
 _SCALES = {"S=256": "256", "S in [256;512]": "256-512"}

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks import flag_parser, program
-from common.heap import share_one_heap
+from common.memory import share_one_heap
 from common.process import end
 from common.progress import say
 from common.ranks import ranks_of_this_run

@@ -30,16 +30,16 @@ from benchmarks.turns import finish, interval, spread, take_turns
 from common.errors import UserError
 from common.process import end
 from common.ranks import Ranks, ranks_of_this_run
-from engine.assembly import network_of
 from engine.config import SYNTHETIC, Config, parse_args, save_config
 from engine.data import TrainingData, open_training_data
+from engine.monitoring.run_files import CONFIG
 from engine.precision import Precision, choose_precision, set_numerics
-from engine.preemption import StopRequests
-from engine.records import CONFIG
-from engine.trainer import Trainer
+from engine.training.assembly import network_of
+from engine.training.preemption import StopRequests
+from engine.training.trainer import Trainer
 from model.vgg import VGG
 from perf.telemetry import NvmlSampler, uuids_of
-from pipeline.loader import Batch
+from pipeline.dali.loader import Batch
 
 _DEFAULT_FLAGS = ["--arch", "A", "--crop", "64", "--train-scale", "64", "--batch-size", "16", "--log-every", "10"]
 _STEPS_A_TURN = 10

@@ -29,7 +29,7 @@ from common.process import end
 from common.progress import say
 from engine import checkpoint
 from engine.config import parse_args
-from engine.records import METRICS, read_records
+from engine.monitoring.run_files import METRICS, read_records
 from perf.machine import ROOT
 from perf.plot_style import BLUE, VERMILION, new_figure, png
 

@@ -14,10 +14,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from common.progress import say
-from engine.assembly import network_of
 from engine.config import Config
 from engine.precision import Precision
-from pipeline.loader import Batch
+from engine.training.assembly import network_of
+from pipeline.dali.loader import Batch
 
 Matrix = Sequence[Sequence[float]]
 COLOUR_SHIFT_SIGMA = 0.1  # section 3.1 of the paper, after AlexNet

@@ -22,8 +22,8 @@ from benchmarks.parity import add_run_flags, kept, run_trainer
 from common.files import replacing
 from common.process import end
 from engine import checkpoint
-from engine.assembly import network_of
 from engine.config import Config, parse_args
+from engine.training.assembly import network_of
 from model.weights import to_torchvision
 from perf.plot_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, png
 

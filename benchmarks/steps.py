@@ -21,10 +21,10 @@ from common.errors import TrainingError, UserError
 from common.process import end
 from common.progress import say
 from common.ranks import Ranks, ranks_of_this_run
-from engine.assembly import assemble, network_of
 from engine.config import SYNTHETIC, Config, parse_args
 from engine.data import open_training_data
 from engine.precision import Precision, choose_precision, set_numerics
+from engine.training.assembly import assemble, network_of
 
 _NAMES = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
 """Configurations that torchvision and timm have, too."""

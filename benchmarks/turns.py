@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 
 from common.flags import FlagParser
-from common.heap import present_objects_frozen
+from common.memory import present_objects_frozen
 from common.progress import say
 
 OURS, RATE = "this project", "images_per_second"

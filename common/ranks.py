@@ -120,7 +120,7 @@ def _is_of_a_lost_rank(error: RuntimeError) -> bool:
 
 def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
     """torchrun's key-value store, with keys of our own for each start of the ranks. Raises TrainingError: one never comes,
-    or torchrun died before this process could ask the kernel to tell it (common/orphans.py).
+    or torchrun died before this process could ask the kernel to tell it (common/parent_death.py).
 
     torchrun keeps the store over restarts, and with it the addresses of ranks that are gone: one that is restarted and reads
     before the others have written would try to connect to those. Its count of restarts tells them apart on one machine only:

@@ -29,7 +29,7 @@ from common.files import is_storage_trouble, link_over, replacing
 from common.progress import printable, say
 from model.vgg import CONFIGURATIONS, STRIDE
 from model.weights import is_finite, is_plain
-from pipeline.plan import IMAGENET_COLOUR_SHIFT
+from pipeline.plan.samples import IMAGENET_COLOUR_SHIFT
 
 LAST, BEST = "last.pt", "best.pt"
 _FORMAT = "vgg-dali checkpoint 1"
@@ -67,7 +67,7 @@ class Checkpoint:
     batch_norm: bool = False
     """Whether the network has batch normalisation."""
     colour_shift: list[list[float]] = field(default_factory=lambda: [list(row) for row in IMAGENET_COLOUR_SHIFT])
-    """The 3×3 matrix of the training's colour shift: see pipeline.plan.ColourShift."""
+    """The 3×3 matrix of the training's colour shift: see pipeline.plan.samples.ColourShift."""
     ema: dict | None = None
     """The moving average of the weights, under the keys of `model`; None where the run kept none."""
 

@@ -18,18 +18,25 @@ from engine.config import DIGITS, SYNTHETIC, Config, LoadingFlags
 from engine.lost_images import LostImages
 from engine.networks import Network
 from engine.precision import Precision
-from pipeline.digits import digits_folder
-from pipeline.graphs import GraphOptions
-from pipeline.loader import Batch, DaliLoader, SyntheticLoader
-from pipeline.manifest import open_manifest
-from pipeline.manifest_files import Manifest, load_manifest
-from pipeline.plan import IMAGENET_COLOUR_SHIFT, IMAGENET_MEAN_RGB, ColourShift, Samples, TrainPlan, ValidationPlan
-from pipeline.prepared import Prepared, is_prepared, open_prepared
-from pipeline.reader import Fetch, ShardReader
-from pipeline.scan import SPLITS
-from pipeline.statistics import find_statistics
-from pipeline.tables import ShardTable
-from pipeline.whole import WholePlan
+from pipeline.dali.graph import GraphOptions
+from pipeline.dali.loader import Batch, DaliLoader, SyntheticLoader
+from pipeline.dataset.digits import digits_folder
+from pipeline.dataset.manifest import open_manifest
+from pipeline.dataset.manifest_files import Manifest, load_manifest
+from pipeline.dataset.scan import SPLITS
+from pipeline.dataset.table import ShardTable
+from pipeline.plan.samples import (
+    IMAGENET_COLOUR_SHIFT,
+    IMAGENET_MEAN_RGB,
+    ColourShift,
+    Samples,
+    TrainPlan,
+    ValidationPlan,
+)
+from pipeline.plan.whole_images import WholePlan
+from pipeline.preparation.statistics import find_statistics
+from pipeline.shards.index import Prepared, is_prepared, open_prepared
+from pipeline.shards.reader import Fetch, ShardReader
 
 Plan = TrainPlan | ValidationPlan | WholePlan
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from common.errors import TrainingError
 from common.progress import printable, say, say_once
 from common.ranks import Ranks, union_over_ranks
-from pipeline.headers import read_header
-from pipeline.manifest_files import QUARANTINE, Manifest, add_to_quarantine
-from pipeline.plan import Samples
-from pipeline.prepared import Prepared
-from pipeline.tables import FileTable, ShardTable
+from pipeline.dataset.headers import read_header
+from pipeline.dataset.manifest_files import QUARANTINE, Manifest, add_to_quarantine
+from pipeline.dataset.table import FileTable, ShardTable
+from pipeline.plan.samples import Samples
+from pipeline.shards.index import Prepared
 
 
 @dataclass(frozen=True, kw_only=True)

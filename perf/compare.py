@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from msgspec.structs import asdict
 
-from engine.compare_runs import differing_flags
+from engine.monitoring.compare_runs import differing_flags
 from perf.plot_style import BLUE, GREY, ORANGE, lanes, new_figure
 from perf.report import Rate, Record, Report
 from perf.words import NOT_MEASURED, PARTS, STAGES, Table, interval_of, number, parts_of

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from model.vgg import VGG, LocalResponseNorm
-from pipeline.plan import rescaled_sizes, source_windows
+from pipeline.plan.samples import rescaled_sizes, source_windows
 
 _FLOAT32_BYTES = 4
 _FUSED_INDEX_BYTES, _INDEX_BYTES = 1, 8

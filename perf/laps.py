@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from engine.precision import Precision
-from pipeline.loader import Batch
+from pipeline.dali.loader import Batch
 
 DATA_WAIT, FORWARD, BACKWARD, OPTIMIZER = "data_wait", "forward", "backward", "optimizer"
 _REST = "rest"

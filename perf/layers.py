@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from engine.precision import Precision
 from perf.costs import kind_of
 from perf.laps import Laps
-from pipeline.loader import Batch
+from pipeline.dali.loader import Batch
 
 _WARM_UP_PASSES = 2  # the search for kernels, and the memory that later passes use again
 _SECONDS = 2.0  # at most, but for one pass of each kind

@@ -45,7 +45,7 @@ def card(device: str) -> str:
     """The name of the first GPU that CUDA sees, unless --device is cpu or there is none: then the processor's."""
 
     def names(nvml: Any) -> list[str]:
-        from common.nvml_devices import find_gpus
+        from common.nvml.devices import find_gpus
 
         return [gpu.name for gpu in find_gpus(None)[0]]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.nvml_readings import THROTTLE_BITS
+from common.nvml.readings import THROTTLE_BITS
 
 _NOT_FIELDS = ("energy_counter_joules", "throttle_reasons")
 

@@ -21,11 +21,11 @@ from torch.profiler import ProfilerActivity, record_function
 
 from common.progress import say
 from common.ranks import Ranks
-from engine.assembly import Assembly, assemble, network_of
 from engine.config import Config
 from engine.data import TrainingData, open_training_data
 from engine.precision import Precision, choose_precision, set_numerics
-from engine.step import TrainStep
+from engine.training.assembly import Assembly, assemble, network_of
+from engine.training.step import TrainStep
 from model.vgg import VGG
 from perf.feeds import DECODING, LOADER, NO_FEED, READING, TRAINING, Feed, decoding_alone, feed_of, reading_alone
 from perf.laps import Laps, MarkedBatches, MarkedPrecision
@@ -33,7 +33,7 @@ from perf.layers import layer_seconds
 from perf.report import Trace
 from perf.timing import Limits, Timing, measure
 from perf.trace import summarise_trace
-from pipeline.loader import Batch, SyntheticLoader
+from pipeline.dali.loader import Batch, SyntheticLoader
 
 ALL_REDUCE, WITHOUT_ALL_REDUCE = "the all-reduce", "the step without its all-reduce"
 _HOST_STEPS, _TRACED_STEPS = 5, 3

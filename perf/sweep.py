@@ -24,7 +24,7 @@ from common.errors import EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 from common.files import open_own
 from common.flags import FlagParser
 from common.lock import BusyError, FolderLock
-from common.orphans import end_with_parent
+from common.parent_death import end_with_parent
 from common.process import run_program, usable_cores
 from common.progress import printable, say
 from engine.config import parse_args, to_dict

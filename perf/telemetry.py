@@ -23,7 +23,7 @@ from perf.report import Device, Telemetry
 if TYPE_CHECKING:
     import torch
 
-    from common.nvml_devices import Gpu
+    from common.nvml.devices import Gpu
     from common.ranks import Ranks
 
 # How long the driver may take for a sample before we go on without it.
@@ -134,7 +134,7 @@ def _open(uuids: Sequence[str] | None, interval_seconds: float) -> tuple[list[_G
     try:
         import pynvml
 
-        from common.nvml_devices import find_gpus
+        from common.nvml.devices import find_gpus
     except ImportError as error:
         return [], f"nvidia-ml-py is not installed: {error}"
     try:
@@ -157,7 +157,7 @@ class _GpuThread(threading.Thread):
     """
 
     def __init__(self, gpu: Gpu, interval_seconds: float) -> None:
-        from common.nvml_readings import LIMITS, READINGS, Reader
+        from common.nvml.readings import LIMITS, READINGS, Reader
 
         # daemon: one that hangs in the driver does not keep the program alive.
         super().__init__(name=f"nvml-{gpu.index}", daemon=True)
@@ -173,7 +173,7 @@ class _GpuThread(threading.Thread):
         self._gone: tuple[float, str] | None = None
 
     def run(self) -> None:
-        from common.nvml_readings import GpuGone
+        from common.nvml.readings import GpuGone
 
         try:
             self._limits = self._limits_reader.read()

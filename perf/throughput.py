@@ -16,12 +16,12 @@ import torch
 from common.errors import UserError
 from common.files import replacing
 from common.flags import FlagParser, above_zero
-from common.orphans import end_with_torchrun
+from common.parent_death import end_with_torchrun
 from common.process import run_program, usable_cores
 from common.ranks import Ranks, on_rank_0, ranks_of_this_run
-from engine.assembly import too_little_memory
 from engine.config import Config, default_data, parse_args, to_dict
-from engine.gpu_curves import gpus_of_this_machine
+from engine.monitoring.gpu_curves import gpus_of_this_machine
+from engine.training.assembly import too_little_memory
 from perf.laps import BACKWARD, DATA_WAIT, FORWARD, OPTIMIZER
 from perf.machine import git_revision, hardware
 from perf.peaks import peaks_here
@@ -47,7 +47,7 @@ from perf.telemetry import NvmlSampler, mean_watts, telemetry_of
 from perf.timing import Limits, rate_of, step_parts, summarise
 from perf.tuning import print_tuned, result, tune, write_recipe
 from perf.verdict import NO_VERDICT, ceiling, judge
-from pipeline.tables import ShardTable
+from pipeline.dataset.table import ShardTable
 
 TRACE, RECIPE = "trace.json", "recipe.yaml"
 _SECONDS_A_STAGE, _SECONDS_A_TRIAL, _SECONDS_OF_TUNING = 12.0, 1.0, 120.0

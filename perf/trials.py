@@ -20,7 +20,7 @@ import torch
 from nvidia.dali import backend
 
 from common.errors import TrainingError, UserError
-from common.orphans import end_with_torchrun
+from common.parent_death import end_with_torchrun
 from common.ranks import Ranks, gather, ranks_of_this_run
 from engine.config import Config
 from perf.machine import hardware

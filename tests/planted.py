@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from engine.step import TrainStep
-from pipeline.storage import FolderStorage
+from engine.training.step import TrainStep
+from pipeline.shards.storage import FolderStorage
 
 IMAGES_PER_SECOND = 8.0  # less than a step on one thread trains
 STALLING, OF, STALL_SECONDS = 8, 40, 0.1

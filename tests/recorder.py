@@ -5,7 +5,7 @@ import os
 import sys
 
 import train
-from pipeline.loader import DaliLoader
+from pipeline.dali.loader import DaliLoader
 
 _run = DaliLoader._run
 _record = open(f"{os.environ['RECORD']}/{os.environ.get('RANK', '0')}.jsonl", "w", buffering=1)  # noqa: SIM115

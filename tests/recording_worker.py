@@ -15,11 +15,11 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-import pipeline.loader
+import pipeline.dali.loader
 import train
-from engine.step import TrainStep
-from engine.trainer import Trainer
-from pipeline.plan import Samples
+from engine.training.step import TrainStep
+from engine.training.trainer import Trainer
+from pipeline.plan.samples import Samples
 
 _init, _step = Trainer.__init__, TrainStep.__call__
 _delivered: Samples | None = None
@@ -58,7 +58,7 @@ def recorded(batches):
         yield images, labels
 
 
-pipeline.loader.collections = types.SimpleNamespace(deque=_Deque)  # type: ignore[assignment]
+pipeline.dali.loader.collections = types.SimpleNamespace(deque=_Deque)  # type: ignore[assignment]
 Trainer.__init__ = init_and_open_file  # type: ignore[method-assign]
 TrainStep.__call__ = lambda self, batches, **others: _step(self, recorded(batches), **others)  # type: ignore
 sys.exit(train.main())

@@ -33,8 +33,8 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
 from common.process import end, run_program
 from common.progress import say
 from engine.checkpoint import load
-from pipeline.digits import write_digits
-from pipeline.manifest import open_manifest
+from pipeline.dataset.digits import write_digits
+from pipeline.dataset.manifest import open_manifest
 from tests.runs import ROOT, environment, one_machine, workers_of
 from tests.used import Used, read_used
 

@@ -17,16 +17,16 @@ from benchmarks import evaluation as compare_evaluation
 from benchmarks import steps as compare_steps
 from common.errors import TrainingError, UserError
 from common.ranks import Ranks
-from engine import evaluator
 from engine.config import parse_args
+from engine.evaluation import evaluator
 from engine.lost_images import LostImages
-from engine.resume import check_same_data
+from engine.training.resume import check_same_data
 from perf import feeds, sweep
 from perf.sweep import Point
-from pipeline import manifest, scan
-from pipeline.graphs import GraphOptions
-from pipeline.loader import DaliLoader
-from pipeline.prepared import Prepared
+from pipeline.dali.graph import GraphOptions
+from pipeline.dali.loader import DaliLoader
+from pipeline.dataset import manifest, scan
+from pipeline.shards.index import Prepared
 
 RANKS = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), patient_group=None)
 

@@ -5,13 +5,13 @@ import torch
 
 import train
 from common.ranks import ranks_of_this_run
-from engine.averaging import WeightAverage
 from engine.checkpoint import load
 from engine.config import parse_args
 from engine.data import open_training_data
-from engine.evaluation import evaluate
+from engine.evaluation.accuracy import evaluate
 from engine.networks import load_network
 from engine.precision import Precision
+from engine.training.weight_average import WeightAverage
 from model.vgg import build
 from tests.images import photo_folder
 

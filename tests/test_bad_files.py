@@ -17,14 +17,14 @@ from torchvision.transforms.v2 import functional
 
 from common.progress import printable
 from engine.checkpoint import load
-from pipeline.decoding import decode_whole
-from pipeline.graphs import GraphOptions
-from pipeline.headers import read_header
-from pipeline.loader import DaliLoader
-from pipeline.manifest import open_manifest
-from pipeline.manifest_files import read_quarantine
-from pipeline.plan import LOST_LABEL, PADDING_LABEL, TrainPlan, ValidationPlan, rescaled_sizes
-from pipeline.recovery import undecodable
+from pipeline.dali.decoding import decode_whole
+from pipeline.dali.graph import GraphOptions
+from pipeline.dali.loader import DaliLoader
+from pipeline.dali.recovery import undecodable
+from pipeline.dataset.headers import read_header
+from pipeline.dataset.manifest import open_manifest
+from pipeline.dataset.manifest_files import read_quarantine
+from pipeline.plan.samples import LOST_LABEL, PADDING_LABEL, TrainPlan, ValidationPlan, rescaled_sizes
 from tests.bad_files import BAD, JPEG, KINDS, MISREAD, ODD_KINDS, UNUSUAL, content, encoded, file_name, photo
 from tests.runs import ROOT, run
 
@@ -266,7 +266,7 @@ def test_links_to_folders_above_bring_no_image_in_twice(tmp_path):
 AS_NOBODY = """
 import os, sys
 from PIL import Image
-from pipeline.manifest import main
+from pipeline.dataset.manifest import main
 Image.init()
 if os.geteuid() == 0:
     os.setgroups([])

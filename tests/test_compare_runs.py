@@ -8,8 +8,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from engine import compare_runs, curves
-from engine.records import drop_records_after
+from engine.monitoring import compare_runs, curves
+from engine.monitoring.run_files import drop_records_after
 
 
 def write_run(folder: Path, *, losses: list[float], top1: list[float], cut: bool = False, **config) -> Path:

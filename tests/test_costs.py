@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.vgg import CONFIGURATIONS, VGG, LocalResponseNorm
 from perf.costs import LayerCost, Work, decoded_pixels, gradient_bytes, layer_costs, optimizer_bytes
-from pipeline.draws import PURPOSE_GEOMETRY, uniforms
-from pipeline.plan import rescaled_sizes, source_windows
+from pipeline.plan.random_numbers import PURPOSE_GEOMETRY, uniforms
+from pipeline.plan.samples import rescaled_sizes, source_windows
 
 
 def counted_flops(arch: str, classes: int, crop: int, batch: int, batch_norm: bool) -> tuple[int, int]:

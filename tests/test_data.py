@@ -8,14 +8,14 @@ import torch
 
 from common.ranks import Ranks
 from engine import data as engine_data
-from engine import prediction
 from engine.config import Config, parse_args
 from engine.data import TrainingData, Viewing, open_data, open_training_data
-from engine.evaluator_flags import parse_evaluate
+from engine.evaluation import prediction
+from engine.evaluation.flags import parse_evaluate
 from engine.networks import Network
 from engine.precision import Precision
-from pipeline.digits import digits_folder
-from pipeline.manifest import open_manifest
+from pipeline.dataset.digits import digits_folder
+from pipeline.dataset.manifest import open_manifest
 from tests.test_evaluation import RANKS
 
 FP32 = Precision("fp32", "cpu")

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from pipeline import decoding
-from pipeline.decoding import decode_whole
-from pipeline.manifest import open_manifest
+from pipeline.dali import decoding
+from pipeline.dali.decoding import decode_whole
+from pipeline.dataset.manifest import open_manifest
 from tests.images import photo_folder, photographs
 
 

@@ -18,10 +18,10 @@ from common.errors import UserError
 from common.files import half_written, remove_own
 from common.lock import BusyError, FolderLock
 from engine.checkpoint import load
-from engine.runlog import RunLog
-from pipeline import manifest_files
-from pipeline.manifest import open_manifest
-from pipeline.tables import TABLE_NAMES
+from engine.monitoring.runlog import RunLog
+from pipeline.dataset import manifest_files
+from pipeline.dataset.manifest import open_manifest
+from pipeline.dataset.table import TABLE_NAMES
 from tests.images import photo_folder
 from tests.mounts import remount, small_disk
 from tests.runs import ROOT, SMALL, assert_same_weights

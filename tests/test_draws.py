@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline import draws
+from pipeline.plan import random_numbers
 
 # A p-value below this in a fixed-seed test of good random numbers would be a find of one in ten thousand.
 SIGNIFICANCE = 1e-4
@@ -16,34 +16,34 @@ SIGNIFICANCE = 1e-4
     ],
 )
 def test_philox_gives_the_known_answers_of_random123(word, expected):
-    assert tuple(draws.philox4x32((word,) * 4, (word,) * 2).ravel()) == expected
+    assert tuple(random_numbers.philox4x32((word,) * 4, (word,) * 2).ravel()) == expected
 
 
 def test_philox_gives_the_known_answer_for_the_digits_of_pi():
     # Random123's third known answer: words of pi as counter and key, all different.
     counter, key = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
-    assert tuple(draws.philox4x32(counter, key).ravel()) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+    assert tuple(random_numbers.philox4x32(counter, key).ravel()) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 16, 17, 360, 1437, 65_537, 99_999])
 @pytest.mark.parametrize("epoch", [0, 7])
 def test_order_is_a_bijection(length, epoch):
     positions = np.arange(length)
-    rows = draws.order(positions, np.full(length, epoch), length, seed=3)
+    rows = random_numbers.order(positions, np.full(length, epoch), length, seed=3)
     assert rows.dtype == np.int64
     assert np.array_equal(np.sort(rows), positions)
 
 
 def test_order_of_some_positions_is_part_of_the_whole_order():
     length, epochs = 10_007, np.full(10_007, 5)
-    whole = draws.order(np.arange(length), epochs, length, seed=11)
+    whole = random_numbers.order(np.arange(length), epochs, length, seed=11)
     some = np.array([9_999, 3, 3, 4_711])
-    assert np.array_equal(draws.order(some, np.full(4, 5), length, seed=11), whole[some])
+    assert np.array_equal(random_numbers.order(some, np.full(4, 5), length, seed=11), whole[some])
 
 
 def test_order_works_beyond_32_bits():
     length = 10**10
-    rows = draws.order(np.arange(length - 1000, length), np.zeros(1000, dtype=int), length, seed=0)
+    rows = random_numbers.order(np.arange(length - 1000, length), np.zeros(1000, dtype=int), length, seed=0)
     assert len(np.unique(rows)) == 1000
     assert rows.min() >= 0
     assert rows.max() < length
@@ -53,7 +53,7 @@ def test_order_is_uniform_over_epochs():
     """Every row is equally likely at every position: chi-square over (position, row) of a small table, many epochs."""
     length, epochs = 12, 12_000
     positions = np.tile(np.arange(length), epochs)
-    rows = draws.order(positions, np.repeat(np.arange(epochs), length), length, seed=1)
+    rows = random_numbers.order(positions, np.repeat(np.arange(epochs), length), length, seed=1)
     counts = np.zeros((length, length))
     np.add.at(counts, (positions, rows), 1)
     statistic = ((counts - epochs / length) ** 2 / (epochs / length)).sum()
@@ -62,7 +62,9 @@ def test_order_is_uniform_over_epochs():
 
 def test_order_gives_all_permutations_of_a_small_table_equally_often():
     epochs = 24_000
-    rows = draws.order(np.tile(np.arange(4), epochs), np.repeat(np.arange(epochs), 4), 4, seed=9).reshape(epochs, 4)
+    rows = random_numbers.order(np.tile(np.arange(4), epochs), np.repeat(np.arange(epochs), 4), 4, seed=9).reshape(
+        epochs, 4
+    )
     _, counts = np.unique(rows @ [64, 16, 4, 1], return_counts=True)
     assert len(counts) == 24
     assert stats.chisquare(counts).pvalue > SIGNIFICANCE
@@ -71,8 +73,8 @@ def test_order_gives_all_permutations_of_a_small_table_equally_often():
 @pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
 def test_neighbours_epochs_and_seeds_are_uncorrelated(seeds):
     length = 50_000
-    one = draws.order(np.arange(length), np.full(length, 0), length, seeds[0])
-    other = draws.order(np.arange(length), np.full(length, 1), length, seeds[1])
+    one = random_numbers.order(np.arange(length), np.full(length, 0), length, seeds[0])
+    other = random_numbers.order(np.arange(length), np.full(length, 1), length, seeds[1])
     bound = stats.norm.isf(SIGNIFICANCE) / np.sqrt(length)
     assert abs(np.corrcoef(one[:-1], one[1:])[0, 1]) < bound, "serial"
     assert abs(np.corrcoef(one, np.arange(length))[0, 1]) < bound, "with the position"
@@ -82,8 +84,8 @@ def test_neighbours_epochs_and_seeds_are_uncorrelated(seeds):
 def test_uniforms_and_normals_have_the_distribution_of_numpys_generators():
     count, generator = 100_000, np.random.default_rng(0)
     epochs, rows = np.zeros(count, dtype=int), np.arange(count)
-    uniforms = draws.uniforms(5, epochs, rows, draws.PURPOSE_GEOMETRY)
-    normals = draws.normals(5, epochs, rows, draws.PURPOSE_COLOUR)
+    uniforms = random_numbers.uniforms(5, epochs, rows, random_numbers.PURPOSE_GEOMETRY)
+    normals = random_numbers.normals(5, epochs, rows, random_numbers.PURPOSE_COLOUR)
     assert uniforms.min() >= 0
     assert uniforms.max() < 1
     for sample in uniforms:
@@ -96,12 +98,12 @@ def test_uniforms_and_normals_have_the_distribution_of_numpys_generators():
 
 
 def test_draws_depend_on_every_coordinate():
-    one = draws.uniforms(1, np.array([2]), np.array([3]), draws.PURPOSE_GEOMETRY)
+    one = random_numbers.uniforms(1, np.array([2]), np.array([3]), random_numbers.PURPOSE_GEOMETRY)
     for other in (
-        draws.uniforms(2, np.array([2]), np.array([3]), draws.PURPOSE_GEOMETRY),
-        draws.uniforms(1 + (1 << 32), np.array([2]), np.array([3]), draws.PURPOSE_GEOMETRY),
-        draws.uniforms(1, np.array([3]), np.array([3]), draws.PURPOSE_GEOMETRY),
-        draws.uniforms(1, np.array([2]), np.array([3 + (1 << 32)]), draws.PURPOSE_GEOMETRY),
-        draws.uniforms(1, np.array([2]), np.array([3]), draws.PURPOSE_COLOUR),
+        random_numbers.uniforms(2, np.array([2]), np.array([3]), random_numbers.PURPOSE_GEOMETRY),
+        random_numbers.uniforms(1 + (1 << 32), np.array([2]), np.array([3]), random_numbers.PURPOSE_GEOMETRY),
+        random_numbers.uniforms(1, np.array([3]), np.array([3]), random_numbers.PURPOSE_GEOMETRY),
+        random_numbers.uniforms(1, np.array([2]), np.array([3 + (1 << 32)]), random_numbers.PURPOSE_GEOMETRY),
+        random_numbers.uniforms(1, np.array([2]), np.array([3]), random_numbers.PURPOSE_COLOUR),
     ):
         assert not np.any(one == other)

@@ -12,12 +12,12 @@ import torch
 import evaluate
 import features
 from engine.checkpoint import Checkpoint, load, save
+from engine.evaluation.posteriors import LOST, POSTERIOR_SCALE
+from engine.evaluation.row_files import open_rows
 from engine.networks import Network
-from engine.posteriors import LOST, POSTERIOR_SCALE
-from engine.rows import open_rows
 from model.vgg import build
 from model.weights import to_torchvision
-from pipeline.manifest import open_manifest
+from pipeline.dataset.manifest import open_manifest
 from tests.images import photographs
 from tests.runs import results_of, run
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from common.ranks import Ranks
-from engine.evaluation import evaluate
+from engine.evaluation.accuracy import evaluate
 from engine.precision import Precision
 
 RANKS = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), patient_group=None)

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import Normalize
 
 import export
 from common.errors import UserError
-from engine import exporting
+from engine import export as exporting
 from engine.checkpoint import Checkpoint, save
 from engine.networks import load_network
 from model.vgg import build

@@ -31,7 +31,7 @@ from benchmarks.photographs import photograph_folder
 from common.errors import UserError
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
-from pipeline.manifest import open_manifest
+from pipeline.dataset.manifest import open_manifest
 from tests.made_up_report import cpu_report
 from tests.made_up_report import gpu_report as made_up_throughput
 from tests.test_profile import run_script

@@ -6,10 +6,10 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from pipeline.graphs import GraphOptions, image_pipeline
-from pipeline.loader import DaliLoader
-from pipeline.manifest import open_manifest
-from pipeline.plan import Samples, TrainPlan, ValidationPlan, rescaled_sizes
+from pipeline.dali.graph import GraphOptions, image_pipeline
+from pipeline.dali.loader import DaliLoader
+from pipeline.dataset.manifest import open_manifest
+from pipeline.plan.samples import Samples, TrainPlan, ValidationPlan, rescaled_sizes
 from tests.images import photo_folder
 
 CPU = torch.device("cpu")

@@ -4,11 +4,11 @@ import subprocess
 import sys
 import weakref
 
-from common.heap import present_objects_frozen
+from common.memory import present_objects_frozen
 
 _HEAPS_OF_EIGHT_THREADS = """
 import ctypes, threading
-from common.heap import share_one_heap
+from common.memory import share_one_heap
 if {shared}: share_one_heap()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p

@@ -12,7 +12,7 @@ import scipy.io
 
 from common import lock
 from common.lock import FolderLock
-from pipeline import imagenet
+from pipeline.preparation import imagenet
 
 # Three classes; their numbers in the development kit are not in the order of their WordNet ids.
 IDS = {1: "n03000000", 2: "n01000000", 3: "n02000000"}

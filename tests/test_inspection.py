@@ -9,11 +9,11 @@ from PIL import Image
 import train
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
-from engine.contact_sheet import Tile, draw_sheet, thumbnail_size
 from engine.data import open_training_data
-from engine.inspection import _training_tiles, _validation_tiles, inspect
+from engine.monitoring.contact_sheet import Tile, draw_sheet, thumbnail_size
+from engine.monitoring.inspection import _training_tiles, _validation_tiles, inspect
 from engine.precision import Precision
-from pipeline import draws
+from pipeline.plan import random_numbers
 from tests.images import photo_folder
 
 
@@ -34,7 +34,7 @@ def test_training_tiles_say_what_the_plan_decided(data):
     tiles = _training_tiles(data, data.manifest.train, plan, numbers)
     samples = plan.samples(numbers)
     epochs, rows = plan.epochs_and_rows(numbers)
-    u = draws.uniforms(0, epochs, rows, draws.PURPOSE_GEOMETRY)
+    u = random_numbers.uniforms(0, epochs, rows, random_numbers.PURPOSE_GEOMETRY)
     for index, tile in enumerate(tiles):
         path = data.manifest.train.path(rows[index])
         assert tile.source is not None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from engine.precision import Precision, choose_precision
-from engine.step import TrainStep
+from engine.training.step import TrainStep
 from perf.laps import Laps, MarkedBatches, MarkedPrecision
 
 CPU = torch.device("cpu")

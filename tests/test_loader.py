@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 
 from common.errors import DataSourceError
-from pipeline import recovery, storage
-from pipeline.decoding import decode_whole
-from pipeline.digits import digits_folder
-from pipeline.graphs import GraphOptions
-from pipeline.loader import DaliLoader, SyntheticLoader
-from pipeline.manifest import open_manifest
-from pipeline.plan import TrainPlan
+from pipeline.dali import recovery
+from pipeline.dali.decoding import decode_whole
+from pipeline.dali.graph import GraphOptions
+from pipeline.dali.loader import DaliLoader, SyntheticLoader
+from pipeline.dataset.digits import digits_folder
+from pipeline.dataset.manifest import open_manifest
+from pipeline.plan.samples import TrainPlan
+from pipeline.shards import storage
 from tests.images import photo_folder
 
 CPU = torch.device("cpu")

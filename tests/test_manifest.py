@@ -14,12 +14,13 @@ from PIL import Image
 
 import predict
 from common.errors import UserError
-from pipeline import headers, manifest_files, scan, storage
-from pipeline import manifest as manifests
-from pipeline.headers import Header, read_header
-from pipeline.manifest import open_manifest
-from pipeline.manifest_files import add_to_quarantine, read_quarantine, read_scan, write_manifest
-from pipeline.tables import FileTable
+from pipeline.dataset import headers, manifest_files, scan
+from pipeline.dataset import manifest as manifests
+from pipeline.dataset.headers import Header, read_header
+from pipeline.dataset.manifest import open_manifest
+from pipeline.dataset.manifest_files import add_to_quarantine, read_quarantine, read_scan, write_manifest
+from pipeline.dataset.table import FileTable
+from pipeline.shards import storage
 from tests.images import photo_folder, photographs
 
 ROOT = Path(__file__).parent.parent
@@ -530,11 +531,11 @@ import json, resource, sys, time
 from pathlib import Path
 import numpy as np, torch
 from nvidia.dali import fn
-from pipeline.graphs import GraphOptions
-from pipeline.loader import DaliLoader
-from pipeline.manifest import open_manifest
-from pipeline.manifest_files import add_to_quarantine, read_quarantine, read_scan, write_manifest
-from pipeline.plan import TrainPlan
+from pipeline.dali.graph import GraphOptions
+from pipeline.dali.loader import DaliLoader
+from pipeline.dataset.manifest import open_manifest
+from pipeline.dataset.manifest_files import add_to_quarantine, read_quarantine, read_scan, write_manifest
+from pipeline.plan.samples import TrainPlan
 def resident_mb():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 before, started = resident_mb(), time.perf_counter()

@@ -20,9 +20,9 @@ from engine.data import open_training_data
 from engine.networks import Network, for_data, in_order_of, load_network, start_from
 from engine.precision import Precision
 from model.vgg import build
-from pipeline import statistics
-from pipeline.manifest import open_manifest
-from pipeline.statistics import find_statistics
+from pipeline.dataset.manifest import open_manifest
+from pipeline.preparation import statistics
+from pipeline.preparation.statistics import find_statistics
 from tests.images import photo_folder
 from tests.runs import SMALL
 

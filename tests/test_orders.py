@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.orders import GlobalOrder, WindowOrder
+from pipeline.plan.permutations import GlobalOrder, WindowOrder
 
 SIZES = {
     "equal": np.full(12, 50),
@@ -84,14 +84,17 @@ def test_neighbours_in_a_shard_are_not_neighbours_in_the_epoch():
 
 def test_the_global_order_is_the_same_bijection_for_lengths_one_by_one():
     """WindowOrder draws in windows of differing lengths at once: as drawing each alone."""
-    from pipeline import draws
+    from pipeline.plan import random_numbers
 
     lengths = np.array([1, 2, 3, 10, 1000, 1001])
     streams = np.arange(6)
-    together = draws.order(lengths - 1, np.full(6, 4), lengths, seed=9, stream=streams)
+    together = random_numbers.order(lengths - 1, np.full(6, 4), lengths, seed=9, stream=streams)
     for length, stream, row in zip(lengths, streams, together, strict=True):
-        assert draws.order(np.array([length - 1]), np.array([4]), int(length), seed=9, stream=int(stream))[0] == row
+        assert (
+            random_numbers.order(np.array([length - 1]), np.array([4]), int(length), seed=9, stream=int(stream))[0]
+            == row
+        )
     assert np.array_equal(
         GlobalOrder(1000, 9).rows(np.arange(1000), np.zeros(1000, dtype=np.int64)),
-        draws.order(np.arange(1000), np.zeros(1000, dtype=np.int64), 1000, seed=9),
+        random_numbers.order(np.arange(1000), np.zeros(1000, dtype=np.int64), 1000, seed=9),
     )

@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.plan import (
+from pipeline.dataset.table import FileTable
+from pipeline.plan.samples import (
     IMAGENET_MEAN_RGB,
     LOST_LABEL,
     PADDING_LABEL,
@@ -11,7 +12,6 @@ from pipeline.plan import (
     ValidationPlan,
     rescaled_sizes,
 )
-from pipeline.tables import FileTable
 
 
 def make_table(length: int, seed: int = 0) -> FileTable:
@@ -104,13 +104,15 @@ def test_windows_equal_a_computation_one_image_at_a_time():
     from fractions import Fraction
     from math import ceil, floor
 
-    from pipeline import draws
+    from pipeline.plan import random_numbers
 
     plan = make_plan(400, batch_size=400, seed=4)
     samples = plan.samples(np.arange(400))
     _, rows = plan.epochs_and_rows(np.arange(400))
     sizes = plan.table.read(rows).sizes
-    u_scale, u_y, u_x, u_flip = draws.uniforms(4, np.zeros(400, int), rows, draws.PURPOSE_GEOMETRY).tolist()
+    u_scale, u_y, u_x, u_flip = random_numbers.uniforms(
+        4, np.zeros(400, int), rows, random_numbers.PURPOSE_GEOMETRY
+    ).tolist()
     for i in range(400):
         scale = 256 + int(u_scale[i] * 257)
         for axis, u in ((0, u_y[i]), (1, u_x[i])):

@@ -11,8 +11,8 @@ from PIL import Image
 
 from common.ranks import ranks_of_this_run
 from perf.report import STAGES, Rate, Report, read_report
-from pipeline.digits import digits_folder
-from pipeline.prepare import Settings, prepare
+from pipeline.dataset.digits import digits_folder
+from pipeline.preparation.packing import Settings, prepare
 from tests import planted
 from tests.images import photographs
 from tests.runs import ROOT, environment, one_machine, results_of

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import train
-from engine import preemption
 from engine.checkpoint import load
-from engine.preemption import StopRequests
+from engine.training import preemption
+from engine.training.preemption import StopRequests
 from tests.images import photo_folder
 from tests.runs import ROOT, SMALL, assert_same_weights, one_machine, run, start, wait_for, workers_of
 from tests.test_evaluation import RANKS
@@ -146,7 +146,7 @@ def test_a_rank_that_waits_for_another_in_c_answers_a_signal_too():
     """Where no handler of Python's can run: in the lock of a thread that never ends."""
     code = """
 import ctypes, os, threading
-from engine.preemption import StopRequests
+from engine.training.preemption import StopRequests
 with StopRequests():
     threading.Timer(0.5, os.kill, (os.getpid(), 15)).start()
     libc = ctypes.CDLL(None)

@@ -17,9 +17,9 @@ from PIL import Image
 
 from common import lock
 from common.files import replacing
-from pipeline import prepare
-from pipeline.manifest import open_manifest
-from pipeline.prepared import open_prepared
+from pipeline.dataset.manifest import open_manifest
+from pipeline.preparation import packing
+from pipeline.shards.index import open_prepared
 from tests.images import photo_folder
 from tests.mounts import small_disk
 from tests.runs import ROOT, free_port
@@ -38,7 +38,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def prepared(source, tmp_path_factory) -> Path:
     destination = tmp_path_factory.mktemp("prepared") / "256"
-    assert prepare.main([str(source), str(destination), *FLAGS]) == 0
+    assert packing.main([str(source), str(destination), *FLAGS]) == 0
     return destination
 
 
@@ -127,7 +127,7 @@ def test_interrupted_anywhere_and_on_any_number_of_ranks_the_result_is_the_same(
 
 
 def test_a_limit_for_the_longer_side(source, tmp_path):
-    assert prepare.main([str(source), str(tmp_path / "max"), "--short-side", "max:200"]) == 0
+    assert packing.main([str(source), str(tmp_path / "max"), "--short-side", "max:200"]) == 0
     data, originals = open_prepared(str(tmp_path / "max")), open_manifest(source)
     assert data.train.read(np.arange(22)).sizes.max(axis=1).tolist() == [200] * 22
     ratios = [np.divide(*table.read(np.arange(22)).sizes.T) for table in (data.train, originals.train)]
@@ -139,7 +139,7 @@ def test_images_that_cannot_be_decoded_are_left_out_and_named(tmp_path):
     open_manifest(folder)
     for path in ("train/class0/004.JPEG", "val/class1/003.JPEG"):
         os.truncate(folder / path, 3000)
-    assert prepare.main([str(folder), str(tmp_path / "out"), *FLAGS]) == 0
+    assert packing.main([str(folder), str(tmp_path / "out"), *FLAGS]) == 0
     data = open_prepared(str(tmp_path / "out"))
     assert (len(data.train), len(data.val), data.quarantined, data.val_lost) == (11, 4, 2, 1)
     assert data.train.shard_images.sum() == 11
@@ -151,7 +151,7 @@ def test_images_that_cannot_be_decoded_are_left_out_and_named(tmp_path):
 def test_an_image_too_long_for_a_jpeg_is_named(tmp_path):
     folder = photo_folder(tmp_path / "photos", train=4, val=4)
     Image.new("RGB", (70_000, 3)).save(folder / "train/class0/long.png")
-    assert prepare.main([str(folder), str(tmp_path / "out"), *FLAGS]) == 0
+    assert packing.main([str(folder), str(tmp_path / "out"), *FLAGS]) == 0
     assert len(open_prepared(str(tmp_path / "out")).train) == 4
     assert (
         "train/class0/long.png\ttoo long for a JPEG (70000×3 pixels)" in (tmp_path / "out/quarantine.tsv").read_text()
@@ -161,20 +161,20 @@ def test_an_image_too_long_for_a_jpeg_is_named(tmp_path):
 def test_a_full_disk_ends_with_a_sentence_and_with_more_room_it_goes_on(source, prepared, tmp_path, capsys):
     with small_disk(tmp_path / "small", mebibytes=2) as place:
         (place / "filler").write_bytes(bytes(1_700_000))
-        assert prepare.main([str(source), str(place / "out"), *FLAGS]) == 1
+        assert packing.main([str(source), str(place / "out"), *FLAGS]) == 1
         error = capsys.readouterr().err
         assert error.splitlines()[-1].startswith("error: ")
         assert "No space left on device" in error
         assert "Traceback" not in error
         assert not (place / "out/index.json").exists()
         (place / "filler").unlink()
-        assert prepare.main([str(source), str(place / "out"), *FLAGS]) == 0
+        assert packing.main([str(source), str(place / "out"), *FLAGS]) == 0
         assert content(place / "out") == content(prepared)
 
 
 def test_a_complete_data_set_is_left_alone(source, prepared, capsys):
     before = content(prepared)
-    assert prepare.main([str(source), str(prepared), *FLAGS]) == 0
+    assert packing.main([str(source), str(prepared), *FLAGS]) == 0
     output = capsys.readouterr()
     assert "complete already" in output.err
     assert json.loads(output.out.splitlines()[-1])["train"] == 22
@@ -197,7 +197,7 @@ WRONG = {
 def test_what_is_wrong_is_said_in_a_sentence(source, prepared, tmp_path, capsys, flags, message):
     before = content(prepared)
     places = {"source": source, "prepared": prepared, "new": tmp_path / "new"}
-    assert prepare.main([flag.format(**places) for flag in flags]) == 2
+    assert packing.main([flag.format(**places) for flag in flags]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("error: ")
@@ -212,7 +212,7 @@ def test_two_into_one_folder(source, prepared, tmp_path, capsys, monkeypatch):
     destination = tmp_path / "out"
     flags = [str(source), str(destination), *FLAGS]
     written: list[str] = []
-    real = prepare._write_shards
+    real = packing._write_shards
 
     def meanwhile(*arguments, **keywords):
         written.append("")
@@ -222,15 +222,15 @@ def test_two_into_one_folder(source, prepared, tmp_path, capsys, monkeypatch):
                 before = content(destination / ".unfinished") | {
                     "names": " ".join(sorted(os.listdir(destination))).encode()
                 }
-                assert prepare.main(flags) == 2
+                assert packing.main(flags) == 2
                 after = content(destination / ".unfinished") | {
                     "names": " ".join(sorted(os.listdir(destination))).encode()
                 }
                 assert after == before
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(prepare, "_write_shards", meanwhile)
-    assert prepare.main(flags) == 0
+    monkeypatch.setattr(packing, "_write_shards", meanwhile)
+    assert packing.main(flags) == 0
     assert len(written) == 1
     assert f"pid {os.getpid()}, host" in capsys.readouterr().err
     assert content(destination) == content(prepared)
@@ -240,15 +240,15 @@ def test_files_that_others_have_put_there_stay(source, prepared, tmp_path, monke
     destination = tmp_path / "out"
     flags = [str(source), str(destination), *FLAGS]
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
-        assert prepare.main(flags) == 130
+        patch.setattr(packing, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert packing.main(flags) == 130
     (tmp_path / "precious").write_text("somebody's")
     others = [".editor.tmp", ".train-000000.tar.abc_1234.tmp.swp", ".unfinished/notes.txt"]
     for name in others:
         (destination / name).write_text("somebody's")
     (destination / ".train-000000.tar.link.tmp").symlink_to(tmp_path / "precious")
     (destination / ".train-000000.tar.abc_1234.tmp").write_text("ours")
-    assert prepare.main(flags) == 0
+    assert packing.main(flags) == 0
     assert all((destination / name).read_text() == "somebody's" for name in others)
     assert not (destination / ".train-000000.tar.abc_1234.tmp").exists()
     assert (destination / ".train-000000.tar.link.tmp").is_symlink()
@@ -269,7 +269,7 @@ def test_a_folder_that_is_not_prepared_data_is_not_written_to(source, tmp_path, 
         (destination / ".unfinished").symlink_to(tmp_path / "precious")
     else:
         (destination / "index.json").write_text('{"0": "cat"}')
-    assert prepare.main([str(source), str(destination), *FLAGS]) == 2
+    assert packing.main([str(source), str(destination), *FLAGS]) == 2
     assert f"{destination}: is not empty; give a new folder" in capsys.readouterr().err
     assert len(list(destination.iterdir())) == 1
     assert not list((tmp_path / "precious").iterdir())
@@ -279,7 +279,7 @@ def test_a_folder_that_is_not_prepared_data_is_not_written_to(source, tmp_path, 
 def test_notes_that_are_damaged_are_said_in_a_sentence(source, tmp_path, capsys, damage):
     (tmp_path / "out/.unfinished").mkdir(parents=True)
     (tmp_path / "out/.unfinished/job.json").write_bytes(damage)
-    assert prepare.main([str(source), str(tmp_path / "out"), *FLAGS]) == 2
+    assert packing.main([str(source), str(tmp_path / "out"), *FLAGS]) == 2
     assert "job.json: does not say any more what is being prepared" in capsys.readouterr().err
 
 
@@ -287,16 +287,16 @@ def test_a_damaged_part_of_the_index_is_named_and_made_again(source, prepared, t
     destination = tmp_path / "out"
     flags = [str(source), str(destination), *FLAGS]
     part = destination / ".unfinished/train-000003.tar.npz"
-    real = prepare._finish
+    real = packing._finish
 
     def damaged_first(*arguments):
         part.write_bytes(b"PK not a zip file")
         real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_finish", damaged_first)
-        assert prepare.main(flags) == 1
+        patch.setattr(packing, "_finish", damaged_first)
+        assert packing.main(flags) == 1
     assert f"{part}: is damaged; remove it, and give the same command" in capsys.readouterr().err
     part.unlink()
-    assert prepare.main(flags) == 0
+    assert packing.main(flags) == 0
     assert content(destination) == content(prepared)

@@ -387,7 +387,7 @@ def test_limits_of_memory_and_threads_are_sentences(capsys, monkeypatch):
 
 @pytest.mark.parametrize("below", ["file/below", "a" * 300])
 def test_a_destination_that_cannot_be_made_is_the_users(tmp_path, capsys, below):
-    from pipeline.prepare import main
+    from pipeline.preparation.packing import main
 
     data = photo_folder(tmp_path / "data", train=1, val=1)
     (tmp_path / "file").touch()

@@ -13,16 +13,16 @@ from torchvision.transforms.v2 import functional
 from common.ranks import Ranks
 from engine.config import LoadingFlags
 from engine.data import Data, Viewing, open_data
-from engine.evaluator import posteriors_of
+from engine.evaluation.evaluator import posteriors_of
+from engine.evaluation.protocols import PROTOCOLS, grid_corners, grid_crops, mean_over_views, whole_image
 from engine.precision import Precision
-from engine.protocols import PROTOCOLS, grid_corners, grid_crops, mean_over_views, whole_image
 from model.dense import Dense
 from model.vgg import build
-from pipeline.headers import Header
-from pipeline.plan import IMAGENET_MEAN_RGB
-from pipeline.scan import build_table
-from pipeline.tables import FileTable
-from pipeline.whole import WholePlan
+from pipeline.dataset.headers import Header
+from pipeline.dataset.scan import build_table
+from pipeline.dataset.table import FileTable
+from pipeline.plan.samples import IMAGENET_MEAN_RGB
+from pipeline.plan.whole_images import WholePlan
 from tests.images import photographs
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from engine.config import parse_args
-from engine.evaluator_flags import parse_evaluate
-from engine.tables import PAPER_CROP, TABLES, scales_to_test
+from engine.evaluation.flags import parse_evaluate
+from engine.evaluation.paper_tables import PAPER_CROP, TABLES, scales_to_test
 from tests.runs import ROOT
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
@@ -47,7 +47,7 @@ def test_a_recipe_is_the_papers_training(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_expected_result_is_the_papers(name):
-    """As engine/tables.py has it, for a single test scale and for several."""
+    """As engine/evaluation/paper_tables.py has it, for a single test scale and for several."""
     arch, scale = split(name)
     rows = [row for number in (3, 4) for row in TABLES[number] if row.networks == ((arch, SCALES[scale]),)]
     header = RECIPES[name].read_text().partition("arch:")[0]

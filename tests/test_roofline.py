@@ -12,7 +12,7 @@ import torch
 
 from common.errors import UserError
 from engine.precision import Precision, set_numerics
-from engine.step import TrainStep
+from engine.training.step import TrainStep
 from model.vgg import build
 from perf import peaks as peaks_module
 from perf import roofline as script

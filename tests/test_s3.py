@@ -18,10 +18,11 @@ import torch
 
 import train
 from common.errors import DataSourceError, TrainingError, UserError
-from pipeline import prepare, storage
-from pipeline.plan import TrainPlan
-from pipeline.prepared import open_prepared
-from pipeline.storage import S3Storage, open_storage
+from pipeline.plan.samples import TrainPlan
+from pipeline.preparation import packing
+from pipeline.shards import storage
+from pipeline.shards.index import open_prepared
+from pipeline.shards.storage import S3Storage, open_storage
 from tests import s3_servers
 from tests.images import photo_folder
 from tests.runs import free_port, results_of, run
@@ -36,7 +37,7 @@ URL = "s3://images/imagenet/64"
 def folder(tmp_path_factory) -> Path:
     photos = photo_folder(tmp_path_factory.mktemp("photos"), train=24, val=9)
     destination = tmp_path_factory.mktemp("prepared") / "64"
-    assert prepare.main([str(photos), str(destination), "--short-side", "64", "--shard-images", "5"]) == 0
+    assert packing.main([str(photos), str(destination), "--short-side", "64", "--shard-images", "5"]) == 0
     return destination
 
 

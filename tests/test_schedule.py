@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from engine import schedule
+from engine.training import schedule
 
 
 def test_plateau_keeps_the_rate_while_top1_improves():

@@ -20,14 +20,15 @@ from PIL import Image
 
 import train
 from common.errors import DataSourceError, UserError
-from pipeline import prepare, storage
-from pipeline.graphs import GraphOptions
-from pipeline.loader import DaliLoader
-from pipeline.plan import Samples, TrainPlan, ValidationPlan
-from pipeline.prepared import is_prepared, open_prepared
-from pipeline.reader import ShardReader
-from pipeline.storage import FolderStorage
-from pipeline.tables import SHARD_ROW, ShardTable
+from pipeline.dali.graph import GraphOptions
+from pipeline.dali.loader import DaliLoader
+from pipeline.dataset.table import SHARD_ROW, ShardTable
+from pipeline.plan.samples import Samples, TrainPlan, ValidationPlan
+from pipeline.preparation import packing
+from pipeline.shards import storage
+from pipeline.shards.index import is_prepared, open_prepared
+from pipeline.shards.reader import ShardReader
+from pipeline.shards.storage import FolderStorage
 from tests.images import photo_folder
 from tests.runs import ROOT, assert_same_weights, results_of, run
 
@@ -43,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
     for name in ("class0/000", "class1/001"):
         Image.open(photos / f"train/{name}.JPEG").convert("RGB").resize((50, 70)).save(photos / f"train/{name}.JPEG")
     destination = tmp_path_factory.mktemp("prepared") / "64"
-    assert prepare.main([str(photos), str(destination), "--short-side", "64", "--shard-images", "3"]) == 0
+    assert packing.main([str(photos), str(destination), "--short-side", "64", "--shard-images", "3"]) == 0
     return destination
 
 
@@ -551,11 +552,11 @@ import json, sys, time
 import numpy as np, torch
 from nvidia.dali import fn
 import train
-from pipeline.graphs import GraphOptions
-from pipeline.loader import DaliLoader
-from pipeline.plan import TrainPlan
-from pipeline.prepared import is_prepared, open_prepared
-from pipeline.reader import ShardReader
+from pipeline.dali.graph import GraphOptions
+from pipeline.dali.loader import DaliLoader
+from pipeline.plan.samples import TrainPlan
+from pipeline.shards.index import is_prepared, open_prepared
+from pipeline.shards.reader import ShardReader
 def resident_mb():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1024
 before, started = resident_mb(), time.perf_counter()

@@ -25,11 +25,11 @@ from perf.stages import (
     training_batches,
 )
 from perf.timing import Limits, Timing, rate_of
-from pipeline.digits import digits_folder
-from pipeline.manifest import open_manifest
-from pipeline.plan import Samples
-from pipeline.prepare import Settings, prepare
-from pipeline.storage import FolderStorage
+from pipeline.dataset.digits import digits_folder
+from pipeline.dataset.manifest import open_manifest
+from pipeline.plan.samples import Samples
+from pipeline.preparation.packing import Settings, prepare
+from pipeline.shards.storage import FolderStorage
 from tests.images import photo_folder
 from tests.planted import limited
 

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from pipeline import prepare, statistics
-from pipeline.manifest import open_manifest
-from pipeline.plan import IMAGENET_COLOUR_SHIFT
-from pipeline.prepared import open_prepared
-from pipeline.statistics import STATISTICS, Statistics, find_statistics
+from pipeline.dataset.manifest import open_manifest
+from pipeline.plan.samples import IMAGENET_COLOUR_SHIFT
+from pipeline.preparation import packing, statistics
+from pipeline.preparation.statistics import STATISTICS, Statistics, find_statistics
+from pipeline.shards.index import open_prepared
 from tests.images import photo_folder, photographs
 from tests.runs import ROOT
 
@@ -59,7 +59,7 @@ def test_they_are_numpys_over_pils_images(photos, capsys):
 
 def test_prepared_data_too_whatever_the_threads(photos, tmp_path):
     prepared = tmp_path / "prepared"
-    assert prepare.main([str(photos), str(prepared), "--short-side", "64", "--shard-images", "4"]) == 0
+    assert packing.main([str(photos), str(prepared), "--short-side", "64", "--shard-images", "4"]) == 0
     assert find_statistics(open_prepared(str(prepared))) is None
     assert statistics.main([str(prepared)]) == 0
     data = open_prepared(str(prepared))
@@ -115,8 +115,9 @@ def test_memory_beside_an_image_does_not_grow_with_it():
 PEAK = """
 import sys
 from pathlib import Path
-from pipeline import decoding, statistics
-from pipeline.manifest import open_manifest
+from pipeline.dali import decoding
+from pipeline.preparation import statistics
+from pipeline.dataset.manifest import open_manifest
 # Not ru_maxrss, which begins with what the process that started this one had.
 peak = lambda: 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 data = open_manifest(Path(sys.argv[1]))
@@ -254,7 +255,7 @@ def test_statistics_that_cannot_be_opened_are_said_in_a_sentence(photos, tmp_pat
 def test_statistics_that_a_bucket_does_not_give_are_not_taken_for_none(photos, tmp_path, monkeypatch):
     """Else the run would go on with ImageNet's mean, and nobody would hear of it."""
     prepared = tmp_path / "prepared"
-    assert prepare.main([str(photos), str(prepared), "--short-side", "64"]) == 0
+    assert packing.main([str(photos), str(prepared), "--short-side", "64"]) == 0
     data = open_prepared(str(prepared))
     storage = data.train.storage
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from common.ranks import Ranks
-from engine.assembly import assemble
 from engine.config import Config
 from engine.precision import Precision, choose_precision
-from engine.step import TrainStep, compile_model
+from engine.training.assembly import assemble
+from engine.training.step import TrainStep, compile_model
 from model.vgg import build
 
 CPU = torch.device("cpu")

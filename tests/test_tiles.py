@@ -7,7 +7,7 @@ import pytest
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from pipeline.tiles import cut_to_windows, tiled_jpeg
+from pipeline.shards.tiles import cut_to_windows, tiled_jpeg
 from tests.images import photographs
 
 SIZES = [(1, 1), (16, 16), (17, 15), (256, 341), (341, 256), (256, 368), (300, 1000), (64, 4000)]

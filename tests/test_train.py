@@ -352,7 +352,7 @@ def test_data_that_changed_since_the_checkpoint(capsys, tmp_path, photos):
 
 
 def test_a_gpu_that_is_too_small_is_said_to_be(capsys, tmp_path, monkeypatch):
-    from engine.step import TrainStep
+    from engine.training.step import TrainStep
 
     def too_much(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -13,22 +13,23 @@ import torch
 from PIL import Image
 from torch import nn
 
-import engine.assembly
-import engine.resume
+import engine.training.assembly
+import engine.training.resume
 import train
 from common.errors import TrainingError
 from common.lock import FolderLock
 from engine import checkpoint as checkpoints
-from engine import dashboards, runlog, trainer
-from engine.assembly import too_little_memory
 from engine.checkpoint import Checkpoint, load
-from engine.clock import TimedBatches, process_seconds
 from engine.config import parse_args
-from engine.evaluation import Accuracy
-from engine.resume import claim_out
-from engine.runlog import RunLog
-from engine.trainer import samples_of_other_data
-from pipeline.loader import DaliLoader
+from engine.evaluation.accuracy import Accuracy
+from engine.monitoring import dashboards, runlog
+from engine.monitoring.runlog import RunLog
+from engine.training import trainer
+from engine.training.assembly import too_little_memory
+from engine.training.clock import TimedBatches, process_seconds
+from engine.training.resume import claim_out
+from engine.training.trainer import samples_of_other_data
+from pipeline.dali.loader import DaliLoader
 from tests.runs import SMALL, assert_same_weights, run
 
 
@@ -41,8 +42,8 @@ def network_of(config, *, classes, device):
 
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch):
-    monkeypatch.setattr(engine.assembly, "network_of", network_of)
-    monkeypatch.setattr(engine.resume, "check_weights", lambda *_: None)  # it is no VGG
+    monkeypatch.setattr(engine.training.assembly, "network_of", network_of)
+    monkeypatch.setattr(engine.training.resume, "check_weights", lambda *_: None)  # it is no VGG
 
 
 @pytest.fixture
@@ -435,12 +436,12 @@ FAILING = """
 import os
 from common.errors import DataSourceError
 from common.process import end
-import engine.assembly, engine.resume, train
-from pipeline.loader import DaliLoader
+import engine.training.assembly, engine.training.resume, train
+from pipeline.dali.loader import DaliLoader
 from tests.test_trainer import network_of
 
-engine.assembly.network_of = network_of
-engine.resume.check_weights = lambda *_: None
+engine.training.assembly.network_of = network_of
+engine.training.resume.check_weights = lambda *_: None
 deliver, asked = DaliLoader.__next__, []
 
 def failing(self):

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from pipeline import scan, verify
-from pipeline.headers import Header, read_header
-from pipeline.manifest import main, open_manifest
-from pipeline.manifest_files import read_quarantine
-from pipeline.verify import PROGRESS
+from pipeline.dataset import scan
+from pipeline.dataset.headers import Header, read_header
+from pipeline.dataset.manifest import main, open_manifest
+from pipeline.dataset.manifest_files import read_quarantine
+from pipeline.preparation import verify
+from pipeline.preparation.verify import PROGRESS
 from tests.images import photo_folder, photographs
 from tests.runs import ROOT
 

@@ -14,15 +14,15 @@ from torch import nn
 
 from common.errors import UserError
 from common.ranks import ranks_of_this_run
-from engine import runlog
-from engine.clock import TimedBatches
 from engine.config import parse_args
-from engine.confusion import draw_confusion
-from engine.evaluation import Accuracy, evaluate
-from engine.pictures import as_pictures, grid
+from engine.evaluation.accuracy import Accuracy, evaluate
+from engine.monitoring import runlog
+from engine.monitoring.confusion_matrix import draw_confusion
+from engine.monitoring.pictures import as_pictures, grid
+from engine.monitoring.runlog import RunLog
 from engine.precision import Precision
-from engine.runlog import RunLog
-from pipeline.loader import Batch
+from engine.training.clock import TimedBatches
+from pipeline.dali.loader import Batch
 from tests.nvml_stub import ROOT, compile_stub, environment
 from tests.runs import SMALL
 
@@ -224,7 +224,7 @@ def test_the_first_images_are_kept_once():
 def gpu_curves(env: dict[str, str], gpus: str = "None") -> dict:
     code = f"""
 import json, time
-from engine.gpu_curves import GpuCurves
+from engine.monitoring.gpu_curves import GpuCurves
 curves = GpuCurves({gpus}, interval_seconds=0.02)
 curves.start(); time.sleep(0.6); means = curves.take_means(); curves.stop()
 print(json.dumps(means))

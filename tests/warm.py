@@ -19,7 +19,8 @@ from importlib import import_module
 from pathlib import Path
 
 _IMPORTS = (
-    "engine.trainer", "engine.evaluator", "engine.reports", "engine.features", "engine.prediction", "engine.inspection",
+    "engine.training.trainer", "engine.evaluation.evaluator", "engine.evaluation.report", "engine.evaluation.features",
+    "engine.evaluation.prediction", "engine.monitoring.inspection",
     "matplotlib.backends.backend_agg", "nvidia.dali", "sklearn.datasets", "sklearn.model_selection", "tyro", "yaml",
 )  # fmt: skip
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from engine.trainer import Trainer
+from engine.training.trainer import Trainer
 
 _fit = Trainer.fit
 

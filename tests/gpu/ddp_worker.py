@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common.ranks import Ranks, ranks_of_this_run
-from engine.assembly import assemble
 from engine.config import Config
 from engine.precision import Precision, set_numerics
+from engine.training.assembly import assemble
 from model.vgg import build
-from pipeline.loader import SyntheticLoader
+from pipeline.dali.loader import SyntheticLoader
 
 IMAGES, CROP, CLASSES = 8, 64, 10
 

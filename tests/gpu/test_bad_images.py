@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.graphs import GraphOptions
-from pipeline.loader import DaliLoader
-from pipeline.manifest import open_manifest
-from pipeline.plan import Samples, TrainPlan
-from pipeline.recovery import undecodable
-from pipeline.tables import Table
+from pipeline.dali.graph import GraphOptions
+from pipeline.dali.loader import DaliLoader
+from pipeline.dali.recovery import undecodable
+from pipeline.dataset.manifest import open_manifest
+from pipeline.dataset.table import Table
+from pipeline.plan.samples import Samples, TrainPlan
 from tests.gpu.device import DECODERS_DIFFER_BY, DEVICE
 from tests.images import photographs
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.graphs import GraphOptions
-from pipeline.loader import DaliLoader
-from pipeline.manifest import open_manifest
-from pipeline.plan import Samples, TrainPlan
+from pipeline.dali.graph import GraphOptions
+from pipeline.dali.loader import DaliLoader
+from pipeline.dataset.manifest import open_manifest
+from pipeline.plan.samples import Samples, TrainPlan
 from tests.gpu.device import DECODERS_DIFFER_BY, DECODERS_DIFFER_ON_AVERAGE_BY, DEVICE
 from tests.images import photographs, save_variant
 

@@ -13,7 +13,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from perf.telemetry import NvmlSampler, uuids_of
-from pipeline import graphs
+from pipeline.dali import graph
 from tests.gpu.device import DECODERS_DIFFER_BY, DEVICE
 from tests.images import photographs
 from tests.runs import ROOT, environment
@@ -70,8 +70,8 @@ def skip_without_engine(percent: float | str) -> None:
 
 
 def windows(encoded, decoder):
-    options = graphs.GraphOptions(crop=None, decoder=decoder, hw_decoder_load=1.0)
-    return graphs.decode_windows(encoded, START, SHAPE, options)
+    options = graph.GraphOptions(crop=None, decoder=decoder, hw_decoder_load=1.0)
+    return graph.decode_windows(encoded, START, SHAPE, options)
 
 
 def test_the_engine_decodes_for_the_graph():
@@ -91,7 +91,7 @@ def test_the_engine_decodes_for_the_graph():
 
 
 def test_the_engine_decodes_windows():
-    """What graphs.decode_windows avoids, so that it shows when it need not any more; in a process of its own, which may crash."""
+    """What graph.decode_windows avoids, so that it shows when it need not any more; in a process of its own, which may crash."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu.test_jpeg_engine"],
         cwd=ROOT,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from engine.step import TrainStep
+from engine.training.step import TrainStep
 from tests.gpu.device import DEVICE
 
 pytestmark = pytest.mark.gpu

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import prepare
-from pipeline.graphs import GraphOptions
-from pipeline.loader import DaliLoader
-from pipeline.plan import TrainPlan
-from pipeline.prepared import open_prepared
-from pipeline.reader import ShardReader
-from pipeline.tables import ShardTable
+from pipeline.dali.graph import GraphOptions
+from pipeline.dali.loader import DaliLoader
+from pipeline.dataset.table import ShardTable
+from pipeline.plan.samples import TrainPlan
+from pipeline.preparation import packing
+from pipeline.shards.index import open_prepared
+from pipeline.shards.reader import ShardReader
 from tests.gpu.device import DECODERS_DIFFER_BY, DECODERS_DIFFER_ON_AVERAGE_BY, DEVICE
 from tests.images import photographs
 
@@ -27,7 +27,7 @@ def plan(tmp_path_factory) -> TrainPlan:
         for number in range(count):
             width, height = (int(side) for side in generator.integers(240, 700, size=2))
             photographs()[number % 2].resize((width, height)).save(root / split / f"class/{number}.JPEG", quality=92)
-    assert prepare.main([str(root), str(root / "256"), "--short-side", "256"]) == 0
+    assert packing.main([str(root), str(root / "256"), "--short-side", "256"]) == 0
     table = open_prepared(str(root / "256")).train
     return TrainPlan(table=table, batch_size=IMAGES, crop=224, scale=(256, 256), seed=0)
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.ranks import Ranks
-from engine.assembly import Assembly, assemble
 from engine.config import Config
 from engine.precision import Precision, choose_precision, set_numerics
+from engine.training.assembly import Assembly, assemble
 from model.vgg import VGG, build
-from pipeline.loader import Batch
+from pipeline.dali.loader import Batch
 from tests.gpu.device import DEVICE
 
 pytestmark = pytest.mark.gpu

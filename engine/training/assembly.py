@@ -1,0 +1,102 @@
+"""The training step as a configuration asks for it: the network compiled and wrapped, its optimizer and loss scaler."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from common.errors import TrainingError
+from common.ranks import Ranks
+from engine.config import Config
+from engine.precision import Precision
+from engine.training.data_parallel import data_parallel
+from engine.training.step import TrainStep, compile_model
+from engine.training.weight_average import WeightAverage
+from model.vgg import VGG, build
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """A training step and what it is made of."""
+
+    step: TrainStep
+    network: nn.Module
+    """What the step calls: the DDP module or, on a single rank, the model itself."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: WeightAverage | None
+    """The moving average of the weights, where one is asked for; the step keeps it up."""
+    compiled: bool
+    passes: int
+    """Micro-batches that each rank takes in one step."""
+
+
+def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch: int, model: nn.Module) -> Assembly:
+    """Compile the model in place, if that is asked for, and put the step together around it; every rank must call this.
+
+    micro_batch: a divisor of the rank's share of the batch, as engine.data finds it.
+    """
+    average = WeightAverage(model, config.ema) if config.ema else None
+    compile_as_asked = functools.partial(
+        compile_model, choice=config.compile, mode=config.compile_mode, device=ranks.device, is_main=ranks.is_main
+    )
+    compiled = compile_as_asked(model)
+    if average and compiled:
+        compile_as_asked(average.model)  # for the validation
+    passes = config.batch_size // ranks.world_size // micro_batch
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+    if config.momentum:
+        # torch's fused SGD takes its first velocities from memory that nobody has written to, and leaves them so where the
+        # scaler skips that step for a gradient that is not finite: usual in fp16. From zeros, the update is the same.
+        for weight in model.parameters():
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    scaler = precision.grad_scaler()
+    network = data_parallel(model, ranks, accumulates=passes > 1, grad_compression=config.grad_compression)
+    step = TrainStep(
+        network,
+        optimizer=optimizer,
+        scaler=scaler,
+        precision=precision,
+        passes=passes,
+        label_smoothing=config.label_smoothing,
+        average=average,
+    )
+    return Assembly(
+        step=step,
+        network=network,
+        optimizer=optimizer,
+        scaler=scaler,
+        average=average,
+        compiled=compiled,
+        passes=passes,
+    )
+
+
+def network_of(config: Config, *, classes: int, device: torch.device) -> VGG:
+    """The network that a configuration asks for, initialised as it says."""
+    return build(
+        config.arch,
+        classes=classes,
+        crop=config.crop,
+        dropout=config.dropout,
+        init=config.init,
+        device=device,
+        seed=config.seed,
+        batch_norm=config.batch_norm,
+    )
+
+
+def too_little_memory(micro_batch: int) -> TrainingError:
+    """What to raise for torch.OutOfMemoryError. micro_batch: images in one pass of one rank."""
+    if micro_batch == 1:
+        return TrainingError(
+            "the GPU's memory is too small even for one image at a time; end what else uses it (nvidia-smi shows it), or take "
+            "a smaller --crop or another GPU"
+        )
+    return TrainingError(
+        f"the GPU's memory is too small for {micro_batch} images at a time; halve it with "
+        f"--micro-batch {micro_batch // 2} (gradients are accumulated)"
+    )

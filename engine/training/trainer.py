@@ -1,0 +1,410 @@
+"""The run: steps, and validation, schedule and checkpoints at the epochs' ends.
+
+The host waits for the device only where a figure is logged (every --log-every steps and at an epoch's end), at the end of
+a validation pass, and where a checkpoint is written.
+"""
+
+import contextlib
+import functools
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import TrainingError
+from common.memory import present_objects_frozen
+from common.progress import printable, say
+from common.ranks import Ranks, sum_over_ranks, wait_for_all
+from engine import checkpoint as checkpoints
+from engine.checkpoint import Checkpoint
+from engine.config import Config, to_dict
+from engine.data import TrainingData
+from engine.evaluation.accuracy import Accuracy, evaluate
+from engine.monitoring.confusion_matrix import MOST_CLASSES
+from engine.monitoring.gpu_curves import gpus_of_this_machine
+from engine.monitoring.runlog import IMAGES_SHOWN, RunLog
+from engine.precision import Precision
+from engine.training import schedule
+from engine.training.assembly import assemble, too_little_memory
+from engine.training.clock import Clock, TimedBatches
+from engine.training.preemption import SharedBatches, StopRequests
+from model.vgg import VGG
+from pipeline.dali.loader import Batch
+
+
+class Trainer:
+    """A training run. Its whole state: weights, their average, optimizer, scaler, steps and samples done, validation history."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        ranks: Ranks,
+        precision: Precision,
+        data: TrainingData,
+        model: VGG,
+        checkpoint: Checkpoint | None,
+        requests: StopRequests,
+    ) -> None:
+        """checkpoint: where to go on from; None starts anew. requests: entered, so that they hear of signals already."""
+        self._clock, self._requests, self._lost = Clock(), requests, data.lost.get("train")
+        self._config, self._ranks, self._precision, self._data, self._model = config, ranks, precision, data, model
+        if checkpoint:
+            model.load_state_dict(checkpoint.model)
+        parts = assemble(config, ranks=ranks, precision=precision, micro_batch=data.micro_batch, model=model)
+        self._step, self._optimizer, self._scaler = parts.step, parts.optimizer, parts.scaler
+        self._average, self._compiled, self._passes = parts.average, parts.compiled, parts.passes
+        self._steps, self._samples_seen, self._history = 0, 0, []
+        self._resumed = checkpoint is not None
+        if checkpoint:
+            self._optimizer.load_state_dict(checkpoint.optimizer)
+            for group in self._optimizer.param_groups:  # the flags of this run, not those of the checkpoint
+                group.update(momentum=config.momentum, weight_decay=config.weight_decay)
+            if checkpoint.scaler:  # empty where the checkpoint's precision needed no scaling
+                self._scaler.load_state_dict(checkpoint.scaler)
+            if checkpoint.ema and self._average:
+                self._average.model.load_state_dict(checkpoint.ema)
+            self._steps, self._samples_seen = checkpoint.steps, checkpoint.samples_seen
+            self._history = list(checkpoint.history)
+            if checkpoint.fingerprint != data.fingerprint:
+                self._samples_seen = samples_of_other_data(checkpoint, data.train_images)
+        if self._average:
+            self._average.steps = self._steps
+        self._saved_steps = self._steps
+        self._best_top1 = _top1_of_the_best(config.out / checkpoints.BEST)
+        self._validated_epoch = self._history[-1]["epoch"] if self._history else 0
+        self._stopped = False
+        self._total_steps = self._count_steps()
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        if ranks.is_main:
+            say(self._describe())
+
+    def fit(self) -> dict:
+        """Train until the epochs, the steps or the plateaus are used up. Returns the results, as plain values.
+
+        What ends the run early finds the state after the last whole step saved, unless it is the state that is no good, or the
+        disk. Raises TrainingError: a loss that is not finite, too many images that cannot be decoded, a disk that refuses, a
+        GPU whose memory is too small; KeyboardInterrupt after a stop that Ctrl-C has asked for.
+        """
+        if (why := self._why_done()) is not None:
+            if self._ranks.is_main:
+                say(f"this run is complete; {why} goes on, --resume never starts anew")
+            return self._results()
+        try:
+            with self._open_log() as log:
+                try:
+                    self._train(log)
+                except Exception:
+                    self._save_what_is_whole()
+                    raise
+                if log:
+                    log.draw_curves()
+        except torch.OutOfMemoryError as error:
+            raise too_little_memory(self._data.micro_batch) from error
+        if self._stopped and self._requests.interrupted:
+            raise KeyboardInterrupt
+        return self._results()
+
+    def _train(self, log: RunLog | None) -> None:
+        config, requests = self._config, self._requests
+        timed = self._timed_batches(images_to_keep=IMAGES_SHOWN if log else 0)
+        batches = SharedBatches(timed, requests, passes=self._passes)
+        self._step.warm_up(*self._blank_batch())
+        self._clock.start(self._steps)
+        self._last_save = time.monotonic()
+        with requests.training(self._ranks), present_objects_frozen():
+            if self._validation_is_due():  # the run was stopped in the middle of it
+                self._end_epoch(log)
+            while not (self._done() or self._stopped):
+                self._set_learning_rate()
+                torch.manual_seed(_step_seed(config.seed, self._steps, self._ranks.rank))  # of dropout
+                self._loss_sum += self._step(batches, before_gradients=requests.hear_others)
+                self._steps += 1
+                self._samples_seen += config.batch_size
+                if log:
+                    log.advance()
+                self._stopped = requests.agreed()
+                ends_epoch = self._validation_is_due()
+                if self._steps % config.log_every == 0 or ends_epoch or self._done() or self._stopped:
+                    self._log_training(log, timed)
+                if ends_epoch and not self._stopped:
+                    self._end_epoch(log)
+                elif self._done() or self._stopped or self._minutes_since_save() >= config.checkpoint_minutes:
+                    self._save(is_best=False)
+            if self._stopped:
+                # Until rank 0 has written: torchrun ends the others when the first one leaves.
+                wait_for_all(self._ranks)
+
+    def _end_epoch(self, log: RunLog | None) -> None:
+        """Validate, save, and only then show the result."""
+        with self._clock.evaluating():
+            accuracy, confusion = self._validate()
+        is_best = accuracy is not None and accuracy.top1 > self._best_top1
+        if accuracy and is_best:
+            self._best_top1 = accuracy.top1
+        self._save(is_best=is_best)
+        if log and accuracy:
+            log.validation(step=self._steps, epoch=self._validated_epoch, accuracy=accuracy, confusion=confusion)
+
+    def _save_what_is_whole(self) -> None:
+        """In an error: save the state after the last whole step, if it is not saved yet, and if it is not what is at fault."""
+        if self._step.give_up() and self._steps > self._saved_steps and self._ranks.is_main:
+            with contextlib.suppress(Exception):  # the error that ends the run is the one to tell
+                self._save(is_best=False)
+                say(f"saved the state after step {self._steps:,}")
+        if self._requests.failed_together:
+            with contextlib.suppress(RuntimeError):
+                wait_for_all(self._ranks)  # torchrun ends rank 0 when another one leaves
+
+    def _done(self) -> bool:
+        return self._why_done() is not None
+
+    def _why_done(self) -> str | None:
+        """What would let the run go on after its end; None as long as it is not done."""
+        if self._config.schedule == "plateau" and self._plateau()[1]:
+            return f"--plateau-epochs {self._config.plateau_epochs + 1} or more"
+        if self._steps < self._total_steps or self._validation_is_due():
+            return None
+        epochs_left = self._samples_seen < self._config.epochs * self._data.train_images
+        return "a larger --steps" if epochs_left else "a larger --epochs"
+
+    def _validation_is_due(self) -> bool:
+        return self._samples_seen // self._data.train_images > self._validated_epoch
+
+    def _minutes_since_save(self) -> float:
+        return (time.monotonic() - self._last_save) / 60
+
+    # ---- learning rate -------------------------------------------------------------------------------------------
+
+    def _set_learning_rate(self) -> None:
+        rate = self._learning_rate()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    def _learning_rate(self) -> float:
+        config, epoch = self._config, self._samples_seen / self._data.train_images
+        if config.schedule == "plateau":
+            return self._plateau()[0]
+        if config.schedule == "step":
+            return schedule.step(config.lr, epoch, config.step_epochs)
+        middle_of_step = epoch + 0.5 * config.batch_size / self._data.train_images  # so that the first rate is not 0
+        return schedule.cosine(config.lr, middle_of_step, config.epochs, config.warmup_epochs)
+
+    def _plateau(self) -> tuple[float, bool]:
+        return schedule.plateau(
+            self._config.lr, [entry["top1"] for entry in self._history], self._config.plateau_epochs
+        )
+
+    # ---- figures -------------------------------------------------------------------------------------------------
+
+    def _log_training(self, log: RunLog | None, batches: TimedBatches) -> None:
+        lost = torch.full_like(self._loss_sum, len(self._lost.rows) if self._lost else 0)
+        sums = sum_over_ranks(torch.stack((self._loss_sum, lost)), self._ranks)
+        loss_sum, lost_images = sums.tolist()  # waits for the device
+        self._loss_sum.zero_()
+        self._check_lost_images(round(lost_images))
+        steps, seconds = self._clock.lap(self._steps)
+        loss = loss_sum / self._ranks.world_size / steps
+        if not math.isfinite(loss):
+            self._saved_steps = self._steps  # nothing here is worth saving
+            config = self._config
+            begun_anew = not (self._resumed or config.weights or config.init_from)
+            cure = "a lower --lr or --init xavier" if begun_anew and config.init != "xavier" else "a lower --lr"
+            raise TrainingError(
+                f"the loss is {loss} after step {self._steps}: the training diverged; the last good checkpoint is "
+                f"{self._last_good()}; try {cure}"
+            )
+        wait_seconds = batches.take_wait_seconds()
+        if log:
+            on_gpu = self._ranks.device.type == "cuda"
+            log.train(
+                step=self._steps,
+                epoch=self._samples_seen / self._data.train_images,
+                loss=loss,
+                lr=self._optimizer.param_groups[0]["lr"],
+                images_per_second=steps * self._config.batch_size / seconds,
+                data_wait=wait_seconds / seconds,
+                gpu_memory_gib=torch.cuda.max_memory_reserved(self._ranks.device) / 2**30 if on_gpu else None,
+            )
+            if (images := batches.take_images()) is not None:
+                log.images(step=self._steps, images=images)
+
+    def _check_lost_images(self, found: int) -> None:
+        """found: images lost, added up over ranks, of which several may have found the same one."""
+        if self._lost and found > self._lost.limit:
+            lost = self._lost.of_all_ranks(self._ranks)
+            self._requests.failed_together = lost > self._lost.limit  # so that the others wait for rank 0 to save
+            self._lost.check(lost)
+
+    def _validate(self) -> tuple[Accuracy | None, Tensor | None]:
+        """Validate. Returns the result, and which classes were taken for which, where they are few.
+
+        There is none for synthetic data, nor if a stop is asked for meanwhile: then resuming makes up for it.
+        """
+        epoch = self._samples_seen // self._data.train_images
+        opened = self._validation
+        if opened is None:
+            self._validated_epoch = epoch
+            return None, None
+        batches, steps = opened
+        classes = len(self._data.classes)
+        small = classes <= MOST_CLASSES
+        confusion = torch.zeros(classes, classes, dtype=torch.int64, device=self._ranks.device) if small else None
+        accuracy = evaluate(
+            self._average.model if self._average else self._model,
+            batches,
+            steps,
+            ranks=self._ranks,
+            precision=self._precision,
+            lost_before=self._data.val_lost,
+            confusion=confusion,
+            stop=self._requests.agreed,
+        )
+        if accuracy is None:
+            self._stopped = True
+            return None, None
+        self._history.append({"epoch": epoch, "samples_seen": epoch * self._data.train_images, **asdict(accuracy)})
+        self._validated_epoch = epoch
+        return accuracy, confusion
+
+    @functools.cached_property
+    def _validation(self) -> tuple[Iterator[Batch], int] | None:
+        """The batches of the validation, opened when the first one is due, and how many make one pass."""
+        opened = self._data.validation_batches(self._data.viewing)
+        return opened and (SharedBatches(opened[0], self._requests, passes=1), opened[1])
+
+    def _results(self) -> dict:
+        last, clock = self._history[-1] if self._history else {}, self._clock
+        images = clock.training_steps * self._config.batch_size
+        return {
+            "arch": self._config.arch,
+            "data": self._config.data,
+            "epochs": self._samples_seen // self._data.train_images,
+            "steps": self._steps,
+            "samples_seen": self._samples_seen,
+            "top1": last.get("top1"),
+            "top5": last.get("top5"),
+            "validation_loss": last.get("loss"),
+            "best_top1": max((entry["top1"] for entry in self._history), default=None),
+            "images_per_second": round(images / clock.training_seconds, 2) if images else None,
+            "startup_seconds": round(clock.startup_seconds, 2),
+            "training_seconds": round(clock.training_seconds, 2),
+            "evaluation_seconds": round(clock.evaluation_seconds, 2),
+            "checkpoint_seconds": round(clock.checkpoint_seconds, 2),
+            "world_size": self._ranks.world_size,
+            "device": self._ranks.device.type,
+            "precision": self._precision.name,
+            "compiled": self._compiled,
+            "resumed": self._resumed,
+            "stopped": self._stopped,
+            "checkpoint": str(self._config.out / checkpoints.LAST),
+        }
+
+    # ---- the rest ------------------------------------------------------------------------------------------------
+
+    def _save(self, *, is_best: bool) -> None:
+        self._last_save, self._saved_steps = time.monotonic(), self._steps
+        if not self._ranks.is_main:
+            return
+        checkpoint = Checkpoint(
+            arch=self._config.arch,
+            crop=self._config.crop,
+            classes=list(self._data.classes),
+            mean_rgb=list(self._data.mean_rgb),
+            model=self._model.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+            scaler=self._scaler.state_dict(),
+            steps=self._steps,
+            samples_seen=self._samples_seen,
+            history=self._history,
+            fingerprint=self._data.fingerprint,
+            config=to_dict(self._config),
+            world_size=self._ranks.world_size,
+            batch_norm=self._config.batch_norm,
+            colour_shift=[list(row) for row in self._data.colour_shift],
+            ema=self._average.model.state_dict() if self._average else None,
+        )
+        with self._clock.saving(), self._requests.writing():
+            checkpoints.save(checkpoint, self._config.out, is_best=is_best, keep=self._config.keep)
+
+    def _count_steps(self) -> int:
+        """Steps of the whole training: those done and those that the epochs still need; the last may straddle the end."""
+        samples_left = max(0, self._config.epochs * self._data.train_images - self._samples_seen)
+        total = self._steps + math.ceil(samples_left / self._config.batch_size)
+        return min(total, self._config.steps) if self._config.steps else total
+
+    def _blank_batch(self) -> Batch:
+        dtype = torch.float16 if self._precision.half_images else torch.float32
+        size, crop, device = self._data.micro_batch, self._config.crop, self._ranks.device
+        channels = 4 if self._config.pad_channels else 3
+        images = torch.zeros(size, channels, crop, crop, dtype=dtype, device=device)
+        return images.to(memory_format=torch.channels_last), torch.zeros(size, dtype=torch.int64, device=device)
+
+    def _open_log(self) -> contextlib.AbstractContextManager[RunLog | None]:
+        if not self._ranks.is_main:
+            return contextlib.nullcontext()
+        return RunLog(
+            self._config,
+            steps_done=self._steps,
+            total_steps=self._total_steps,
+            top1=self._history[-1]["top1"] if self._history else None,
+            classes=self._data.classes,
+            mean_rgb=self._data.mean_rgb,
+            gpus=gpus_of_this_machine(self._ranks),
+        )
+
+    def _timed_batches(self, *, images_to_keep: int) -> TimedBatches:
+        on_gpu = self._ranks.device.type == "cuda"
+        return TimedBatches(
+            self._data.train_batches(self._samples_seen),
+            images_to_keep=images_to_keep,
+            make_event=functools.partial(torch.cuda.Event, enable_timing=True) if on_gpu else None,
+        )
+
+    def _last_good(self) -> str:
+        return checkpoints.last_good(self._config.out)
+
+    def _describe(self) -> str:
+        config, ranks, data = self._config, self._ranks, self._data
+        parameters = sum(weight.numel() for weight in self._model.parameters())
+        place = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+        network = f"{config.arch} with batch norm" if config.batch_norm else config.arch
+        return (
+            f"{network} ({parameters / 1e6:.1f} M parameters) on {printable(config.data)}: {data.train_images:,} images, "
+            f"{len(data.classes)} classes, crop {config.crop}, scale {config.train_scale}\n"
+            f"{place}, {self._precision.name}, {'compiled' if self._compiled else 'eager'}; batch {config.batch_size} = "
+            f"{ranks.world_size} ranks × {self._passes} passes × {data.micro_batch} images; "
+            f"{self._total_steps:,} steps; {printable(str(config.out))}"
+        )
+
+
+def samples_of_other_data(checkpoint: Checkpoint, train_images: int) -> int:
+    """A checkpoint's samples_seen, had its epochs been of a data set of `train_images` images.
+
+    The epochs that were validated stay done; what was seen of the next one counts as seen of it. Files of an earlier version do
+    not say how much that is: the next one begins.
+    """
+    last = checkpoint.history[-1] if checkpoint.history else {"epoch": 0, "samples_seen": 0}
+    seen_since = checkpoint.samples_seen - last.get("samples_seen", checkpoint.samples_seen)
+    return last["epoch"] * train_images + min(seen_since, train_images)
+
+
+def _top1_of_the_best(path: Path) -> float:
+    """What best.pt has reached; less than anything where there is none, or none that can be read. Its weights are not read."""
+    try:
+        content: Any = checkpoints.read_file(path, else_is="a checkpoint")
+        return max(entry["top1"] for entry in content["history"])
+    except (ValueError, LookupError, TypeError):
+        return -1.0
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for each step and rank, so that a resumed run draws what the uninterrupted one would have drawn."""
+    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,156 @@
+"""The DALI graph: four operators, the same for training, validation and tests, on a GPU and on a CPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+
+from pipeline.plan.samples import GRAPH_INPUTS
+
+_DALI_TYPES = {np.bool_: types.BOOL, np.int32: types.INT32, np.int64: types.INT64, np.float32: types.FLOAT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphOptions:
+    """How the images of a loader are decoded, and what they look like when they come out: the same in all of its batches."""
+
+    crop: int | None
+    """Side of the images that come out; None: they are whole, of the samples' own sizes."""
+    device_id: int | None = None
+    """The GPU, or None for the CPU."""
+    decoder: str = "cpu"
+    """"gpu" (needs a device_id) or "cpu"."""
+    hw_decoder_load: float = 0.65
+    """The share of the images, in [0, 1], that decoder "gpu" gives to the GPU's JPEG engine. The default is DALI's."""
+    half: bool = False
+    """float16 images instead of float32."""
+    pad_channels: bool = False
+    """Add a fourth channel of zeros."""
+    threads: int = 1
+    """DALI's CPU threads."""
+    prefetch: int = 2
+    """Batches that DALI prepares in advance."""
+
+
+def image_pipeline(
+    source: Callable[[], tuple],
+    options: GraphOptions,
+    *,
+    from_files: bool,
+    batch_size: int,
+    whole: bool = False,
+) -> Pipeline:
+    """Build (without starting) the pipeline read → decode the window → resize and flip → subtract the mean.
+
+    source: returns the bytes' source and the inputs() of a plan's Samples, one batch a call. from_files: the bytes' source is
+    a path, uint8 [n, W]; else the bytes themselves, each image's followed by whatever fills up its row of uint8 [n, W].
+    batch_size: samples in a batch, or at most so many where the images are whole. whole: have the CPU's decoder decode whole
+    images, as the GPU's does, so that the same files fail. Outputs: images [batch_size, height, width, 3 or 4] (NHWC) and
+    labels int64 [batch_size], on the device.
+    """
+    on_gpu = options.device_id is not None
+
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=options.threads,
+        device_id=options.device_id,
+        prefetch_queue_depth=options.prefetch,
+        exec_dynamic=True,  # outputs can be held by torch without a copy
+        enable_conditionals=True,
+    )
+    def graph():
+        encoded, *inputs = fn.external_source(
+            source,
+            num_outputs=1 + len(GRAPH_INPUTS),
+            batch=True,
+            dtype=[types.UINT8, *(_DALI_TYPES[dtype] for dtype in GRAPH_INPUTS.values())],
+        )
+        given = {name: inputs[place] for place, name in enumerate(GRAPH_INPUTS)}
+        images = decode_windows(
+            read_files(encoded) if from_files else encoded, given["start"], given["shape"], options, whole=whole
+        )
+        if on_gpu and options.decoder == "cpu":
+            images = images.gpu()
+        if given["resized"]:  # per sample: an image that has the right size is only cropped
+            images = fn.resize(
+                images,
+                device="gpu" if on_gpu else "cpu",
+                size=given["size"],
+                roi_start=given[
+                    "roi_start"
+                ],  # beyond roi_end in x to flip: on a CPU 2–3 % faster than a mirror afterwards
+                roi_end=given["roi_end"],
+                subpixel_scale=False,  # within 1–2 grey levels of PIL's and torchvision's; the default is up to 6 off
+                antialias=True,
+            )
+        images = _flip_and_subtract(images, given["mirrored"], given["mean"], options)
+        return images, given["labels"].gpu() if on_gpu else given["labels"]
+
+    return graph()
+
+
+def read_files(paths: DataNode) -> DataNode:
+    """The graph's first operator: the bytes of the files at these paths."""
+    # Mapped, a file that shrinks meanwhile ends the process by SIGBUS; and plain reading is no slower.
+    return fn.io.file.read(paths, dont_use_mmap=True)
+
+
+def decode_windows(
+    encoded: DataNode, start: DataNode, shape: DataNode, options: GraphOptions, *, whole: bool = False
+) -> DataNode:
+    """The graph's second operator: the pixels of a window of each image, uint8 [height, width, 3].
+
+    On a CPU, decoding a window is faster than decoding the image. The GPU's decoders are given whole images, of which the
+    window is cut out afterwards: nvImageCodec 0.9 with nvJPEG before 13.2, as nvidia-dali-cuda120 has them, leaves windows of
+    subsampled JPEGs to the CPU if chroma is interpolated, and its other windows end some processes (nvImageCodec issue 55).
+    """
+    on_gpu = options.decoder == "gpu"
+    encoded = _after_its_header(encoded)
+    settings = {
+        "device": "mixed" if on_gpu else "cpu",
+        "hw_decoder_load": options.hw_decoder_load,  # without a meaning to the CPU's decoder
+        "output_type": types.RGB,
+        "adjust_orientation": False,  # the decoded size is the header's, as the plan assumes and as PIL has it
+        "jpeg_fancy_upsampling": True,  # the GPU decoder's default differs from the CPU's and from PIL's
+    }
+    if on_gpu or whole:
+        return fn.slice(fn.decoders.image(encoded, **settings), start=start, shape=shape, axes=[0, 1])
+    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **settings)
+
+
+def _after_its_header(encoded: DataNode) -> DataNode:
+    """The same bytes, given on when their header could be read.
+
+    Where DALI 2.4's decoders meet a broken header, they raise while other threads still work in what is theirs: with some forty
+    images or more in a batch, the process ends by SIGSEGV. Reading the headers first fails as it should.
+    """
+    height = fn.peek_image_shape(encoded, adjust_orientation=False, dtype=types.INT64)[:1]
+    return fn.reshape(encoded, shape=encoded.shape(dtype=types.INT64) + 0 * height)  # a view: nothing is copied
+
+
+def _flip_and_subtract(images: DataNode, mirrored: DataNode, mean: DataNode, options: GraphOptions) -> DataNode:
+    """The graph's last operator. The mean holds the colour shift too: it costs no pass over the image."""
+    crop, on_gpu = options.crop, options.device_id is not None
+    dtype = types.FLOAT16 if options.half else types.FLOAT
+    if on_gpu or crop is None:
+        return fn.crop_mirror_normalize(
+            images,
+            device="gpu" if on_gpu else "cpu",
+            mirror=mirrored,
+            mean=mean,
+            std=1.0,
+            output_layout="HWC",  # what torch calls channels_last
+            dtype=dtype,
+            pad_output=options.pad_channels,  # to a power of two
+        )
+    # On a CPU, and where the size is known, two operators are faster than the one.
+    images = fn.flip(images, horizontal=mirrored)
+    # One mean for each value of a row, not for each channel: its inner loop is then long enough for SIMD, 20 instead of
+    # 70 µs of a core for 224×224 pixels.
+    means = fn.reshape(mean, shape=[1, 3]) + types.Constant(np.zeros((crop, 1), dtype=np.float32))
+    rows = fn.reshape(images, shape=[crop, crop * 3], layout="")
+    rows = fn.normalize(rows, mean=fn.reshape(means, shape=[1, crop * 3]), stddev=1.0, axes=[0], dtype=dtype)
+    images = fn.reshape(rows, shape=[crop, crop, 3], layout="HWC")
+    return fn.pad(images, axes=[2], shape=[4]) if options.pad_channels else images
