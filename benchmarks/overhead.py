@@ -11,7 +11,7 @@ the cores' time, less what is lost by waiting, on a busy one too, given OMP_NUM_
 at work). Steadiest is what the sampler's own threads take of a core; it leaves out what they do to others. It needs NVML. On a
 machine without a GPU, the tests' stub of it, whose PCIe readings can be made to take their 20 ms:
 
-    gcc -shared -fPIC -o DIR/libnvidia-ml.so.1 tests/nvml_stub.c -lm
+    gcc -shared -fPIC -o DIR/libnvidia-ml.so.1 tests/support/nvml_stub.c -lm
     NVML_STUB_PCIE_MS=20 LD_LIBRARY_PATH=DIR python -m benchmarks.overhead sampler
 """
 

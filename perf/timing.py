@@ -22,7 +22,7 @@ _BATCHES = 10
 _LARGEST_CORRELATION = 0.99
 
 _RELATIVE_CI = 0.01  # half the width of the interval, of the mean
-# Chosen by simulation (tests/test_timing.py): with fewer laps, a series looks steadier than it is too often.
+# Chosen by simulation (tests/perf/test_timing.py): with fewer laps, a series looks steadier than it is too often.
 # Sixty have a stall of those that come every fifty steps; what comes more seldom may be in no lap.
 _LEAST_LAPS_FOR_PRECISION = 60
 _LEAST_SHARE_OF_TIME = 0.25  # of the time limit: what stalls only now and then must have the time to do it

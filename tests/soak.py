@@ -6,7 +6,7 @@ stop: SIGTERM to torchrun; when all have left, the same command is started again
 size: the same, on another number of ranks (1 to 3).
 file: a training image is overwritten with something that cannot be decoded.
 
-Every rank writes down which images its loader delivers (tests/recording_worker.py). In the end, each epoch must have used
+Every rank writes down which images its loader delivers (recording_worker.py). In the end, each epoch must have used
 every image once, but for those that were overwritten; and a step that was made twice must have had the same images, to the
 last pixel, on any number of ranks. Exit code 0 if so.
 """
@@ -35,8 +35,8 @@ from common.progress import say
 from engine.checkpoint import load
 from pipeline.dataset.digits import write_digits
 from pipeline.dataset.manifest import open_manifest
-from tests.runs import ROOT, environment, one_machine, workers_of
-from tests.used import Used, read_used
+from tests.support.launch import ROOT, environment, one_machine, workers_of
+from tests.support.used import Used, read_used
 
 FAULTS = ("rank", "torchrun", "stop", "size", "file")
 _PATIENCE_SECONDS = 240.0  # without a step, the run is taken to hang
@@ -55,7 +55,12 @@ class Run:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, *one_machine(self.world_size, restarts=3), "tests/recording_worker.py", *self._flags]
+        command = [
+            sys.executable,
+            *one_machine(self.world_size, restarts=3),
+            "tests/support/programs/recording_worker.py",
+            *self._flags,
+        ]
         with open(self.log, "ab") as log:
             self._log_offset = log.tell()
             self.torchrun = subprocess.Popen(

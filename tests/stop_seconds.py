@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
     begin()
 
 from common.process import end, run_program
-from tests.runs import start, wait_for
+from tests.support.launch import start, wait_for
 
 _DEFAULT_FLAGS = ["--arch", "D", "--data", "synthetic", "--batch-size", "2", "--log-every", "1"]
 _STOPS = 5

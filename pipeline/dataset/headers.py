@@ -47,7 +47,7 @@ _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
 """Their lengths in bytes, which tell them from texts that begin with "BM"."""
 
 # What comes out right, in the decoders' own terms. Everything else is left out, though DALI decodes some of it, to other
-# pixels: tests/bad_files.py has a file of each kind, and what the pixels should be.
+# pixels: tests/support/bad_files.py has a file of each kind, and what the pixels should be.
 _JPEG_PROCESSES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive, by their markers
 _OTHER_JPEG_PROCESSES = {
     **dict.fromkeys((0xC3, 0xCB), "lossless compression"),

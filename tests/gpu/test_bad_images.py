@@ -20,7 +20,7 @@ from pipeline.dataset.manifest import open_manifest
 from pipeline.dataset.table import Table
 from pipeline.plan.samples import Samples, TrainPlan
 from tests.gpu.device import DECODERS_DIFFER_BY, DEVICE
-from tests.images import photographs
+from tests.support.images import photographs
 
 pytestmark = pytest.mark.gpu
 

@@ -14,7 +14,7 @@ from pipeline.dali.loader import DaliLoader
 from pipeline.dataset.manifest import open_manifest
 from pipeline.plan.samples import Samples, TrainPlan
 from tests.gpu.device import DECODERS_DIFFER_BY, DECODERS_DIFFER_ON_AVERAGE_BY, DEVICE
-from tests.images import photographs, save_variant
+from tests.support.images import photographs, save_variant
 
 pytestmark = pytest.mark.gpu
 

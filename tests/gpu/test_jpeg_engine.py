@@ -15,8 +15,8 @@ from nvidia.dali import fn, pipeline_def, types
 from perf.telemetry import NvmlSampler, uuids_of
 from pipeline.dali import graph
 from tests.gpu.device import DECODERS_DIFFER_BY, DEVICE
-from tests.images import photographs
-from tests.runs import ROOT, environment
+from tests.support.images import photographs
+from tests.support.launch import ROOT, environment
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ from pipeline.preparation import packing
 from pipeline.shards.index import open_prepared
 from pipeline.shards.reader import ShardReader
 from tests.gpu.device import DECODERS_DIFFER_BY, DECODERS_DIFFER_ON_AVERAGE_BY, DEVICE
-from tests.images import photographs
+from tests.support.images import photographs
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ import torch
 
 from engine.checkpoint import load
 from tests.gpu.device import DEVICE
-from tests.runs import assert_same_weights, results_of, run
+from tests.support.launch import assert_same_weights, results_of, run
 
 pytestmark = pytest.mark.gpu
 

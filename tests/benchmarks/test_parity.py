@@ -1,0 +1,75 @@
+"""benchmarks/parity.py: what it reports, what it keeps, what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from torch import nn
+
+from benchmarks.parity import OURS, PLAIN, compare, difference_interval, main
+from benchmarks.plain import sgd
+from engine.config import Config
+from tests.support.images import photo_folder
+
+
+def test_what_others_would_write_is_not_slowed_down():
+    """torch chooses how its optimizer updates: fused=False would have each tensor of the peers' networks updated by itself."""
+    (group,) = sgd(nn.Linear(1, 1), Config()).param_groups
+    assert (group["fused"], group["foreach"]) == (None, None)
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (Config.lr, Config.momentum, Config.weight_decay)
+
+
+def test_welch_interval_is_scipys():
+    generator = np.random.default_rng(0)
+    one, other = generator.normal(0.5, 0.02, 3).tolist(), generator.normal(0.49, 0.01, 5).tolist()
+    expected = stats.ttest_ind(one, other, equal_var=False).confidence_interval()
+    assert difference_interval(one, other) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize(("ours", "equal"), [([0.50, 0.51, 0.52], True), ([0.60, 0.61, 0.62], False)])
+def test_equal_within_the_spread(ours, equal):
+    def runs(values):
+        return [[{"epoch": 1, "top1": 0.1, "loss": 2.3}, {"epoch": 2, "top1": value, "loss": 1.0}] for value in values]
+
+    result = compare({OURS: runs(ours), PLAIN: runs([0.505, 0.515, 0.510])})
+    assert result["top1"]["equal_within_spread"] is equal
+    assert result["top1"][OURS]["mean"] == pytest.approx(np.mean(ours))
+    assert result["top1"][OURS]["standard_deviation"] == pytest.approx(np.std(ours, ddof=1))
+    assert result["top1"]["difference"] == pytest.approx(np.mean(ours) - 0.51)
+    assert result["loss"]["equal_within_spread"]  # all the same
+    assert result["top1_by_epoch"][OURS] == [[0.1, value] for value in ours]
+
+
+@pytest.mark.slow
+def test_parity_run_is_kept(tmp_path, capsys):
+    data = photo_folder(tmp_path / "photos", train=8, val=4)
+    flags = ["--data", str(data), "--out", str(tmp_path / "out"), "--seeds", "2"]
+    flags += ["--batch-size", "4", "--epochs", "1", "--warmup-epochs", "0"]
+    assert main(flags) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for name in (OURS, PLAIN):
+        assert len(result["top1"][name]["runs"]) == 2
+        assert all(0 <= value <= 1 for value in result["top1"][name]["runs"])
+    assert Path(result["plot"]).read_bytes().startswith(b"\x89PNG")
+
+    (tmp_path / "out/plain-1/result.json").unlink()  # as if it had been killed in the last run
+    assert main(flags) == 0
+    again = capsys.readouterr()
+    assert "plain loop, epoch 1" in again.err
+    assert "step" not in again.err, "train.py ran again"
+    assert json.loads(again.out.splitlines()[-1]) == result, "the plain loop is a function of its seed"
+
+    assert main([*flags, "--lr", "0.5"]) == 2
+    assert "other flags" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--seeds", "1"], "--seeds 1: must be"), (["--nonsense"], "nonsense"), (["--lr", "x"], "--lr")],
+)
+def test_wrong_flags_are_said_at_once(flags, message, tmp_path, capsys):
+    assert main(["--data", "x", "--out", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,279 @@
+import dataclasses
+import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.errors import UserError
+from engine.config import Config, parse_args, read_recipe, save_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VGG_DATA", raising=False)
+    return tmp_path
+
+
+def test_defaults_are_the_papers():
+    config = parse_args(["--data", "imagenet"])
+    paper = {
+        "arch": "D",
+        "crop": 224,
+        "train_scale": "256",
+        "batch_size": 256,
+        "epochs": 74,
+        "lr": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "dropout": 0.5,
+        "schedule": "plateau",
+    }
+    assert {name: getattr(config, name) for name in paper} == paper
+    assert config.out == Path("runs/D-imagenet")
+
+
+def test_digits_brings_its_own_defaults_and_flags_override_them():
+    config = parse_args(["--data", "digits", "--arch", "A"])
+    assert (config.crop, config.scale, config.out) == (32, (36, 36), Path("runs/A-digits"))
+    assert parse_args(["--data", "digits", "--crop", "64", "--train-scale", "70"]).crop == 64
+
+
+def test_data_defaults_to_the_environment_then_imagenet_then_digits(elsewhere, monkeypatch):
+    assert parse_args([]).data == "digits"
+    (elsewhere / "data/imagenet").mkdir(parents=True)
+    assert parse_args([]).data == "data/imagenet"
+    monkeypatch.setenv("VGG_DATA", "/somewhere/else")
+    assert parse_args([]).data == "/somewhere/else"
+    assert parse_args([]).out == Path("runs/D-else")
+
+
+def test_dashes_and_underscores():
+    assert parse_args(["--batch_size", "8", "--weight-decay=0.1"]) == parse_args(
+        ["--batch-size=8", "--weight_decay", "0.1"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "choice"),
+    [
+        ([], "auto"),
+        (["--compile"], "on"),
+        (["--compile", "--lr", "1"], "on"),
+        (["--no-compile"], "off"),
+        (["--no_compile"], "off"),
+        (["--compile", "auto"], "auto"),
+    ],
+)
+def test_compile_is_a_flag_with_three_states(flags, choice):
+    assert parse_args(flags).compile == choice
+
+
+@pytest.mark.parametrize(
+    ("scale", "train", "validation"), [("256", (256, 256), 256), ("384", (384, 384), 384), ("256-512", (256, 512), 384)]
+)
+def test_scales(scale, train, validation):
+    config = parse_args(["--data", "x", "--train-scale", scale])
+    assert (config.scale, config.validation_scale) == (train, validation)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arch", "F"], "invalid choice 'F' for argument '--arch'"),
+        (["--crop", "100"], "--crop 100: must be a multiple of 32"),
+        (["--crop", "0"], "multiple of 32"),
+        (["--lr", "fast"], "--lr"),
+        (["--lr", "nan"], "--lr nan: must be above 0"),
+        (["--epochs", "9" * 400], r"--epochs: must be in \(-2\^63, 2\^63\)"),
+        (["--learning-rate", "1"], "Unrecognized options: --learning-rate"),
+        (["--train-scale", "large"], "--train-scale large: give one number"),
+        (["--train-scale", "512-256"], "must not exceed"),
+        (["--crop", "288", "--data", "x"], "must be at least the crop, 288"),
+        (["--batch-size", "0"], "at least 1"),
+        (["--steps", "0"], "at least 1"),
+        (["--dropout", "1"], r"in \[0, 1\)"),
+        (["--label-smoothing", "1"], r"--label-smoothing 1.0: must be in \[0, 1\)"),
+        (["--ema", "1"], r"--ema 1.0: must be in \[0, 1\)"),
+        (["--weights", "a.pt", "--init-from", "b.pt"], "--weights and --init-from: give one of them"),
+        (["--seed", "-1"], "--seed"),
+        (["--hw-decoder-load", "1.5"], r"--hw-decoder-load 1.5: must be in \[0, 1\]"),
+        (["--recipe", "none.yaml"], "--recipe none.yaml: cannot be read"),
+    ],
+)
+def test_wrong_flags_are_named_in_one_sentence(flags, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parse_args(flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_recipe_gives_defaults_that_flags_override(elsewhere):
+    recipe = elsewhere / "recipe.yaml"
+    recipe.write_text(
+        "arch: E\ndata: digits\nlr: 1e-3\nbatch-size: 8\nweight_decay: 0.1\ncompile: on\ndeterministic: true\n"
+    )
+    config = parse_args(["--recipe", str(recipe), "--batch-size", "16"])
+    assert (config.arch, config.lr, config.weight_decay, config.compile) == ("E", 1e-3, 0.1, "on")
+    assert config.deterministic
+    assert config.batch_size == 16
+    assert config.crop == 32, "the recipe's data set brings its defaults"
+    assert config.out == Path("runs/E-digits")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arhc: A", "unknown key arhc"),
+        ("recipe: other.yaml", "unknown key recipe"),
+        ("arch: F", "invalid choice 'F'"),
+        ("crop: wide", "--crop"),
+        ("- arch", "must be lines of the form"),
+        ("arch: [", "must be lines of the form"),
+        ('arch: "A', "not YAML"),
+        ("", "must be lines of the form"),
+        ("epochs: 1:30", "--epochs"),
+        ("steps: " + "1" * 5000, "--steps"),
+        ("lr: -1", "--lr -1.0: must be above 0"),
+    ],
+)
+def test_wrong_recipes_are_refused(elsewhere, text, message):
+    (elsewhere / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        parse_args(["--recipe", "recipe.yaml"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("# only this", "it is empty"),
+        ("lr: 0.1\nseed: 1\nlr: 0.2", "line 3 gives lr again"),
+        ("micro-batch: 8\nmicro_batch: 4", "micro-batch is given twice"),
+        ("lr: 0.1\n---\nlr: 0.2", "a second document begins at line 2"),
+        ("lr: &a 0.1", "line 1 has an alias or an anchor"),
+        ("lr: *a", "line 1 has an alias or an anchor"),
+        ("lr: !!float 1", "line 1 has a tag"),
+        ("seed: 1\ndata: !!python/object/apply:os.getcwd []", "line 2 has a tag"),
+        ("seed: 1\nlr: [0.1]", "line 2 is not of that form"),
+        ("lr: {of: 0.1}", "line 1 is not of that form"),
+        ("? [a]\n: 1", "line 1 is not of that form"),
+        ("<<: 3", "unknown key <<"),
+        ('"a\\eb": 1', r"unknown key a\\x1bb;"),
+        ("data: a\0b", "not YAML"),
+        ('data: "a\\0b"', "line 1 has characters that no flag can have"),
+        ('data: "a\\uD800"', "line 1 has characters that no flag can have"),
+        ("wandb: 3", "wandb must be true or false"),
+        ("#" * 100_000, "it has more than 64 kB"),
+    ],
+)
+def test_recipes_that_are_no_flat_table(elsewhere, text, message):
+    (elsewhere / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        read_recipe(Path("recipe.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+_NINE_TIMES = "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghijklmnop"))
+HUGE_YAML = {
+    "aliases of aliases": f"a: &a [{','.join('x' * 9)}]\n{_NINE_TIMES}",
+    "lists in lists": "[" * 60_000,
+    "lists in a value": "lr: " + "[" * 60_000,
+    "tables in tables": "{a: " * 15_000,
+    "dashes": "- " * 30_000,
+    "question marks": "? " * 30_000,
+}
+
+
+@pytest.mark.parametrize("text", HUGE_YAML.values(), ids=HUGE_YAML)
+def test_little_yaml_that_means_much_is_refused_at_once(elsewhere, text):
+    """It would take minutes and all memory, or more depth than Python's stack has."""
+    (elsewhere / "recipe.yaml").write_text(text)
+    started = time.process_time()
+    with pytest.raises(UserError, match="must be lines of the form"):
+        read_recipe(Path("recipe.yaml"))
+    assert time.process_time() - started < 2  # 0.1 s
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("seed: 010", ["--seed=010"]),
+        ("lr: 1e-3", ["--lr=1e-3"]),
+        ("out: 1.10", ["--out=1.10"]),
+        ("out: 2001-12-14t21:59:43.10-05:00", ["--out=2001-12-14t21:59:43.10-05:00"]),
+        ("data: no", ["--data=no"]),
+        ("data: --no-compile", ["--data=--no-compile"]),
+        ("steps: null\nthreads:\nmicro_batch: ~", []),
+        ("compile: on", ["--compile=on"]),
+        ("compile: true", ["--compile=on"]),
+        ("wandb: off", ["--no-wandb"]),
+        ("{lr: 0.1, seed: 3}", ["--lr=0.1", "--seed=3"]),
+        ("\ufefflr: 0.1\r\n", ["--lr=0.1"]),
+        ('data: "a\\udcffb"', ["--data=a\udcffb"]),
+    ],
+)
+def test_values_of_a_recipe_stand_as_on_the_command_line(elsewhere, text, flags):
+    """YAML 1.1 takes 010 for 8, 1.10 for 1.1, `no` for false, and some texts for times."""
+    (elsewhere / "recipe.yaml").write_bytes(text.encode())
+    assert read_recipe(Path("recipe.yaml")) == flags
+
+
+@pytest.mark.parametrize("path", ["/", "/dev/zero", "none.yaml", "latin"])
+def test_what_is_no_file_of_text_is_no_recipe(elsewhere, path):
+    (elsewhere / "latin").write_bytes(b"data: \xe4")
+    with pytest.raises(UserError, match=r"cannot be read|it has more than 64 kB"):
+        read_recipe(Path(path))
+
+
+def test_saved_configuration_is_a_recipe_that_gives_the_same(elsewhere):
+    config = parse_args(
+        ["--data", "digits", "--arch", "B", "--lr", "0.003", "--compile", "--deterministic", "--steps", "7"]
+    )
+    save_config(config, elsewhere / "config.yaml")
+    assert set(yaml.safe_load((elsewhere / "config.yaml").read_text())) == {
+        field.name for field in dataclasses.fields(Config) if field.name != "recipe"
+    }
+    again = parse_args(["--recipe", "config.yaml"])
+    assert dataclasses.replace(again, recipe=None) == config
+
+
+def test_help_comes_at_once_and_describes_every_flag():
+    started = time.perf_counter()
+    command = [sys.executable, str(ROOT / "train.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - started < 2  # 0.2 s when the machine is idle; with torch imported it would be 4 s
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in done.stdout
+
+
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py", "features.py", "export.py", "predict.py"])
+def test_help_fits_a_terminal_of_80_columns(program):
+    done = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True, check=True)
+    assert max(len(line) for line in done.stdout.splitlines() if not line.startswith("usage: ")) <= 80
+
+
+def test_help_shows_the_flags_in_groups():
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True)
+    titles = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("╭─")]
+    assert titles == ["options", "run", "network", "image", "training", "computing", "loading", "recording"]
+
+
+def test_help_into_a_pipe_that_closes_is_no_error():
+    command = f"set -o pipefail; {sys.executable} {ROOT / 'train.py'} --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: train.py")
+
+
+def test_the_shell_can_complete_flags_and_their_values():
+    command = [sys.executable, str(ROOT / "train.py"), "--tyro-print-completion", "bash"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--train-scale" in done.stdout
+    assert "max-autotune-no-cudagraphs" in done.stdout
+    subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)

@@ -1,0 +1,484 @@
+"""The loop's ends: what fails in a run, what is saved first, and how it goes on."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import engine.training.assembly
+import engine.training.resume
+import train
+from common.errors import TrainingError
+from common.lock import FolderLock
+from engine import checkpoint as checkpoints
+from engine.checkpoint import Checkpoint, load
+from engine.config import parse_args
+from engine.evaluation.accuracy import Accuracy
+from engine.monitoring import dashboards, runlog
+from engine.monitoring.runlog import RunLog
+from engine.training import trainer
+from engine.training.assembly import too_little_memory
+from engine.training.clock import TimedBatches, process_seconds
+from engine.training.resume import claim_out
+from engine.training.trainer import samples_of_other_data
+from pipeline.dali.loader import DaliLoader
+from tests.support.launch import SMALL, assert_same_weights, run
+
+
+def network_of(config, *, classes, device):
+    """A network with all kinds of state whose steps take milliseconds."""
+    torch.manual_seed(config.seed)
+    layers = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, classes)
+    return nn.Sequential(*layers).to(device)
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch):
+    monkeypatch.setattr(engine.training.assembly, "network_of", network_of)
+    monkeypatch.setattr(engine.training.resume, "check_weights", lambda *_: None)  # it is no VGG
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """Without the pictures, which take seconds."""
+    monkeypatch.setattr(runlog, "draw_curves", lambda _: None)
+    monkeypatch.setattr(runlog, "draw_confusion", lambda *_: np.zeros((2, 2, 3), dtype=np.uint8))
+
+
+def write_images(root: Path, classes: list[str], train_images: int, val_images: int = 2) -> Path:
+    """So many images of each class."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train_images), ("val", val_images)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                pixels = generator.integers(0, 256, (40, 44, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number:03}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Twelve training images and four of validation."""
+    return write_images(tmp_path_factory.mktemp("images"), ["one", "two"], 6)
+
+
+def flags_of(folder: Path, out: Path, *flags: str) -> list[str]:
+    own = ["--arch", "A", "--data", str(folder), "--crop", "32", "--train-scale", "36", "--batch-size", "4"]
+    return [*own, "--schedule", "step", "--log-every", "1", "--ema", "0.9", "--out", str(out), *flags]
+
+
+# ---- what shows a run ------------------------------------------------------------------------------------------------
+
+
+def test_class_names_that_cannot_be_drawn_as_they_are(tmp_path, capsys):
+    names = [os.fsdecode(b"caf\xe9"), "$^$", "two\nlines", "\x1b[31m"]
+    folder = write_images(tmp_path / "data", names, 2)
+    out = tmp_path / "out $^$"
+    assert train.main(flags_of(folder, out, "--epochs", "1")) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert len(load(out / "last.pt").history) == 1
+    assert (out / "curves.png").exists()
+    assert parse_args(["--recipe", str(out / "config.yaml")]).out == out
+
+
+def test_pictures_and_dashboards_only_warn_and_come_after_the_checkpoint(folder, tmp_path, capsys, monkeypatch):
+    saved = []
+
+    def fail(*_, **__):
+        saved.append((tmp_path / "best.pt").exists() and len(load(tmp_path / "last.pt").history))
+        raise ValueError("no\nfont")
+
+    monkeypatch.setattr(runlog, "draw_confusion", fail)
+    monkeypatch.setattr(runlog, "draw_curves", fail)
+    monkeypatch.setattr(dashboards.TensorBoard, "scalars", lambda *_: 1 / 0)
+    assert train.main(flags_of(folder, tmp_path, "--epochs", "2")) == 0
+    assert saved == [1, 2, 2]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert said == [
+        "warning: TensorBoard's log cannot be written (division by zero); the training goes on",
+        "warning: the picture of confusions cannot be written (no font); the training goes on",
+        "warning: curves.png cannot be written (no font); the training goes on",
+    ]
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_dashboard_that_fails_again_and_again_is_not_tried_any_more(folder, tmp_path, monkeypatch):
+    tries = []
+
+    def fail(*_):
+        tries.append(1)
+        raise ValueError
+
+    monkeypatch.setattr(dashboards.TensorBoard, "scalars", fail)
+    monkeypatch.setattr(dashboards.TensorBoard, "picture", fail)
+    assert train.main(flags_of(folder, tmp_path, "--steps", "6")) == 0
+    assert len(tries) == 3
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_tensorboard_that_cannot_start_and_a_terminal_that_is_gone(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(dashboards, "SummaryWriter", lambda *_, **__: 1 / 0)
+
+    def gone(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(runlog, "say", gone)
+    assert train.main(flags_of(folder, tmp_path, "--steps", "4")) == 0
+    assert len(load(tmp_path / "last.pt").history) == 1
+
+
+@pytest.mark.usefixtures("unseen")
+def test_lines_that_the_disk_refuses_are_written_later(folder, tmp_path, capsys, monkeypatch):
+    write, calls = os.write, []
+
+    def refusing(descriptor, content):
+        calls.append(content)
+        if len(calls) in (1, 2):
+            raise OSError(28, "No space left on device")
+        return write(descriptor, content[:50])  # never more at a time
+
+    monkeypatch.setattr(runlog.os, "write", refusing)
+    assert train.main(flags_of(folder, tmp_path, "--steps", "4")) == 0
+    monkeypatch.setattr(runlog.os, "write", write)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["kind"], record["step"]) for record in records] == [
+        ("train", 1), ("train", 2), ("train", 3), ("validation", 3), ("train", 4)
+    ]  # fmt: skip
+    warning = "warning: metrics.jsonl cannot be written (No space left on device); the training goes on"
+    assert capsys.readouterr().err.count(warning) == 1
+
+
+# ---- what ends a run -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize(
+    ("failure", "sentence"),
+    [
+        (TrainingError("the bucket is closed"), "the bucket is closed"),
+        (MemoryError(), "this machine's memory is used up"),
+        (OSError(5, "Input/output error"), "the system refuses: Input/output error"),
+    ],
+)
+def test_a_loader_that_fails_in_the_middle_of_a_step_loses_nothing(
+    folder, tmp_path, capsys, monkeypatch, failure, sentence
+):
+    """In the second of two passes: batch normalisation has seen the first one by then."""
+    flags = flags_of(folder, tmp_path / "run", "--steps", "7", "--micro-batch", "2")
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    deliver, asked = DaliLoader.__next__, []
+
+    def failing(self):
+        asked.append(1)
+        if len(asked) == 12:  # three steps of two, a validation of two batches, a step and a half
+            raise failure
+        return deliver(self)
+
+    monkeypatch.setattr(DaliLoader, "__next__", failing)
+    assert train.main(flags) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert sentence in error[-1]
+    assert "saved the state after step 4" in error
+    assert load(tmp_path / "run/last.pt").steps == 4
+    monkeypatch.setattr(DaliLoader, "__next__", deliver)
+    assert train.main(flags) == 0
+    assert_same_weights(tmp_path / "whole/last.pt", tmp_path / "run/last.pt")
+
+
+@pytest.mark.usefixtures("unseen")
+def test_too_many_lost_images_end_a_run_whose_state_is_saved(folder, tmp_path, monkeypatch):
+    def check(self, _):
+        if self._steps == 2:
+            raise TrainingError("too many")
+
+    monkeypatch.setattr(trainer.Trainer, "_check_lost_images", check)
+    assert train.main(flags_of(folder, tmp_path, "--steps", "4")) == 1
+    assert load(tmp_path / "last.pt").steps == 2
+
+
+@pytest.mark.usefixtures("unseen")
+def test_an_error_in_the_update_saves_nothing(folder, tmp_path, monkeypatch):
+    """Some weights may be new and others old."""
+    step, calls = torch.optim.SGD.step, []
+
+    def failing(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(5, "Input/output error")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", failing)
+    assert train.main(flags_of(folder, tmp_path, "--steps", "4")) == 1
+    assert not (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 75), (signal.SIGXCPU, 75), (signal.SIGINT, 130)])
+def test_a_signal_in_training_saves(folder, tmp_path, capfd, monkeypatch, number, code):
+    advance, steps = RunLog.advance, []
+
+    def signalled(self):
+        steps.append(1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), number)
+        advance(self)
+
+    monkeypatch.setattr(RunLog, "advance", signalled)
+    flags = flags_of(folder, tmp_path / "parts", "--steps", "5")
+    assert train.main(flags) == code
+    assert load(tmp_path / "parts/last.pt").steps == 2
+    assert "Traceback" not in capfd.readouterr().err
+    assert train.main(flags) == 0
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    assert_same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
+
+
+@pytest.mark.usefixtures("unseen")
+def test_ctrl_c_twice_in_a_checkpoint_leaves_it_whole(folder, tmp_path, capfd, monkeypatch):
+    save = torch.save
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*args)
+
+    monkeypatch.setattr(checkpoints.torch, "save", interrupted)
+    assert train.main(flags_of(folder, tmp_path, "--steps", "5", "--checkpoint-minutes", "0")) == 130
+    assert load(tmp_path / "last.pt").steps == 1
+    error = capfd.readouterr().err
+    assert "cannot write" not in error
+    assert "Traceback" not in error
+
+
+def test_a_signal_while_the_last_curves_are_drawn_changes_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog, "draw_curves", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert train.main(flags_of(folder, tmp_path, "--steps", "1")) == 0
+
+
+# ---- how it goes on --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seen", "history", "images", "expected"),
+    [
+        (1050, [{"epoch": 10, "samples_seen": 1000}], 200, 2050),
+        (1050, [{"epoch": 10, "samples_seen": 1000}], 20, 220),  # the eleventh is over
+        (1050, [{"epoch": 10, "samples_seen": 1000}], 100, 1050),
+        (1050, [{"epoch": 10}], 200, 2000),  # of an earlier version
+        (30, [], 200, 30),
+        (30, [], 20, 20),
+    ],
+)
+def test_samples_counted_in_another_data_set(seen, history, images, expected):
+    fields = {field.name: None for field in dataclasses.fields(Checkpoint)}
+    checkpoint = Checkpoint(**{**fields, "samples_seen": seen, "history": history})
+    assert samples_of_other_data(checkpoint, images) == expected
+
+
+@pytest.mark.usefixtures("unseen")
+def test_data_that_grow_and_shrink_are_validated_after_each_epoch(tmp_path):
+    folder, out = tmp_path / "data", tmp_path / "out"
+    flags = flags_of(folder, out, "--allow-changed-data", "--epochs", "20")
+    for images, steps in ((2, 5), (10, 15), (4, 20)):  # of each of two classes: an epoch of 4, 20 and 8 images
+        write_images(folder, ["one", "two"], images)
+        for path in folder.glob("train/*/*.png"):
+            if int(path.stem) >= images:
+                path.unlink()
+        assert train.main([*flags, "--steps", str(steps)]) == 0
+    validated = [
+        record["step"]
+        for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        if record["kind"] == "validation"
+    ]
+    assert validated == [1, 2, 3, 4, 5, 10, 15, 17, 19]
+    assert [entry["epoch"] for entry in load(out / "last.pt").history] == list(range(1, 10))
+
+
+@pytest.mark.usefixtures("unseen")
+def test_best_stays_the_best_when_a_run_goes_back(folder, tmp_path, monkeypatch):
+    top1 = iter([0.5, 0.9, 0.7, 0.8, 0.95])
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *_, **__: Accuracy(loss=1.0, top1=next(top1), top5=1.0, images=4, lost=0)
+    )
+    flags = flags_of(folder, tmp_path, "--keep", "9")
+    assert train.main([*flags, "--epochs", "2"]) == 0
+    assert load(tmp_path / "best.pt").steps == 6
+    back = ["--resume", str(tmp_path / "step-00000003.pt")]
+    assert train.main([*flags, *back, "--epochs", "3"]) == 0
+    assert load(tmp_path / "best.pt").history[-1]["top1"] == 0.9, "not 0.7 or 0.8, which are better than 0.5"
+    assert train.main([*flags, "--epochs", "4"]) == 0
+    assert load(tmp_path / "best.pt").history[-1]["top1"] == 0.95
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_run_whose_plateaus_are_used_up_says_what_goes_on(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: Accuracy(loss=1.0, top1=0.5, top5=1.0, images=4, lost=0))
+    flags = [*flags_of(folder, tmp_path), "--schedule", "plateau"]
+    for plateau_epochs, epochs in (("1", 5), ("2", 9)):
+        assert train.main([*flags, "--plateau-epochs", plateau_epochs]) == 0
+        assert len(load(tmp_path / "last.pt").history) == epochs
+    capsys.readouterr()
+    assert train.main([*flags, "--plateau-epochs", "2"]) == 0
+    assert "this run is complete; --plateau-epochs 3 or more goes on" in capsys.readouterr().err
+    assert train.main([*flags, "--plateau-epochs", "9", "--steps", "27"]) == 0
+    assert "this run is complete; a larger --steps goes on" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unseen")
+def test_only_what_a_run_writes_is_moved_aside(folder, tmp_path, capsys):
+    flags = flags_of(folder, tmp_path, "--steps", "3")
+    assert train.main(flags) == 0
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb-id").write_text("x")
+    left = {path.name for path in tmp_path.iterdir()} - {".lock"}
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (target / "precious").write_text("x")
+    os.rename(tmp_path / "tensorboard", tmp_path / "events")
+    (tmp_path / "tensorboard").symlink_to(target)
+    foreign = [
+        "README",
+        ".git",
+        "step-5.pt",
+        ".step-7.tmp",
+        ".notes.tmp",
+        "train",
+        "events",
+        "elsewhere",
+        "best.pt.bak",
+    ]
+    for name in foreign[:6]:
+        (tmp_path / name).write_text(name)
+    (tmp_path / "best.pt.bak").write_text("x")
+    (tmp_path / ".last.pt.abc_1234.tmp").write_text("half of one")
+    (tmp_path / "earlier-1").symlink_to("nowhere")
+    with FolderLock(tmp_path) as lock:
+        claim_out(dataclasses.replace(parse_args(flags), resume="never"), None, lock)
+    assert {path.name for path in tmp_path.iterdir()} == {*foreign, "earlier-1", "earlier-2", ".lock", "config.yaml"}
+    assert {path.name for path in (tmp_path / "earlier-2").iterdir()} == left
+    assert (target / "precious").read_text() == "x"
+    (tmp_path / "config.yaml").write_text("lr: 1\narch: mine\n")
+    assert train.main([*flags, "--resume", "never"]) == 2
+    assert "its config.yaml is not a run's" in capsys.readouterr().err
+    assert (tmp_path / "config.yaml").read_text() == "lr: 1\narch: mine\n"
+
+
+@pytest.mark.parametrize("out", ["{data}/train", "{data}/val/class0/run", "{data}/.."])
+def test_a_run_does_not_write_among_the_images_nor_moves_them(tmp_path, capsys, out):
+    data = write_images(tmp_path / "tensorboard", ["class0", "class1"], 2)
+    before = sorted(tmp_path.rglob("*"))
+    assert train.main(flags_of(data, Path(out.format(data=data)), "--resume", "never")) == 2
+    assert "would be taken for each other; choose another folder" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_gpu_the_wait_is_what_passes_on_the_gpu():
+    """Events made up: the GPU's clock moves by what is in `passes`, the host's does not count."""
+    clock, made = [0.0], []
+
+    class Event:
+        def __init__(self):
+            made.append(self)
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    def batches():
+        for milliseconds in (5.0, 0.0, 20.0, 1.0):
+            time.sleep(0.01)
+            clock[0] += milliseconds
+            yield torch.zeros(1), torch.zeros(1)
+
+    timed = TimedBatches(batches(), make_event=Event)
+    for expected in (0.005, 0.020, 0.001):
+        next(timed)
+        clock[0] += 100  # the step
+        if expected == 0.020:
+            next(timed)
+        assert timed.take_wait_seconds() == pytest.approx(expected)
+    assert len(made) == 4, "events are used again"
+    on_cpu = TimedBatches(batches())
+    next(on_cpu)
+    assert on_cpu.take_wait_seconds() >= 0.01
+
+
+def test_start_up_counts_from_the_process_s_start():
+    began, started = process_seconds(), time.monotonic()
+    assert 0 < began < time.clock_gettime(time.CLOCK_BOOTTIME)
+    time.sleep(0.1)
+    assert process_seconds() - began == pytest.approx(time.monotonic() - started, abs=0.02)
+
+
+def test_halving_is_advised_where_there_is_something_to_halve():
+    assert "--micro-batch 1 " in str(too_little_memory(2))
+    assert "halve" not in str(too_little_memory(1))
+
+
+# ---- several ranks ---------------------------------------------------------------------------------------------------
+
+FAILING = """
+import os
+from common.errors import DataSourceError
+from common.process import end
+import engine.training.assembly, engine.training.resume, train
+from pipeline.dali.loader import DaliLoader
+from tests.engine.test_trainer import network_of
+
+engine.training.assembly.network_of = network_of
+engine.training.resume.check_weights = lambda *_: None
+deliver, asked = DaliLoader.__next__, []
+
+def failing(self):
+    asked.append(1)
+    if len(asked) == 5 and os.environ["RANK"] == "1":
+        FAULT
+    return deliver(self)
+
+DaliLoader.__next__ = failing
+end(train.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (
+            "raise DataSourceError('the bucket is closed')",
+            "error: the bucket is closed",
+        ),
+        ("raise ValueError('out of order')", "error: rank 1 failed: ValueError out of order"),
+        ("os.kill(os.getpid(), 9)", "saved"),
+    ],
+)
+def test_a_rank_that_fails_has_the_others_save(tmp_path, fault, sentence):
+    """Batch normalisation and accumulation: the step that is given up has changed the statistics by then."""
+    flags = [*SMALL, "--steps", "4", "--micro-batch", "3", "--out"]
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.replace("FAULT", "pass"))
+    run(*flags, str(tmp_path / "whole"), ranks=2, script=str(script))
+    script.write_text(FAILING.replace("FAULT", fault))
+    done = run(*flags, str(tmp_path / "parts"), ranks=2, script=str(script), check=False)
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert "saved the state after step 2" in done.stderr
+    assert load(tmp_path / "parts/last.pt").steps == 2
+    script.write_text(FAILING.replace("FAULT", "pass"))
+    run(*flags, str(tmp_path / "parts"), ranks=2, script=str(script))
+    assert_same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")

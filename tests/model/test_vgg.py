@@ -1,0 +1,143 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.vgg import CONFIGURATIONS, INITIALISERS, VGG, FirstConvolution, LocalResponseNorm, build
+
+CPU = torch.device("cpu")
+# Table 2 of the paper in full, for 1000 classes at 224 pixels.
+PARAMETERS = {
+    "A": 132_863_336,
+    "A-LRN": 132_863_336,
+    "B": 133_047_848,
+    "C": 133_638_952,
+    "D": 138_357_544,
+    "E": 143_667_240,
+}
+
+
+@pytest.mark.parametrize("arch", CONFIGURATIONS)
+def test_parameters_and_weight_layers_are_the_papers(arch):
+    with torch.device("meta"):
+        model = VGG(arch)
+    assert sum(weight.numel() for weight in model.parameters()) == PARAMETERS[arch]
+    layers = sum(weight.ndim > 1 for weight in model.parameters())
+    assert layers == {"A": 11, "A-LRN": 11, "B": 13, "C": 16, "D": 16, "E": 19}[arch]
+
+
+def test_lrn_keeps_the_keys_of_a():
+    with torch.device("meta"):
+        plain, with_lrn = VGG("A"), VGG("A-LRN")
+    assert list(plain.state_dict()) == list(with_lrn.state_dict())
+    assert sum(isinstance(module, LocalResponseNorm) for module in with_lrn.modules()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lrn_is_alexnets_formula(dtype):
+    x = (torch.randn(2, 9, 4, 5, generator=torch.Generator().manual_seed(0)) * 300).to(dtype)
+    exact = x.double()
+    expected = torch.empty_like(exact)
+    for channel in range(9):
+        neighbours = exact[:, max(0, channel - 2) : channel + 3]
+        expected[:, channel] = exact[:, channel] / (2 + 1e-4 * (neighbours**2).sum(dim=1)) ** 0.75
+    result = LocalResponseNorm()(x)
+    assert result.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 6e-4}[dtype]
+    assert torch.allclose(result.double(), expected, rtol=tolerance)
+
+
+@pytest.mark.parametrize("crop", [32, 64, 96, 160])
+def test_any_multiple_of_32_works(crop):
+    model = build("A-LRN", classes=5, crop=crop, dropout=0.5, init="xavier", device=torch.device("cpu"))
+    assert model.classifier[0].in_features == 512 * (crop // 32) ** 2
+    assert model(torch.zeros(2, 3, crop, crop)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("crop", [0, 16, 100, 225, -32])
+def test_other_crops_are_refused(crop):
+    with pytest.raises(ValueError, match="multiple of 32"):
+        VGG("A", crop=crop)
+
+
+def test_unknown_architecture_is_refused():
+    with pytest.raises(ValueError, match="unknown architecture F; choose one of A, A-LRN, B, C, D, E"):
+        VGG("F")
+
+
+@pytest.mark.parametrize("init", INITIALISERS)
+def test_initial_weights_have_the_spread_of_their_rule(init):
+    model = build("C", classes=10, crop=32, dropout=0.5, init=init, device=torch.device("cpu"), seed=1)
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            continue
+        weight = module.weight
+        inputs = weight[0].numel()
+        outputs = weight.shape[0] * weight[0, 0].numel()
+        expected = {"xavier": (2 / (inputs + outputs)) ** 0.5, "normal": 0.1, "kaiming": (2 / inputs) ** 0.5}[init]
+        assert weight.std().item() == pytest.approx(expected, rel=0.08)
+        assert module.bias is not None
+        assert not module.bias.any()
+
+
+@pytest.mark.parametrize("arch", ["A-LRN", "C"])
+def test_batch_norm_stands_between_every_convolution_and_its_relu_and_starts_as_the_identity(arch):
+    """In the configurations that torchvision does not have; tests/model/test_weights.py compares the others with its own."""
+    model = build(arch, classes=10, crop=32, dropout=0.5, init="xavier", device=CPU, seed=1, batch_norm=True)
+    plain = build(arch, classes=10, crop=32, dropout=0.5, init="xavier", device=CPU, seed=1)
+    layers = list(model.features)
+    convolutions = [number for number, layer in enumerate(layers) if isinstance(layer, torch.nn.Conv2d)]
+    for number in convolutions:
+        norm = layers[number + 1]
+        assert isinstance(norm, torch.nn.BatchNorm2d)
+        assert norm.num_features == layers[number].out_channels
+        assert isinstance(next(layers[number + 2].modules()), torch.nn.ReLU | torch.nn.Sequential)
+    assert len(convolutions) == sum(isinstance(layer, torch.nn.Conv2d) for layer in plain.features)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # running mean 0, variance 1: equal up to the 1e-5 that is added to the variance
+        torch.testing.assert_close(model.eval()(images), plain.eval()(images), rtol=1e-3, atol=1e-4)
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    def first_weight(seed):
+        model = build("A", classes=10, crop=32, dropout=0.5, init="xavier", device=torch.device("cpu"), seed=seed)
+        return model.state_dict()["features.0.weight"]
+
+    torch.manual_seed(123)
+    assert torch.equal(first_weight(4), first_weight(4))
+    assert not torch.equal(first_weight(4), first_weight(5))
+
+
+def test_weights_are_channels_last():
+    model = build("A", classes=10, crop=32, dropout=0.5, init="xavier", device=torch.device("cpu"))
+    assert model.state_dict()["features.3.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fourth_channel_is_not_in_the_first_convolutions_sums(dtype):
+    """On small whole numbers, whose sums are exact in any order; the fourth channel holds what must not count."""
+    generator = torch.Generator().manual_seed(0)
+    convolution = FirstConvolution(3, 64, kernel_size=3, padding=1, dtype=dtype)
+    images = torch.randint(-100, 100, (2, 4, 32, 32), generator=generator).to(dtype)
+    with torch.no_grad():
+        for weight in convolution.parameters():
+            weight.copy_(torch.randint(-10, 10, weight.shape, generator=generator))
+    results = []
+    for seen in (images[:, :3], images):
+        outputs = convolution(seen.contiguous(memory_format=torch.channels_last))
+        gradients = torch.autograd.grad(outputs.square().sum(), list(convolution.parameters()))
+        results.append((outputs, *gradients))
+    for plain, padded in zip(*results, strict=True):
+        assert torch.equal(plain, padded)
+    assert results[0][1].shape == (64, 3, 3, 3)
+
+
+def test_with_a_fourth_channel_the_network_gives_the_same_logits_and_gradients():
+    model = build("D", classes=10, crop=32, dropout=0.0, init="xavier", device=torch.device("cpu")).double()
+    images = 50 * torch.randn(2, 3, 32, 32, dtype=torch.float64).to(memory_format=torch.channels_last)
+    results = []
+    for seen in (images, F.pad(images, (0, 0, 0, 0, 0, 1))):
+        logits = model(seen)
+        gradients = torch.autograd.grad(F.cross_entropy(logits, torch.tensor([3, 7])), list(model.parameters()))
+        results.append((logits, *gradients))
+    for plain, padded in zip(*results, strict=True):
+        assert (plain - padded).norm() <= 1e-12 * plain.norm()

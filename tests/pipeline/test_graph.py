@@ -1,0 +1,212 @@
+"""The graph's images against independent ways of making them, and the GPU graph's structure without a GPU."""
+
+import numpy as np
+import pytest
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from PIL import Image
+
+from pipeline.dali.graph import GraphOptions, image_pipeline
+from pipeline.dali.loader import DaliLoader
+from pipeline.dataset.manifest import open_manifest
+from pipeline.plan.samples import Samples, TrainPlan, ValidationPlan, rescaled_sizes
+from tests.support.images import photo_folder
+
+CPU = torch.device("cpu")
+CROP = 224
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return open_manifest(photo_folder(tmp_path_factory.mktemp("photos"), train=100, val=10)).train
+
+
+def run_graph(samples: Samples, crop: int = CROP) -> np.ndarray:
+    """The loader's images for these samples: float32 [n, crop, crop, 3]."""
+    loader = DaliLoader(
+        lambda skip: iter([samples] * 4),
+        GraphOptions(crop=crop, threads=2, prefetch=1),
+        lose=lambda *lost: pytest.fail("lost an image"),
+        batch_size=len(samples.labels),
+    )
+    images, labels = next(loader)
+    assert np.array_equal(labels.numpy(), samples.labels)
+    return images.permute(0, 2, 3, 1).numpy()
+
+
+def corners_of(samples: Samples, sizes: np.ndarray, outs: np.ndarray) -> np.ndarray:
+    return np.rint((samples.start + np.minimum(samples.roi_start, samples.roi_end)) * outs / sizes).astype(int)
+
+
+def decode_all(path: str) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def path_of(name: np.ndarray) -> str:
+    return bytes(name).decode()
+
+
+@pytest.fixture(scope="module")
+def planned(table):
+    """100 random plans over 100 photographs, grey, CMYK and EXIF-rotated ones among them, and what they ask for."""
+    plan = TrainPlan(table=table, batch_size=100, crop=CROP, scale=(224, 512), seed=1, mean_rgb=(0.0, 0.0, 0.0))
+    samples = plan.samples(np.arange(100))
+    _, rows = plan.epochs_and_rows(np.arange(100))
+    sizes = table.read(rows).sizes
+    ratio = np.abs(samples.roi_end - samples.roi_start).astype(float) / CROP
+    outs = np.rint(sizes / ratio).astype(int)
+    assert outs.min() >= CROP
+    images = run_graph(samples) + samples.mean[:, None, None, :]
+    images[samples.flipped] = images[samples.flipped, :, ::-1]
+    assert 30 < samples.flipped.sum() < 70
+    return samples, sizes, outs, images
+
+
+def test_crops_equal_decoding_everything_resizing_and_cropping_in_dali(planned):
+    samples, sizes, outs, images = planned
+    corners = corners_of(samples, sizes, outs)
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def usual():
+        name, size, start = fn.external_source(
+            lambda info: (
+                samples.source[info.idx_in_epoch],
+                outs[info.idx_in_epoch].astype(np.float32),
+                corners[info.idx_in_epoch].astype(np.int32),
+            ),
+            num_outputs=3,
+            batch=False,
+            batch_info=False,
+        )
+        image = fn.decoders.image(fn.io.file.read(name), output_type=types.RGB, adjust_orientation=False)
+        whole = fn.resize(image, size=size, subpixel_scale=False, antialias=True, dtype=types.FLOAT)
+        return fn.slice(whole, start=start, shape=[CROP, CROP], axes=[0, 1])
+
+    pipeline = usual(prefetch_queue_depth=1)
+    worst = total = 0.0
+    for image in images:
+        (reference,) = pipeline.run()
+        difference = np.abs(np.rint(np.asarray(reference[0])) - np.rint(image))
+        worst, total = max(worst, difference.max()), total + difference.mean()
+    assert worst <= 1
+    assert total / len(images) < 1e-3
+
+
+def test_crops_equal_torchvisions_antialiased_resize_and_crop(planned):
+    from torchvision.transforms.v2.functional import resize
+
+    samples, sizes, outs, images = planned
+    corners = corners_of(samples, sizes, outs)
+    worst = total = 0.0
+    for name, out, (y, x), image in zip(samples.source, outs, corners, images, strict=True):
+        whole = torch.from_numpy(decode_all(path_of(name)).copy()).permute(2, 0, 1)
+        resized = resize(whole, [int(out[0]), int(out[1])], antialias=True)
+        reference = resized[:, y : y + CROP, x : x + CROP].permute(1, 2, 0).numpy()
+        difference = np.abs(reference - image)
+        worst, total = max(worst, difference.max()), total + difference.mean()
+    assert worst <= 3
+    assert total / len(images) < 0.3
+
+
+def test_whole_images_that_are_cut_equal_windows_that_are_decoded(table):
+    """Decoding whole images is what the GPU's decoder does."""
+    samples = TrainPlan(table=table, batch_size=20, crop=CROP, scale=(256, 256), seed=0).samples(np.arange(20))
+    pipelines = [
+        image_pipeline(
+            lambda: (samples.source, *samples.inputs()),
+            GraphOptions(crop=CROP, threads=2, prefetch=1),
+            from_files=True,
+            batch_size=20,
+            whole=whole,
+        )
+        for whole in (False, True)
+    ]
+    windows, cut = (np.stack([np.asarray(image) for image in pipeline.run()[0]]) for pipeline in pipelines)
+    difference = np.abs(windows - cut)
+    assert difference.max() <= 1
+    assert difference.mean() < 1e-3
+
+
+def test_validation_equals_pil_resize_and_centre_crop(table):
+    samples = next(
+        ValidationPlan(table=table, crop=CROP, scale=256).batches(rank=0, world_size=1, batch_size=len(table))
+    )
+    images = run_graph(samples) + samples.mean[:, None, None, :]
+    sizes = table.read(np.arange(len(table))).sizes
+    outs = rescaled_sizes(sizes, np.full(len(table), 256))
+    for name, (height, width), image in zip(samples.source, outs, images, strict=True):
+        resized = Image.open(path_of(name)).convert("RGB").resize((int(width), int(height)), Image.Resampling.BILINEAR)
+        y, x = round((height - CROP) / 2), round((width - CROP) / 2)
+        difference = np.abs(np.asarray(resized)[y : y + CROP, x : x + CROP] - image)
+        assert difference.max() <= 3
+        assert difference.mean() < 0.5
+
+
+def test_mean_is_subtracted_and_the_image_flipped_as_asked(table):
+    plan = TrainPlan(table=table, batch_size=8, crop=CROP, scale=(256, 256), seed=0)
+    samples = plan.samples(np.arange(8))
+    assert samples.resized.all()
+    first, last = np.minimum(samples.roi_start, samples.roi_end), np.maximum(samples.roi_start, samples.roi_end)
+    plain = samples._replace(roi_start=first, roi_end=last, mean=np.zeros_like(samples.mean))
+    flipped = samples._replace(
+        roi_start=np.stack((first[:, 0], last[:, 1]), axis=1), roi_end=np.stack((last[:, 0], first[:, 1]), axis=1)
+    )
+    difference = np.abs(run_graph(flipped) - (run_graph(plain)[:, :, ::-1] - samples.mean[:, None, None, :]))
+    assert difference.max() < 1 + 1e-4, "one level, where the sum of a pixel's weights rounds the other way"
+    assert difference.mean() < 1e-3
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (3, 2), (2000, 17)])
+def test_images_of_odd_shapes_go_through(tmp_path, size):
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", size, (200, 100, 50)).save(tmp_path / split / "a/x.png")
+    table = open_manifest(tmp_path).train
+    samples = TrainPlan(
+        table=table, batch_size=4, crop=64, scale=(64, 96), seed=0, mean_rgb=(200.0, 100.0, 50.0)
+    ).samples(np.arange(4))
+    images = run_graph(samples._replace(mean=np.tile(np.array([200, 100, 50], dtype=np.float32), (4, 1))), crop=64)
+    assert images.shape == (4, 64, 64, 3)
+    assert np.abs(images).max() < 1e-3
+
+
+HEADER = ("PeekImageShape", "_TensorSubscript", "_Shape", "_ArithmeticGenericOp", "Reshape")
+"""What sees to it that a header can be read before the decoder has it."""
+
+
+def inspect_gpu_graph(decoder: str):
+    """The GPU graph without a GPU: its operators with their devices, the devices of their inputs, and of the outputs."""
+    pipeline = image_pipeline(
+        lambda: (),
+        GraphOptions(crop=CROP, device_id=0, decoder=decoder, half=True, hw_decoder_load=0.25),
+        from_files=True,
+        batch_size=2,
+    )
+    pipeline._build_graph()
+    named = [(type(op._op).__name__, op) for op in pipeline._ops]
+    operators = {name: op for name, op in named if name not in ("ExternalSource", "Split", "Merge", *HEADER)}
+    assert all(op._op._device == "cpu" for name, op in named if name in HEADER)
+    assert [op._op._device for name, op in named if name == "Merge"] == ["gpu"], "of those resized with those not"
+    assert sorted(op._op._device for name, op in named if name == "Split") == ["cpu"] * 3 + ["gpu"], (
+        "images, their ROIs and sizes"
+    )
+    (decoding,) = (op for name, op in operators.items() if name.startswith("Image"))
+    assert decoding._op._init_args["hw_decoder_load"] == 0.25
+    devices = {name: op._op._device for name, op in operators.items()}
+    image_inputs = {name: op.inputs[0].device for name, op in operators.items()}
+    return devices, image_inputs, [output.device for output in pipeline._graph_outputs]
+
+
+def test_gpu_graph_decodes_whole_images_on_the_gpu_and_copies_nothing_back():
+    devices, image_inputs, outputs = inspect_gpu_graph("gpu")
+    on_gpu = {"Slice": "gpu", "Resize": "gpu", "CropMirrorNormalize": "gpu"}
+    assert devices == {"Read": "cpu", "Image": "mixed", **on_gpu}
+    assert image_inputs == {"Read": "cpu", "Image": "cpu", **on_gpu}
+    assert outputs == ["gpu", "gpu"]
+
+
+def test_gpu_graph_with_the_cpu_decoder_differs_in_the_decoder_only():
+    devices, image_inputs, outputs = inspect_gpu_graph("cpu")
+    assert devices == {"Read": "cpu", "ImageSlice": "cpu", "Resize": "gpu", "CropMirrorNormalize": "gpu"}
+    assert image_inputs == {"Read": "cpu", "ImageSlice": "cpu", "Resize": "gpu", "CropMirrorNormalize": "gpu"}
+    assert outputs == ["gpu", "gpu"]

@@ -1,0 +1,64 @@
+"""torchrun … tests/support/programs/recording_worker.py FLAGS: train.py, which also writes down what it trains on, in OUT/used.
+
+A file for each start and rank, a line for each batch that the loader has delivered: the step (from 0), and for each image
+its number in the plan, the row that it shows, and a checksum of its pixels. A line is on the disk before the batch is used:
+a step whose gradients were added up over all ranks is in the files of all of them, whoever was killed thereafter.
+"""
+
+import collections
+import json
+import sys
+import time
+import types
+import zlib
+from typing import TextIO
+
+import torch.distributed as dist
+
+import pipeline.dali.loader
+import train
+from engine.training.step import TrainStep
+from engine.training.trainer import Trainer
+from pipeline.plan.samples import Samples
+
+_init, _step = Trainer.__init__, TrainStep.__call__
+_delivered: Samples | None = None
+_file: TextIO
+_batch_size: int
+
+
+class _Deque(collections.deque):
+    """The loader's batches in flight; remembers the one that it delivered last."""
+
+    def popleft(self):
+        global _delivered
+        _delivered = super().popleft()
+        return _delivered
+
+
+def init_and_open_file(self, config, *, ranks, **others) -> None:
+    global _batch_size, _file
+    start = [time.time_ns()]
+    if ranks.patient_group is not None:
+        dist.broadcast_object_list(start, src=0, group=ranks.patient_group)
+    folder = config.out / "used"
+    folder.mkdir(exist_ok=True)
+    _file = open(folder / f"{start[0]}-{ranks.rank}-of-{ranks.world_size}.jsonl", "w", buffering=1)  # noqa: SIM115
+    _batch_size = config.batch_size
+    _init(self, config, ranks=ranks, **others)
+
+
+def recorded(batches):
+    for images, labels in batches:
+        assert _delivered is not None
+        pixels = [zlib.crc32(image.contiguous().numpy().tobytes()) for image in images]
+        numbers, rows = _delivered.numbers.tolist(), _delivered.rows.tolist()
+        line = {"step": numbers[0] // _batch_size, "numbers": numbers, "rows": rows, "pixels": pixels}
+        _file.write(json.dumps(line) + "\n")
+        yield images, labels
+
+
+pipeline.dali.loader.collections = types.SimpleNamespace(deque=_Deque)  # type: ignore[assignment]
+Trainer.__init__ = init_and_open_file  # type: ignore[method-assign]
+TrainStep.__call__ = lambda self, batches, **others: _step(self, recorded(batches), **others)  # type: ignore
+sys.exit(train.main())
