@@ -41,7 +41,8 @@ from engine.config import Config, parse_args
 from engine.data import open_training_data
 from engine.precision import choose_precision
 from pipeline.dataset.manifest import Manifest, open_manifest
-from pipeline.plan.samples import IMAGENET_COLOUR_SHIFT, IMAGENET_MEAN_RGB
+from pipeline.plan.samples import IMAGENET_MEAN_RGB
+from pipeline.plan.training import IMAGENET_COLOUR_SHIFT
 from pipeline.preparation.packing import Settings, prepare
 
 PREPARED = "this project, prepared"

@@ -29,7 +29,7 @@ from common.files import is_storage_trouble, link_over, replacing
 from common.progress import printable, say
 from model.vgg import CONFIGURATIONS, STRIDE
 from model.weights import is_finite, is_plain
-from pipeline.plan.samples import IMAGENET_COLOUR_SHIFT
+from pipeline.plan.training import IMAGENET_COLOUR_SHIFT
 
 LAST, BEST = "last.pt", "best.pt"
 _FORMAT = "vgg-dali checkpoint 1"

@@ -21,22 +21,16 @@ from engine.precision import Precision
 from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import Batch, DaliLoader, SyntheticLoader
 from pipeline.dataset.digits import digits_folder
-from pipeline.dataset.manifest import open_manifest
-from pipeline.dataset.manifest_files import Manifest, load_manifest
+from pipeline.dataset.manifest import Manifest, load_manifest, open_manifest
 from pipeline.dataset.scan import SPLITS
-from pipeline.dataset.table import ShardTable
-from pipeline.plan.samples import (
-    IMAGENET_COLOUR_SHIFT,
-    IMAGENET_MEAN_RGB,
-    ColourShift,
-    Samples,
-    TrainPlan,
-    ValidationPlan,
-)
+from pipeline.plan.samples import IMAGENET_MEAN_RGB, Samples
+from pipeline.plan.training import IMAGENET_COLOUR_SHIFT, ColourShift, TrainPlan
+from pipeline.plan.validation import ValidationPlan
 from pipeline.plan.whole_images import WholePlan
 from pipeline.preparation.statistics import find_statistics
 from pipeline.shards.index import Prepared, is_prepared, open_prepared
 from pipeline.shards.reader import Fetch, ShardReader
+from pipeline.shards.table import ShardTable
 
 Plan = TrainPlan | ValidationPlan | WholePlan
 

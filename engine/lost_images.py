@@ -8,10 +8,12 @@ from common.errors import TrainingError
 from common.progress import printable, say, say_once
 from common.ranks import Ranks, union_over_ranks
 from pipeline.dataset.headers import read_header
-from pipeline.dataset.manifest_files import QUARANTINE, Manifest, add_to_quarantine
-from pipeline.dataset.table import FileTable, ShardTable
+from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.quarantine import QUARANTINE, add_to_quarantine
+from pipeline.dataset.table import FileTable
 from pipeline.plan.samples import Samples
 from pipeline.shards.index import Prepared
+from pipeline.shards.table import ShardTable
 
 
 @dataclass(frozen=True, kw_only=True)

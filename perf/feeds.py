@@ -15,12 +15,12 @@ from nvidia.dali import fn, pipeline_def, types
 from common.errors import UserError
 from engine.data import TrainingData
 from perf.timing import SETTLING_STEPS
-from pipeline.dali.graph import decode_windows, read_files
+from pipeline.dali.graph import decode_windows, graph_inputs, read_files
 from pipeline.dali.recovery import cause_of, is_about_an_image
-from pipeline.dataset.table import ShardTable
 from pipeline.plan.samples import Samples
 from pipeline.shards.index import Prepared
-from pipeline.shards.reader import fetched, graph_inputs
+from pipeline.shards.reader import fetched
+from pipeline.shards.table import ShardTable
 
 _STAGES_WITH_DATA = 4
 READING, DECODING, LOADER, TRAINING = range(_STAGES_WITH_DATA)

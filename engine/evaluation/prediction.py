@@ -16,7 +16,8 @@ from pipeline.dali.loader import DaliLoader
 from pipeline.dataset.headers import read_header
 from pipeline.dataset.scan import build_table
 from pipeline.dataset.table import FileTable
-from pipeline.plan.samples import LOST_LABEL, Samples, ValidationPlan
+from pipeline.plan.samples import LOST_LABEL, Samples
+from pipeline.plan.validation import ValidationPlan
 
 _MOST_IN_A_BATCH = 64
 

@@ -16,8 +16,11 @@ from engine.monitoring.pictures import as_pictures
 from engine.networks import initial_network
 from engine.precision import choose_precision
 from pipeline.dali.decoding import decode_whole
-from pipeline.dataset.table import FileTable, ShardTable
-from pipeline.plan.samples import LOST_LABEL, Samples, TrainPlan, ValidationPlan
+from pipeline.dataset.table import FileTable
+from pipeline.plan.samples import LOST_LABEL, Samples
+from pipeline.plan.training import TrainPlan
+from pipeline.plan.validation import ValidationPlan
+from pipeline.shards.table import ShardTable
 
 SHEET = "inspect.png"
 

@@ -7,7 +7,8 @@ import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 
-from pipeline.plan.samples import GRAPH_INPUTS
+from pipeline.plan.samples import GRAPH_INPUTS, Samples
+from pipeline.shards.tiles import cut_to_windows
 
 _DALI_TYPES = {np.bool_: types.BOOL, np.int32: types.INT32, np.int64: types.INT64, np.float32: types.FLOAT}
 
@@ -89,6 +90,14 @@ def image_pipeline(
         return images, given["labels"].gpu() if on_gpu else given["labels"]
 
     return graph()
+
+
+def graph_inputs(samples: Samples, encoded: np.ndarray, *, from_files: bool) -> tuple[np.ndarray, ...]:
+    """What image_pipeline takes of a batch as it was fetched. Bytes are cut to what the samples' windows need."""
+    if from_files:
+        return encoded, *samples.inputs()
+    encoded, origin = cut_to_windows(encoded, samples.start, samples.shape)
+    return encoded, *samples._replace(start=samples.start - origin).inputs()
 
 
 def read_files(paths: DataNode) -> DataNode:

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 from common.errors import DataSourceError, TrainingError
 from common.progress import say
-from pipeline.dali.graph import GraphOptions, image_pipeline
+from pipeline.dali.graph import GraphOptions, graph_inputs, image_pipeline
 from pipeline.dali.recovery import cause_of, is_about_an_image, is_about_reading, undecodable
 from pipeline.plan.samples import Samples
-from pipeline.shards.reader import Fetch, fetched, graph_inputs
+from pipeline.shards.reader import Fetch, fetched
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

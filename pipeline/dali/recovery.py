@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from nvidia.dali import Pipeline
 
+from common import patience
 from common.files import is_storage_trouble
-from pipeline.dali.graph import GraphOptions, image_pipeline
+from common.patience import StorageTrouble, patiently, unreadable
+from pipeline.dali.graph import GraphOptions, graph_inputs, image_pipeline
 from pipeline.plan.samples import Samples
-from pipeline.shards import storage
-from pipeline.shards.reader import Fetch, fetched, graph_inputs
-from pipeline.shards.storage import StorageTrouble, patiently, unreadable
+from pipeline.shards.reader import Fetch, fetched
 
 _ATTEMPTS = 3  # at an image whose file could not be read, and now can
 _BLOCK_BYTES = 1 << 20
@@ -95,7 +95,7 @@ def had_to_wait_for(path: str) -> bool:
             raise trouble
 
     try:
-        patiently(path, storage.PATIENCE_SECONDS, attempt)
+        patiently(path, patience.PATIENCE_SECONDS, attempt)
     except StorageTrouble as trouble:
         raise unreadable(path, trouble) from trouble
     return bool(troubles)

@@ -6,7 +6,8 @@ import numpy as np
 
 from common.progress import say
 from pipeline.dataset.headers import FORMATS
-from pipeline.dataset.manifest_files import Manifest, read_quarantine, read_scan
+from pipeline.dataset.manifest import Manifest, read_scan
+from pipeline.dataset.quarantine import read_quarantine
 from pipeline.dataset.scan import SPLITS
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from common.errors import UserError
 from common.files import is_storage_trouble
 from common.parent_death import end_with_parent
+from common.patience import StorageTrouble, patiently
 from common.process import out_of_ctrl_c, usable_cores
 from common.progress import printable, say, track
 from pipeline.dataset.headers import FORMATS, Header, read_header, says_image
-from pipeline.shards.storage import StorageTrouble, patiently
 
 SPLITS = ("train", "val")
 

@@ -7,18 +7,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from common.errors import UserError
-from pipeline.shards.storage import Storage
-
-SHARD_ROW = np.dtype(
-    [("shard", "<i4"), ("bytes", "<i4"), ("offset", "<i8"), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")]
-)
-"""A row of a prepared data set's index: where the image file lies in its shard, its label, its size in pixels."""
-
 TABLE_NAMES = r"(?:train|val)-[0-9a-f]{32}\.npy"
 """A regular expression for the names of tables' files: each has the fingerprint of its data set."""
-SHARD_NAMES = r"(?:train|val)-\d{6,}\.tar"
-"""And for those of shards."""
 
 _RESIDENT_BYTES = 256 << 20  # of a mapped table that may stay in the process's memory, and be read ahead
 
@@ -34,7 +24,7 @@ class TableRows(NamedTuple):
     """int64 [n, 2]: height and width of the image in pixels, as in the file's header, EXIF rotation not applied."""
 
 
-class _Rows:
+class Rows:
     """The rows of a table, in memory or memory-mapped (as np.load gives it), of which only those asked for are touched."""
 
     def __init__(self, rows: np.ndarray) -> None:
@@ -76,7 +66,7 @@ class FileTable:
     """
 
     def __init__(self, root: Path, rows: np.ndarray) -> None:
-        self._rows = _Rows(rows)
+        self._rows = Rows(rows)
         self._prefix = np.frombuffer(os.fsencode(os.path.abspath(root)) + b"/", dtype=np.uint8)
 
     def __len__(self) -> int:
@@ -87,7 +77,7 @@ class FileTable:
         names = np.empty((len(rows), len(self._prefix) + chosen["path"].shape[1]), dtype=np.uint8)
         names[:, : len(self._prefix)] = self._prefix
         names[:, len(self._prefix) :] = chosen["path"]
-        return TableRows(source=names, labels=chosen["label"].astype(np.int64), sizes=_sizes(chosen))
+        return TableRows(source=names, labels=chosen["label"].astype(np.int64), sizes=image_sizes(chosen))
 
     def name(self, source: np.ndarray) -> str:
         return os.path.normpath(os.fsdecode(source.tobytes()))
@@ -97,77 +87,6 @@ class FileTable:
         return Path(self.name(self.read(np.array([row])).source[0]))
 
 
-class ShardTable:
-    """Images packed into shards, the tar files that pipeline.prepare writes.
-
-    storage: where the shards lie. rows: SHARD_ROW, in the order in which they lie in the shards. shard_images, shard_bytes:
-    int64 [shards], the images in each and its size; classes: how many there are.
-    A source is (shard, offset, bytes), int64 [3].
-    """
-
-    def __init__(
-        self,
-        storage: Storage,
-        split: str,
-        rows: np.ndarray,
-        *,
-        shard_images: np.ndarray,
-        shard_bytes: np.ndarray,
-        classes: int,
-    ) -> None:
-        self.storage, self.split, self.shard_images = storage, split, shard_images
-        self._shard_bytes, self._classes = shard_bytes, classes
-        self._rows = _Rows(rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, rows: np.ndarray) -> TableRows:
-        """Raises UserError where a row cannot be: nobody has looked at all of them."""
-        chosen = self._rows.take(rows)
-        if wrong := what_is_wrong(chosen, shard_bytes=self._shard_bytes, classes=self._classes):
-            raise UserError(
-                f"--data {self.storage.url}: its index is damaged ({self.split}: {wrong}); prepare or copy the data set anew"
-            )
-        source = np.stack([chosen[field].astype(np.int64) for field in ("shard", "offset", "bytes")], axis=1)
-        return TableRows(source=source, labels=chosen["label"].astype(np.int64), sizes=_sizes(chosen))
-
-    def name(self, source: np.ndarray) -> str:
-        shard, offset, _ = source.tolist()
-        header = bytearray(_TAR_BLOCK)
-        self.storage.read(self.shard_name(shard), [offset - _TAR_BLOCK], [memoryview(header)])
-        member = header[:100].rstrip(b"\0").decode("utf-8", "replace")  # the field "name" of every tar format
-        return f"{self.storage.url}/{self.shard_name(shard)}: {member}"
-
-    def shard_name(self, shard: int) -> str:
-        return shard_name(self.split, shard)
-
-
-_TAR_BLOCK = 512
-_LONGEST_JPEG_SIDE = 65_535
-
-
-def shard_name(split: str, shard: int) -> str:
-    """The file name of a shard."""
-    return f"{split}-{shard:06d}.tar"
-
-
-def what_is_wrong(rows: np.ndarray, *, shard_bytes: np.ndarray, classes: int) -> str:
-    """Which number in these rows (SHARD_ROW) cannot be, in words; "" where all can be."""
-    if not len(rows):
-        return ""
-    shard, offset = rows["shard"], rows["offset"]
-    if shard.min() < 0 or shard.max() >= len(shard_bytes):
-        return "an image in a shard that is not there"
-    if rows["bytes"].min() < 1 or offset.min() < _TAR_BLOCK or (offset > shard_bytes[shard] - rows["bytes"]).any():
-        return "an image that does not lie within its shard"
-    if rows["label"].min() < 0 or rows["label"].max() >= classes:
-        return f"a label beyond the {classes:,} classes"
-    sides = (rows["height"], rows["width"])
-    if min(side.min() for side in sides) < 1 or max(side.max() for side in sides) > _LONGEST_JPEG_SIDE:
-        return f"an image whose sides are not 1–{_LONGEST_JPEG_SIDE} pixels"
-    return ""
-
-
-def _sizes(chosen: np.ndarray) -> np.ndarray:
+def image_sizes(chosen: np.ndarray) -> np.ndarray:
+    """Of rows with the fields height and width: int64 [n, 2]."""
     return np.stack((chosen["height"], chosen["width"]), axis=1).astype(np.int64)

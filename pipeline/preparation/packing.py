@@ -38,14 +38,15 @@ from common.process import is_of_a_name, run_program
 from common.progress import printable, say, track
 from common.ranks import Ranks, on_rank_0, ranks_of_this_run, wait_for_all
 from pipeline.dali.decoding import decode_whole, each_in_order
-from pipeline.dataset.manifest import open_manifest
-from pipeline.dataset.manifest_files import QUARANTINE, Manifest, load_manifest, read_quarantine, write_quarantine
+from pipeline.dataset.manifest import Manifest, load_manifest, open_manifest
+from pipeline.dataset.quarantine import QUARANTINE, read_quarantine, write_quarantine
 from pipeline.dataset.scan import SPLITS, check_no_empty_class
-from pipeline.dataset.table import SHARD_NAMES, SHARD_ROW, TABLE_NAMES, FileTable, shard_name
+from pipeline.dataset.table import TABLE_NAMES, FileTable
 from pipeline.plan import random_numbers
 from pipeline.plan.samples import rescaled_sizes
 from pipeline.shards.index import FORMAT, INDEX, fingerprint_of, is_complete, read_index
 from pipeline.shards.storage import S3_SCHEME, open_storage
+from pipeline.shards.table import SHARD_NAMES, SHARD_ROW, shard_name
 from pipeline.shards.tiles import tiled_jpeg
 
 _UNFINISHED = ".unfinished"  # in DST: what is known of the shards that are done

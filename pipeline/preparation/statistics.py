@@ -23,11 +23,11 @@ from common.files import DAMAGED_FILE, replacing
 from common.flags import FlagParser
 from common.process import run_program, usable_cores
 from common.progress import say, track
-from pipeline.dataset.manifest import open_manifest
-from pipeline.dataset.manifest_files import Manifest
-from pipeline.dataset.table import FileTable, ShardTable
-from pipeline.plan.samples import ColourShift
+from pipeline.dataset.manifest import Manifest, open_manifest
+from pipeline.dataset.table import FileTable
+from pipeline.plan.training import ColourShift
 from pipeline.shards.index import Prepared, is_prepared, open_prepared
+from pipeline.shards.table import ShardTable
 
 STATISTICS = "statistics.json"
 

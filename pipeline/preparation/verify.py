@@ -20,7 +20,7 @@ from common.process import usable_cores
 from common.progress import printable, say, track
 from pipeline.dali.decoding import decode_whole
 from pipeline.dataset.headers import read_header
-from pipeline.dataset.manifest_files import Manifest, load_manifest, read_scan, write_manifest
+from pipeline.dataset.manifest import Manifest, load_manifest, read_scan, write_manifest
 from pipeline.dataset.scan import SPLITS, check_no_empty_class, read_patiently
 from pipeline.dataset.table import FileTable
 

@@ -8,9 +8,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from pipeline.dataset.table import ShardTable
-from pipeline.plan.samples import Samples
-from pipeline.shards.tiles import cut_to_windows
+from pipeline.shards.table import ShardTable
 
 
 class _Batch(Protocol):
@@ -31,14 +29,6 @@ Fetch = Callable[[Iterator[B]], Iterator[Fetched[B]]]
 def fetched(batches: Iterator[B], fetch: Fetch[B] | None) -> Iterator[Fetched[B]]:
     """The batches with what DALI reads them from: what `fetch` adds or, where it is None, the files' paths."""
     return fetch(batches) if fetch else ((batch, batch.source) for batch in batches)
-
-
-def graph_inputs(samples: Samples, encoded: np.ndarray, *, from_files: bool) -> tuple[np.ndarray, ...]:
-    """What image_pipeline takes of a batch as it was fetched. Bytes are cut to what the samples' windows need."""
-    if from_files:
-        return encoded, *samples.inputs()
-    encoded, origin = cut_to_windows(encoded, samples.start, samples.shape)
-    return encoded, *samples._replace(start=samples.start - origin).inputs()
 
 
 class ShardReader:

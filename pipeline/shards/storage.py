@@ -9,7 +9,6 @@ import re
 import resource
 import ssl
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -17,8 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, BinaryIO, Protocol, TypeVar
 
-from common.errors import DataSourceError, UserError
+from common import patience
+from common.errors import UserError
 from common.files import is_storage_trouble
+from common.patience import StorageTrouble, patiently, unreadable
 from common.progress import printable, say
 
 S3_SCHEME = "s3://"
@@ -29,11 +30,6 @@ _MAX_BUFFERS = 1000  # of one request; Linux allows 1024
 _BLOCK_BYTES = 8 << 20  # of a file that is copied
 _GAP = memoryview(bytearray(_MAX_GAP_BYTES))  # where the bytes between two images go; nobody reads it
 
-# How long a storage that fails is tried again: while a run goes on, and while it begins, when a person waits for it.
-PATIENCE_SECONDS = 60.0
-_PATIENCE_TO_OPEN_SECONDS = 20.0
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 8.0
-_SECONDS_BETWEEN_WARNINGS = 10.0
 # Of an object store: for a connection, and for the next bytes of an answer.
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5, 15
 _NO_ANSWER = f"no answer within {_ANSWER_SECONDS} s"
@@ -77,53 +73,6 @@ def files_to_keep_open() -> int:
     return _MOST_OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN_FILES, soft // 4))
 
 
-class StorageTrouble(Exception):
-    """Something cannot be read, for the cause that this holds in words."""
-
-    def __init__(self, cause: str, *, may_pass: bool) -> None:
-        super().__init__(cause)
-        self.may_pass = may_pass
-        """Whether it is worth while to try again."""
-
-
-def patiently(path: str, seconds: float, attempt: Callable[[], T]) -> T:
-    """What an attempt to read gives; while it fails for trouble that may pass, it is made again, for so many seconds.
-
-    Raises StorageTrouble.
-    """
-    deadline, pause = 0.0, _FIRST_PAUSE_SECONDS
-    while True:
-        try:
-            return attempt()
-        except StorageTrouble as trouble:
-            now = time.monotonic()
-            deadline = deadline or now + seconds
-            if not trouble.may_pass or now >= deadline:
-                raise
-            _warn_of_waiting(f"warning: {path}: cannot be read ({trouble}); trying again for up to {seconds:.0f} s")
-        time.sleep(min(pause, max(0.0, deadline - now)))
-        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-
-
-def unreadable(path: str, cause: StorageTrouble) -> DataSourceError:
-    """The error with which a run ends that cannot read what it needs."""
-    return DataSourceError(f"{path}: cannot be read ({cause}); once it can, start the same command again")
-
-
-_warning_lock = threading.Lock()
-_warned_at = -_SECONDS_BETWEEN_WARNINGS
-
-
-def _warn_of_waiting(warning: str) -> None:
-    """Say it, unless it has just been said of another file: all the threads wait for the same thing."""
-    global _warned_at
-    with _warning_lock:
-        if time.monotonic() - _warned_at < _SECONDS_BETWEEN_WARNINGS:
-            return
-        _warned_at = time.monotonic()
-    say(warning)
-
-
 class FolderStorage:
     """A folder on a disk or a network mount."""
 
@@ -134,7 +83,7 @@ class FolderStorage:
         self._lock = threading.Lock()
         self._files: collections.OrderedDict[str, io.FileIO] = collections.OrderedDict()
         self._most_files = files_to_keep_open()
-        self._patience_seconds = PATIENCE_SECONDS
+        self._patience_seconds = patience.PATIENCE_SECONDS
 
     def read(self, name: str, offsets: Sequence[int], targets: Sequence[memoryview]) -> None:
         path = os.path.join(self.url, name)
@@ -152,7 +101,7 @@ class FolderStorage:
                 _copy(iter(lambda: file.read(_BLOCK_BYTES), b""), target, most_bytes)
 
         try:
-            patiently(path, _PATIENCE_TO_OPEN_SECONDS, lambda: self._attempt(blocks))
+            patiently(path, patience.PATIENCE_TO_OPEN_SECONDS, lambda: self._attempt(blocks))
         except StorageTrouble as trouble:
             raise UserError(f"{path}: cannot be read ({trouble})") from trouble
 
@@ -162,7 +111,7 @@ class FolderStorage:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
         try:
-            return patiently(self.url, _PATIENCE_TO_OPEN_SECONDS, lambda: self._attempt(listed))
+            return patiently(self.url, patience.PATIENCE_TO_OPEN_SECONDS, lambda: self._attempt(listed))
         except StorageTrouble as trouble:
             raise UserError(f"{self.url}: cannot be read ({trouble})") from trouble
 
@@ -233,7 +182,7 @@ class S3Storage:
             raise UserError(f"--data {url}: needs the package obstore; pip install obstore") from error
         self.url = url.rstrip("/")
         self.threads = max(1, min(64, files_to_keep_open() // 2))  # a request waits some 50 ms for its first byte
-        self._patience_seconds = PATIENCE_SECONDS
+        self._patience_seconds = patience.PATIENCE_SECONDS
         self._errors = (BaseError, FileNotFoundError, PermissionError)
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
@@ -285,7 +234,7 @@ class S3Storage:
             _copy(iter(self._store.get(name).stream(min_chunk_size=_BLOCK_BYTES)), target, most_bytes)
 
         try:
-            patiently(path, _PATIENCE_TO_OPEN_SECONDS, lambda: self._attempt(chunks))
+            patiently(path, patience.PATIENCE_TO_OPEN_SECONDS, lambda: self._attempt(chunks))
         except StorageTrouble as trouble:
             raise UserError(f"{path}: cannot be read ({trouble})") from trouble
 
@@ -294,7 +243,7 @@ class S3Storage:
             return {entry["path"]: entry["size"] for page in self._store.list() for entry in page}
 
         try:
-            return patiently(self.url, _PATIENCE_TO_OPEN_SECONDS, lambda: self._attempt(listed))
+            return patiently(self.url, patience.PATIENCE_TO_OPEN_SECONDS, lambda: self._attempt(listed))
         except StorageTrouble as trouble:
             raise UserError(f"{self.url}: cannot be read ({trouble})") from trouble
 
@@ -389,7 +338,7 @@ def _check_no_redirect(url: str, server: str) -> None:
             raise StorageTrouble(str(error), may_pass=isinstance(error, OSError)) from error
 
     try:
-        patiently(url, _PATIENCE_TO_OPEN_SECONDS, ask)
+        patiently(url, patience.PATIENCE_TO_OPEN_SECONDS, ask)
     except StorageTrouble as trouble:
         raise UserError(f"--data {url}: {server} does not serve it ({trouble})") from trouble
 

@@ -15,7 +15,7 @@ from common.errors import TrainingError, UserError
 from common.files import link_over, replacing
 from engine import checkpoint as checkpoints
 from engine.checkpoint import Checkpoint, load, newest_good, save
-from pipeline.plan.samples import IMAGENET_COLOUR_SHIFT
+from pipeline.plan.training import IMAGENET_COLOUR_SHIFT
 
 
 def make(steps: int = 1, weight: float = 1.0) -> Checkpoint:

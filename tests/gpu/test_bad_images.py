@@ -18,7 +18,8 @@ from pipeline.dali.loader import DaliLoader
 from pipeline.dali.recovery import undecodable
 from pipeline.dataset.manifest import open_manifest
 from pipeline.dataset.table import Table
-from pipeline.plan.samples import Samples, TrainPlan
+from pipeline.plan.samples import Samples
+from pipeline.plan.training import TrainPlan
 from tests.gpu.device import DECODERS_DIFFER_BY, DEVICE
 from tests.support.images import photographs
 

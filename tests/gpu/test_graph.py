@@ -12,7 +12,8 @@ from PIL import Image
 from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import DaliLoader
 from pipeline.dataset.manifest import open_manifest
-from pipeline.plan.samples import Samples, TrainPlan
+from pipeline.plan.samples import Samples
+from pipeline.plan.training import TrainPlan
 from tests.gpu.device import DECODERS_DIFFER_BY, DECODERS_DIFFER_ON_AVERAGE_BY, DEVICE
 from tests.support.images import photographs, save_variant
 

@@ -23,8 +23,10 @@ from pipeline.dali.loader import DaliLoader
 from pipeline.dali.recovery import undecodable
 from pipeline.dataset.headers import read_header
 from pipeline.dataset.manifest import open_manifest
-from pipeline.dataset.manifest_files import read_quarantine
-from pipeline.plan.samples import LOST_LABEL, PADDING_LABEL, TrainPlan, ValidationPlan, rescaled_sizes
+from pipeline.dataset.quarantine import read_quarantine
+from pipeline.plan.samples import LOST_LABEL, PADDING_LABEL, rescaled_sizes
+from pipeline.plan.training import TrainPlan
+from pipeline.plan.validation import ValidationPlan
 from tests.support.bad_files import BAD, JPEG, KINDS, MISREAD, ODD_KINDS, UNUSUAL, content, encoded, file_name, photo
 from tests.support.launch import ROOT, run
 
@@ -266,7 +268,7 @@ def test_links_to_folders_above_bring_no_image_in_twice(tmp_path):
 AS_NOBODY = """
 import os, sys
 from PIL import Image
-from pipeline.dataset.manifest import main
+from pipeline.manifest import main
 Image.init()
 if os.geteuid() == 0:
     os.setgroups([])

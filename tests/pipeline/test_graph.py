@@ -9,7 +9,9 @@ from PIL import Image
 from pipeline.dali.graph import GraphOptions, image_pipeline
 from pipeline.dali.loader import DaliLoader
 from pipeline.dataset.manifest import open_manifest
-from pipeline.plan.samples import Samples, TrainPlan, ValidationPlan, rescaled_sizes
+from pipeline.plan.samples import Samples, rescaled_sizes
+from pipeline.plan.training import TrainPlan
+from pipeline.plan.validation import ValidationPlan
 from tests.support.images import photo_folder
 
 CPU = torch.device("cpu")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common import patience
 from common.errors import DataSourceError
 from pipeline.dali import recovery
 from pipeline.dali.decoding import decode_whole
@@ -17,8 +18,7 @@ from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import DaliLoader, SyntheticLoader
 from pipeline.dataset.digits import digits_folder
 from pipeline.dataset.manifest import open_manifest
-from pipeline.plan.samples import TrainPlan
-from pipeline.shards import storage
+from pipeline.plan.training import TrainPlan
 from tests.support.images import photo_folder
 
 CPU = torch.device("cpu")
@@ -184,8 +184,8 @@ def photos(tmp_path):
 
 def test_a_data_folder_that_is_gone_for_a_moment_costs_no_image(photos, tmp_path, monkeypatch, capsys):
     folder, plan = photos
-    monkeypatch.setattr(storage, "_FIRST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(storage, "_warned_at", -100.0)
+    monkeypatch.setattr(patience, "_FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(patience, "_warned_at", -100.0)
     expected = [images for images, _ in itertools.islice(make_loader(plan), 8)]
     loader = make_loader(plan)
     found = [next(loader)[0]]
@@ -199,7 +199,7 @@ def test_a_data_folder_that_is_gone_for_a_moment_costs_no_image(photos, tmp_path
 @pytest.mark.parametrize("empty_mount_point", [False, True])
 def test_a_data_folder_that_stays_away_ends_the_run_and_loses_no_image(photos, monkeypatch, empty_mount_point):
     folder, plan = photos
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.3)
     loader = make_loader(plan)
     shutil.rmtree(folder)
     if empty_mount_point:
@@ -244,7 +244,7 @@ def _emptied(folder: Path) -> None:
 def test_a_disk_that_holds_a_part_of_the_data_may_leave_too(photos, monkeypatch, place, leave):
     """A split's own disk, a class's, or one to which links lead: gone, or an empty folder where it was mounted."""
     folder, plan = photos
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.3)
     disk = place(folder / "train/class0")
     loader = make_loader(plan)
     leave(disk)
@@ -277,7 +277,7 @@ def test_a_file_that_the_disk_does_not_give_is_not_lost(photos, monkeypatch, err
 
 def test_verifying_takes_no_image_out_for_a_disk_that_fails(photos, monkeypatch):
     folder, plan = photos
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.3)
     shutil.rmtree(folder / "train")
     with pytest.raises(DataSourceError, match="cannot be read"):
         list(decode_whole(plan.table, np.arange(12), threads=1))

@@ -13,14 +13,15 @@ import pytest
 from PIL import Image
 
 import predict
+from common import patience
 from common.errors import UserError
-from pipeline.dataset import headers, manifest_files, scan
+from pipeline import manifest as command
+from pipeline.dataset import headers, scan
 from pipeline.dataset import manifest as manifests
 from pipeline.dataset.headers import Header, read_header
-from pipeline.dataset.manifest import open_manifest
-from pipeline.dataset.manifest_files import add_to_quarantine, read_quarantine, read_scan, write_manifest
+from pipeline.dataset.manifest import open_manifest, read_scan, write_manifest
+from pipeline.dataset.quarantine import add_to_quarantine, read_quarantine
 from pipeline.dataset.table import FileTable
-from pipeline.shards import storage
 from tests.support.images import photo_folder, photographs
 
 ROOT = Path(__file__).parents[2]
@@ -315,7 +316,7 @@ KEYS = ("version", "classes", "fingerprint", "val_lost", "quarantined", "tables"
 
 @pytest.mark.parametrize("damage", [*DAMAGE, *KEYS])
 def test_a_damaged_manifest_is_made_anew_with_a_word(folder, capsys, monkeypatch, damage):
-    monkeypatch.setattr(manifest_files, "_SECONDS_TO_WRITE", 0.0)
+    monkeypatch.setattr(manifests, "_SECONDS_TO_WRITE", 0.0)
     (folder / "train/class0/bad.jpg").write_bytes(b"")
     first = open_manifest(folder)
     capsys.readouterr()
@@ -349,7 +350,7 @@ def test_a_manifest_that_is_just_being_replaced_is_waited_for(folder, monkeypatc
     list_of_bad = first.folder / "quarantine.tsv"
     content = list_of_bad.read_bytes()
     list_of_bad.write_bytes(b"path\treason\nanother\tone\n")
-    monkeypatch.setattr(manifest_files.time, "sleep", lambda _: list_of_bad.write_bytes(content))
+    monkeypatch.setattr(manifests.time, "sleep", lambda _: list_of_bad.write_bytes(content))
     monkeypatch.setattr(manifests, "scan", lambda root: pytest.fail("scanned again"))
     assert open_manifest(folder).fingerprint == first.fingerprint
 
@@ -366,7 +367,7 @@ def test_what_runs_have_added_to_the_quarantine_may_be_anything(folder, monkeypa
     with open(first.folder / "quarantine.tsv", "ab") as file:
         file.write(b"\xff\n\n\t\ta\tb\nx")
     monkeypatch.setattr(manifests, "scan", lambda root: pytest.fail("scanned again"))
-    assert manifests.main([str(folder)]) == 0
+    assert command.main([str(folder)]) == 0
 
 
 def test_nobodys_files_are_touched_through_a_link(folder, tmp_path, monkeypatch):
@@ -394,7 +395,7 @@ def test_nobodys_files_are_touched_through_a_link(folder, tmp_path, monkeypatch)
 def test_a_storage_that_fails_makes_no_image_bad(folder, monkeypatch, capsys, number):
     """For a moment it is waited for; for longer, it ends the scan with a sentence, and nothing is written."""
     monkeypatch.setattr(scan, "_PATIENCE_SECONDS", 0.3)
-    monkeypatch.setattr(storage, "_warned_at", -1e9)
+    monkeypatch.setattr(patience, "_warned_at", -1e9)
     failures = 2
     victim = folder / "train/class1/001.JPEG"
 
@@ -534,8 +535,9 @@ from nvidia.dali import fn
 from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import DaliLoader
 from pipeline.dataset.manifest import open_manifest
-from pipeline.dataset.manifest_files import add_to_quarantine, read_quarantine, read_scan, write_manifest
-from pipeline.plan.samples import TrainPlan
+from pipeline.dataset.quarantine import add_to_quarantine, read_quarantine
+from pipeline.dataset.manifest import read_scan, write_manifest
+from pipeline.plan.training import TrainPlan
 def resident_mb():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 before, started = resident_mb(), time.perf_counter()

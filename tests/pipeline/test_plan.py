@@ -4,14 +4,9 @@ import numpy as np
 import pytest
 
 from pipeline.dataset.table import FileTable
-from pipeline.plan.samples import (
-    IMAGENET_MEAN_RGB,
-    LOST_LABEL,
-    PADDING_LABEL,
-    TrainPlan,
-    ValidationPlan,
-    rescaled_sizes,
-)
+from pipeline.plan.samples import IMAGENET_MEAN_RGB, LOST_LABEL, PADDING_LABEL, rescaled_sizes
+from pipeline.plan.training import TrainPlan
+from pipeline.plan.validation import ValidationPlan
 
 
 def make_table(length: int, seed: int = 0) -> FileTable:

@@ -19,16 +19,19 @@ import torch
 from PIL import Image
 
 import train
+from common import patience
 from common.errors import DataSourceError, UserError
 from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import DaliLoader
-from pipeline.dataset.table import SHARD_ROW, ShardTable
-from pipeline.plan.samples import Samples, TrainPlan, ValidationPlan
+from pipeline.plan.samples import Samples
+from pipeline.plan.training import TrainPlan
+from pipeline.plan.validation import ValidationPlan
 from pipeline.preparation import packing
 from pipeline.shards import storage
 from pipeline.shards.index import is_prepared, open_prepared
 from pipeline.shards.reader import ShardReader
 from pipeline.shards.storage import FolderStorage
+from pipeline.shards.table import SHARD_ROW, ShardTable
 from tests.support.images import photo_folder
 from tests.support.launch import ROOT, assert_same_weights, results_of, run
 
@@ -242,8 +245,8 @@ def failing_preadv(monkeypatch, error: int, times: int) -> list[int]:
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT])
 def test_a_storage_that_fails_for_a_moment_is_read_again(tmp_path, monkeypatch, capsys, error):
-    monkeypatch.setattr(storage, "_FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(storage, "_warned_at", -100.0)
+    monkeypatch.setattr(patience, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "_warned_at", -100.0)
     (tmp_path / "file").write_bytes(bytes(range(100)))
     folder = FolderStorage(str(tmp_path))
     before = folder._open("file")
@@ -258,7 +261,7 @@ def test_a_storage_that_fails_for_a_moment_is_read_again(tmp_path, monkeypatch, 
 
 
 def test_a_storage_that_goes_on_failing_ends_the_run_and_costs_no_image(own_copy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.5)
     before = {path.name: path.read_bytes() for path in own_copy.iterdir()}
     failing_preadv(monkeypatch, errno.EIO, times=10**9)
     assert train.main([*TRAIN, "--data", str(own_copy), "--steps", "1", "--out", str(tmp_path / "out")]) == 1
@@ -270,7 +273,7 @@ def test_a_storage_that_goes_on_failing_ends_the_run_and_costs_no_image(own_copy
 
 def test_bytes_that_should_be_there_and_do_not_come_are_no_zeros(tmp_path, monkeypatch):
     """A mount that answers with less than the file has; only what a file really does not have is filled with zeros."""
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.2)
     (tmp_path / "file").write_bytes(b"x" * 100)
     monkeypatch.setattr(storage.os, "preadv", lambda *_: 0)
     with pytest.raises(DataSourceError, match="/file: cannot be read"):
@@ -278,7 +281,7 @@ def test_bytes_that_should_be_there_and_do_not_come_are_no_zeros(tmp_path, monke
 
 
 def test_a_folder_that_is_unmounted_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(patience, "_FIRST_PAUSE_SECONDS", 0.05)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/file").write_bytes(b"x" * 100)
     folder = FolderStorage(str(tmp_path / "data"))
@@ -554,7 +557,7 @@ from nvidia.dali import fn
 import train
 from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import DaliLoader
-from pipeline.plan.samples import TrainPlan
+from pipeline.plan.training import TrainPlan
 from pipeline.shards.index import is_prepared, open_prepared
 from pipeline.shards.reader import ShardReader
 def resident_mb():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from common.errors import UserError
 from pipeline.dataset.manifest import open_manifest
-from pipeline.plan.samples import IMAGENET_COLOUR_SHIFT
+from pipeline.plan.training import IMAGENET_COLOUR_SHIFT
 from pipeline.preparation import packing, statistics
 from pipeline.preparation.statistics import STATISTICS, Statistics, find_statistics
 from pipeline.shards.index import open_prepared

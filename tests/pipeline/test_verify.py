@@ -14,8 +14,9 @@ import pytest
 from common.errors import UserError
 from pipeline.dataset import scan
 from pipeline.dataset.headers import Header, read_header
-from pipeline.dataset.manifest import main, open_manifest
-from pipeline.dataset.manifest_files import read_quarantine
+from pipeline.dataset.manifest import open_manifest
+from pipeline.dataset.quarantine import read_quarantine
+from pipeline.manifest import main
 from pipeline.preparation import verify
 from pipeline.preparation.verify import PROGRESS
 from tests.support.images import photo_folder, photographs
@@ -204,7 +205,7 @@ def test_killed_at_any_moment_it_goes_on(folder):
     command = [
         sys.executable,
         "-c",
-        "import sys; from pipeline import verify, manifest; "
+        "import sys; from pipeline import manifest; from pipeline.preparation import verify; "
         "verify._SECONDS_BETWEEN_SAVES = 0; print('up', flush=True); sys.exit(manifest.main(sys.argv[1:]))",
     ]
     command += [str(folder), "--verify", "decode"]

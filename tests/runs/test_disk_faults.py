@@ -19,7 +19,7 @@ from common.files import half_written, remove_own
 from common.lock import BusyError, FolderLock
 from engine.checkpoint import load
 from engine.monitoring.runlog import RunLog
-from pipeline.dataset import manifest_files
+from pipeline.dataset import manifest as manifests
 from pipeline.dataset.manifest import open_manifest
 from pipeline.dataset.table import TABLE_NAMES
 from tests.support.images import photo_folder
@@ -211,16 +211,16 @@ def test_two_scans_of_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_PATIENCE_SECONDS", 0.2)
     folder = photo_folder(tmp_path / "photos")
     first, refused = open_manifest(folder), []
-    write_quarantine = manifest_files.write_quarantine
+    write_quarantine = manifests.write_quarantine
 
     def meanwhile(*arguments):
-        monkeypatch.setattr(manifest_files, "write_quarantine", write_quarantine)
+        monkeypatch.setattr(manifests, "write_quarantine", write_quarantine)
         with pytest.raises(UserError, match=rf"pid {os.getpid()}, host .* is writing to {first.folder}; end it first"):
             open_manifest(folder, rescan=True)
         refused.append(True)
         return write_quarantine(*arguments)
 
-    monkeypatch.setattr(manifest_files, "write_quarantine", meanwhile)
+    monkeypatch.setattr(manifests, "write_quarantine", meanwhile)
     (folder / "train/class0/000.JPEG").unlink()
     assert len(open_manifest(folder).train) == len(first.train) - 1
     assert refused

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import train
+from common import patience
 from common.errors import DataSourceError, TrainingError, UserError
-from pipeline.plan.samples import TrainPlan
+from pipeline.plan.training import TrainPlan
 from pipeline.preparation import packing
 from pipeline.shards import storage
 from pipeline.shards.index import open_prepared
@@ -219,10 +220,10 @@ def credentials(monkeypatch):
         ("SESSION_TOKEN", "THE-TOKEN"),
     ):
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.5)
-    monkeypatch.setattr(storage, "_PATIENCE_TO_OPEN_SECONDS", 0.5)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(patience, "PATIENCE_TO_OPEN_SECONDS", 0.5)
     monkeypatch.setattr(storage, "_ANSWER_SECONDS", 1)
-    monkeypatch.setattr(storage, "_warned_at", -100.0)
+    monkeypatch.setattr(patience, "_warned_at", -100.0)
 
     def at(url: str) -> S3Storage:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)

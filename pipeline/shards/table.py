@@ -1,0 +1,86 @@
+"""Tables of images in shards."""
+
+import numpy as np
+
+from common.errors import UserError
+from pipeline.dataset.table import Rows, TableRows, image_sizes
+from pipeline.shards.storage import Storage
+
+SHARD_ROW = np.dtype(
+    [("shard", "<i4"), ("bytes", "<i4"), ("offset", "<i8"), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")]
+)
+"""A row of a prepared data set's index: where the image file lies in its shard, its label, its size in pixels."""
+
+SHARD_NAMES = r"(?:train|val)-\d{6,}\.tar"
+"""A regular expression for the names of shards."""
+
+_TAR_BLOCK = 512
+_LONGEST_JPEG_SIDE = 65_535
+
+
+class ShardTable:
+    """Images packed into shards, the tar files that pipeline.prepare writes.
+
+    storage: where the shards lie. rows: SHARD_ROW, in the order in which they lie in the shards. shard_images, shard_bytes:
+    int64 [shards], the images in each and its size; classes: how many there are.
+    A source is (shard, offset, bytes), int64 [3].
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        split: str,
+        rows: np.ndarray,
+        *,
+        shard_images: np.ndarray,
+        shard_bytes: np.ndarray,
+        classes: int,
+    ) -> None:
+        self.storage, self.split, self.shard_images = storage, split, shard_images
+        self._shard_bytes, self._classes = shard_bytes, classes
+        self._rows = Rows(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, rows: np.ndarray) -> TableRows:
+        """Raises UserError where a row cannot be: nobody has looked at all of them."""
+        chosen = self._rows.take(rows)
+        if wrong := what_is_wrong(chosen, shard_bytes=self._shard_bytes, classes=self._classes):
+            raise UserError(
+                f"--data {self.storage.url}: its index is damaged ({self.split}: {wrong}); prepare or copy the data set anew"
+            )
+        source = np.stack([chosen[field].astype(np.int64) for field in ("shard", "offset", "bytes")], axis=1)
+        return TableRows(source=source, labels=chosen["label"].astype(np.int64), sizes=image_sizes(chosen))
+
+    def name(self, source: np.ndarray) -> str:
+        shard, offset, _ = source.tolist()
+        header = bytearray(_TAR_BLOCK)
+        self.storage.read(self.shard_name(shard), [offset - _TAR_BLOCK], [memoryview(header)])
+        member = header[:100].rstrip(b"\0").decode("utf-8", "replace")  # the field "name" of every tar format
+        return f"{self.storage.url}/{self.shard_name(shard)}: {member}"
+
+    def shard_name(self, shard: int) -> str:
+        return shard_name(self.split, shard)
+
+
+def shard_name(split: str, shard: int) -> str:
+    """The file name of a shard."""
+    return f"{split}-{shard:06d}.tar"
+
+
+def what_is_wrong(rows: np.ndarray, *, shard_bytes: np.ndarray, classes: int) -> str:
+    """Which number in these rows (SHARD_ROW) cannot be, in words; "" where all can be."""
+    if not len(rows):
+        return ""
+    shard, offset = rows["shard"], rows["offset"]
+    if shard.min() < 0 or shard.max() >= len(shard_bytes):
+        return "an image in a shard that is not there"
+    if rows["bytes"].min() < 1 or offset.min() < _TAR_BLOCK or (offset > shard_bytes[shard] - rows["bytes"]).any():
+        return "an image that does not lie within its shard"
+    if rows["label"].min() < 0 or rows["label"].max() >= classes:
+        return f"a label beyond the {classes:,} classes"
+    sides = (rows["height"], rows["width"])
+    if min(side.min() for side in sides) < 1 or max(side.max() for side in sides) > _LONGEST_JPEG_SIDE:
+        return f"an image whose sides are not 1–{_LONGEST_JPEG_SIDE} pixels"
+    return ""
