@@ -29,17 +29,19 @@ from common.progress import say
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Write a trained network for other programs, if its logits there are ours.
+    """Write a trained network for other programs.
+
+    The file is written only if its logits are those of the network.
 
     The last line on stdout is one line of JSON with the results.
     """
 
     checkpoint: str
-    """A checkpoint of this trainer (its averaged weights, where it has them), or torchvision:PATH, a state dict."""
+    """A checkpoint of this trainer, or torchvision:PATH for a state dict. Averaged weights are used where there are any."""
     format: Literal["torchvision", "torch-export", "onnx"]
-    """A state dict for torchvision's networks, a program for torch.export.load, or an ONNX model."""
+    """torchvision: a state dict for its networks. torch-export: a program for torch.export.load. onnx: an ONNX model."""
     output: Path
-    """The file; one that is there is replaced when the new one is complete."""
+    """The file to write. An existing file is replaced when the new one is complete."""
 
 
 def run(flags: Flags) -> dict:

@@ -28,24 +28,26 @@ IMAGENET_IDS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Name what image files show, from their centre, as in a validation.
+    """Name the likeliest classes of image files.
+
+    The network sees the centre crop, as in a validation.
 
     The last line on stdout is one line of JSON with the results.
     """
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files, or folders: all images in them."""
+    """Image files, or folders, of which all images are taken."""
     checkpoint: str
-    """A checkpoint of this trainer, or torchvision:PATH for a state dict of torchvision's. The averaged weights (--ema) of a
-    checkpoint that has them."""
+    """A checkpoint of this trainer, or torchvision:PATH for a state dict of torchvision's. If a checkpoint has averaged weights
+    (--ema), these are used."""
     top: int = 5
-    """Classes to name for each image."""
+    """Number of classes to name for each image."""
     scale: int | None = None
-    """Shorter side Q of the rescaled image in pixels. Default: what the network was trained at, the middle of a range."""
+    """Shorter side Q of the rescaled image in pixels. Default: the training scale, or the middle of its range."""
     json: bool = False
-    """Print the line of JSON only."""
+    """Print only the line of JSON."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the GPU where there is one."""
+    """Where the network runs. auto: on the GPU if there is one."""
 
 
 def run(flags: Flags) -> dict:

@@ -50,8 +50,8 @@ class Machine(NamedTuple):
 def main(argv: list[str] | None) -> dict:
     parser = flag_parser("allreduce", "Predicted and measured all-reduce over limited links.")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3], help="numbers of ranks to try")
-    parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 4, 16], help="sizes to try")
-    parser.add_argument("--mbits-per-second", type=float, default=100, help="of each link, in each direction")
+    parser.add_argument("--megabytes", type=float, nargs="+", default=[1, 4, 16], help="sizes of the all-reduce to try")
+    parser.add_argument("--mbits-per-second", type=float, default=100, help="rate of each link, in each direction")
     arguments = parser.parse_args(argv)
     if min(arguments.ranks) < 2 or min(arguments.megabytes) <= 0 or arguments.mbits_per_second <= 0:
         raise UserError("give --ranks of 2 or more, and --megabytes and --mbits-per-second above 0")

@@ -41,11 +41,11 @@ def main(argv: list[str] | None) -> dict:
     parser = flag_parser("evaluation", "Compare ways of evaluating: images/s.")
     parser.add_argument("--data", type=Path, help="folder with train/ and val/ (default: made from two photographs)")
     parser.add_argument("--arch", default="A", help="network of the dense pass")
-    parser.add_argument("--dense-crop", type=int, default=32, help="its crop in pixels")
+    parser.add_argument("--dense-crop", type=int, default=32, help="crop of the dense pass in pixels")
     parser.add_argument("--crop", type=int, default=224, help="side of the multi-crop evaluation's crops in pixels")
-    parser.add_argument("--batch-size", type=int, default=128, help="images of the crop's size that are batched")
+    parser.add_argument("--batch-size", type=int, default=128, help="images of the crop's size in a batch")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
     share_one_heap()  # as evaluate.py does
     arguments = parser.parse_args(argv)
     if arguments.data and is_prepared(str(arguments.data)):

@@ -75,10 +75,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> int:
     parser = flag_parser("gpu_report", "Measure on a GPU what this project promises of one.")
-    parser.add_argument("--data", type=Path, help="folder with train/<class>/* and val/<class>/*; default: made up")
-    parser.add_argument("--work", type=Path, default=Path("runs/gpu-report"), help="folder for what the runs leave")
+    parser.add_argument(
+        "--data", type=Path, help="folder with train/<class>/* and val/<class>/*; default: made-up images"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/gpu-report"), help="folder for the files of the runs")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder with performance.md and gpu/")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would be run")
     arguments = parser.parse_args(argv)
     folder = arguments.work.resolve()  # the runs start in the repository
     work = folder / f"{datetime.now():%Y%m%d-%H%M%S}"

@@ -66,7 +66,7 @@ def main(argv: list[str] | None) -> dict:
         "--threads",
         type=int,
         default=usable_cores() + 1,
-        help="threads or worker processes of each loader: one more than there are cores, since each waits now and then",
+        help="threads or worker processes of each loader (%(default)s: one more than there are cores, since some wait)",
     )
     add_turn_flags(parser)
     arguments = parser.parse_args(argv)

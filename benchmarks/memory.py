@@ -25,7 +25,7 @@ from engine.precision import choose_precision
 def main(argv: list[str] | None) -> dict:
     parser = flag_parser("memory", "The loader's resident memory over epochs.")
     parser.add_argument("--data", required=True, help="prepared data, or a folder with train/ and val/")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=20, help="epochs to load (%(default)s)")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     arguments, flags = parser.parse_known_args(argv)
     share_one_heap()  # as train.py does

@@ -25,8 +25,8 @@ _LEAST_FOR_QUANTILE = 9
 
 
 def add_turn_flags(parser: FlagParser) -> None:
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
-    parser.add_argument("--batches", type=int, default=20, help="batches, or steps, counted in a turn")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each competitor")
+    parser.add_argument("--batches", type=int, default=20, help="batches or steps that are counted in a turn")
 
 
 def take_turns(turns: Mapping[str, Callable[[], float]], *, rounds: int, warm_up: int = 0) -> dict[str, list[float]]:

@@ -1,7 +1,6 @@
 """What one process at a time writes to: a folder of a run, a table of a sweep.
 
-Not filelock's: that one takes a marker file for the lock where the file system has none, which a killed process leaves behind,
-and does not say who holds it.
+docs/tried.md says why it is not filelock's.
 """
 
 import contextlib

@@ -38,16 +38,17 @@ class RunFlags:
     out: Path = Path("runs")
     """Folder of the run: checkpoints, logs, configuration. Default: runs/<arch>-<data>."""
     resume: str = "auto"
-    """`auto`: go on from the newest good checkpoint in OUT, if any. `never`: start anew, an earlier run in OUT is moved aside.
-    Or the path of a checkpoint to go on from; where that is not in OUT, an earlier run in OUT is moved aside too."""
+    """`auto`: continue from the newest good checkpoint in OUT, if there is one. `never`: start a new run, and move an earlier
+    run in OUT aside. Or the path of a checkpoint to continue from; if it is not in OUT, an earlier run in OUT is moved aside
+    too."""
     recipe: Path | None = None
-    """YAML file of defaults: keys are flags, unknown ones are refused. OUT/config.yaml of a run is one."""
+    """YAML file with defaults for these flags; unknown keys are refused. Every run writes such a file, OUT/config.yaml."""
     seed: int = 0
-    """Of the initial weights, the order of the images, their augmentation and dropout."""
+    """Seed of the initial weights, the order of the images, their augmentation, and dropout."""
     epochs: int = 74
     """Passes over the training images. (digits: 14)"""
     steps: int | None = None
-    """Stop after so many steps, counted from the start of the training."""
+    """Stop after this many steps, counted from the start of the training."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,8 @@ class NetworkFlags:
     arch: Literal["A", "A-LRN", "B", "C", "D", "E"] = "D"
     """Configuration of the paper's Table 1; D is VGG-16, E is VGG-19."""
     batch_norm: bool = False
-    """Batch normalisation after each convolution, as in torchvision's vgg*_bn; the paper has none. Its statistics are of the
-    images of one pass of one rank."""
+    """Batch normalisation after each convolution, as in torchvision's vgg*_bn; the paper has none. Its statistics come
+    from the images of one pass of one rank."""
     dropout: float = 0.5
     """Probability of dropping an activation of the first two fully-connected layers."""
     init: Literal["xavier", "normal", "kaiming"] = "xavier"
@@ -67,8 +68,8 @@ class NetworkFlags:
     """Start with the first four convolutions and the three fully-connected layers of configuration A from this checkpoint
     (section 3.1 of the paper), or from torchvision:PATH; the other layers are new."""
     weights: str | None = None
-    """Start with all layers of this checkpoint, at step 0 of a new training; or with those of a state dict of torchvision's,
-    torchvision:PATH. For other classes, the last layer is new. A run that is resumed goes on with its own."""
+    """Start a new training with all layers of this checkpoint, or, with torchvision:PATH, of a state dict of torchvision's. If
+    the classes are others, the last layer is new. A run that is resumed continues with its own weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,24 +77,24 @@ class ImageFlags:
     """The images, and what the network sees of them."""
 
     data: str = dataclasses.field(default_factory=default_data)
-    """A folder with train/<class>/* and val/<class>/*, a folder or s3:// URL with prepared data (pipeline.prepare),
-    `digits` (built in), or `synthetic` (one batch of noise on the device, to measure the step alone). Default: $VGG_DATA,
+    """A folder with train/<class>/* and val/<class>/*; a folder or s3:// URL with prepared data (pipeline.prepare);
+    `digits` (built in); or `synthetic` (one batch of noise on the device, to measure the step alone). Default: $VGG_DATA,
     else data/imagenet where it exists, else digits."""
     train_scale: str = "256"
-    """Shorter side S of the rescaled training image in pixels: one number, or lowest-highest to draw one per image,
-    as 256-512. (digits: 36)"""
+    """Shorter side S of the rescaled training image in pixels: one number, or a range such as 256-512,
+    from which one is drawn for each image. (digits: 36)"""
     crop: int = 224
     """Side of the network's input in pixels, a multiple of 32. (digits: 32)"""
     order: Literal["global", "window"] = "global"
-    """Of the training images in an epoch. global: a random permutation of all. window: prepared data only, for storage
-    that wants to be read sequentially: shards in random order, and within WINDOW_SHARDS of them all images in random
-    order."""
+    """Order of the training images in an epoch. global: a random permutation of all images. window: shards in random order,
+    and within each group of WINDOW_SHARDS shards all images in random order; only for prepared data, on storage that is
+    fast only when read sequentially."""
     window_shards: int = 16
-    """Shards that are shuffled, and held in memory, together with --order window."""
+    """With --order window: number of shards whose images are shuffled, and held in memory, together."""
     max_bad_images: int | None = None
-    """Images that may turn out not to be decodable during the run; more end it. Default: 0.1 % of the images."""
+    """How many images may turn out not to be decodable; if there are more, the run ends. Default: 0.1 % of the images."""
     allow_changed_data: bool = False
-    """Resume although the data set is not the one that the checkpoint was trained on."""
+    """Resume even if the data set is not the one that the checkpoint was trained on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,10 +102,10 @@ class TrainingFlags:
     """How the weights are learned."""
 
     batch_size: int = 256
-    """Images in one step over all ranks together; must divide by their number. (digits: 32)"""
+    """Images in one step, over all ranks together; must be divisible by the number of ranks. (digits: 32)"""
     micro_batch: int | None = None
-    """Most images in one pass of one rank; below the rank's share, gradients are accumulated over passes of the largest
-    size that divides the share. Default: the share."""
+    """Largest number of images in one pass of one rank. If this is less than the rank's share of the batch, gradients are
+    accumulated over several passes, of the largest size that divides the share. Default: the share."""
     lr: float = 0.01
     """Learning rate at the start. (synthetic: 0.0001)"""
     momentum: float = 0.9
@@ -112,15 +113,16 @@ class TrainingFlags:
     weight_decay: float = 5e-4
     """L2 penalty on all weights and biases."""
     label_smoothing: float = 0.0
-    """Share of the target that goes to all classes alike, in [0, 1). Validation does without it."""
+    """Share of the target that is spread evenly over all classes, in [0, 1). Validation does not use it."""
     ema: float = 0.0
-    """Decay of a moving average of the weights over the steps, in [0, 1), as 0.9999, less in the first steps; 0: none is kept.
-    It is what is validated, and what other programs take from a checkpoint."""
+    """Decay of a moving average of the weights, in [0, 1), for example 0.9999; it is smaller in the first steps. 0: no average is
+    kept. Validation uses the average, and so do the programs that read a checkpoint."""
     schedule: Literal["plateau", "step", "cosine"] = "plateau"
-    """plateau: the paper's, lr / 10 when validation top-1 stops improving, three times, then stop. step: lr / 10 every
-    STEP_EPOCHS. cosine: linear warm-up, then a half cosine to 0. (digits: cosine)"""
+    """plateau: as in the paper, the learning rate is divided by 10 when validation top-1 stops improving; after three times,
+    the training ends at the next plateau. step: it is divided by 10 every STEP_EPOCHS. cosine: linear warm-up, then half a
+    cosine down to 0. (digits: cosine)"""
     plateau_epochs: int = 5
-    """Epochs without a better top-1 that make a plateau."""
+    """Epochs without a better top-1 after which plateau takes effect."""
     step_epochs: int = 30
     """Epochs between two drops of the step schedule. (digits: 3)"""
     warmup_epochs: float = 5.0
@@ -129,23 +131,23 @@ class TrainingFlags:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputingFlags:
-    """How fast a step is, and in which numbers."""
+    """The device, the precision, and the speed of a step."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the GPU where there is one."""
+    """Where the network runs. auto: on the GPU if there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of autocast. auto: bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
+    """Precision of autocast. auto: on a GPU bf16, or fp16 if it does not support bf16; on a CPU fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; --compile and --no-compile are short for on and off. auto: on for CUDA."""
+    """Whether to use torch.compile; --compile and --no-compile are short for on and off. auto: on for CUDA."""
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
     """Mode of torch.compile."""
     grad_compression: Literal["none", "bf16", "fp16"] = "none"
-    """Precision in which gradients travel between ranks."""
+    """Precision in which gradients are sent between ranks."""
     pad_channels: bool = False
-    """Give the network images with a fourth channel, of zeros: some GPUs' first convolution is faster so. The weights keep
-    their shapes."""
+    """Give the network images with a fourth channel of zeros, which makes the first convolution faster on some GPUs. The
+    weights keep their shapes."""
     deterministic: bool = False
-    """Deterministic kernels only: slower, and the same result to the last bit every time."""
+    """Use deterministic kernels only. This is slower, but every run gives the same result to the last bit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,8 +157,8 @@ class LoadingFlags:
     decoder: Literal["auto", "gpu", "cpu"] = "auto"
     """Where JPEGs are decoded. auto: where the network runs."""
     hw_decoder_load: float = 0.65
-    """Share of the images that --decoder gpu gives to the GPU's JPEG engine, where it has one (A100, H100 …), in [0, 1];
-    the best one depends on THREADS. Validation, and --deterministic, give it all of them (1) or none."""
+    """Share of the images that --decoder gpu gives to the GPU's JPEG engine, where it has one (A100, H100 …), in [0, 1].
+    The best value depends on THREADS. Validation, and runs with --deterministic, give it all images or none."""
     threads: int | None = None
     """DALI's CPU threads in each rank. Default: one more than the rank's share of the cores; with --decoder gpu 8 at most."""
     prefetch: int = 2
@@ -164,7 +166,7 @@ class LoadingFlags:
     read_threads: int | None = None
     """Threads in each rank that read prepared data. Default: 8 for a folder, 64 for S3."""
     read_ahead: int = 8
-    """Batches of prepared data that are read in advance, at least."""
+    """Least number of batches of prepared data that are read in advance."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,15 +174,15 @@ class RecordingFlags:
     """What is written, and when."""
 
     checkpoint_minutes: float = 30.0
-    """Time between checkpoints within an epoch; 0: after every step. One is written after every epoch in any case."""
+    """Minutes between checkpoints within an epoch; 0: after every step. One is written after every epoch in any case."""
     keep: int = 2
-    """Checkpoints that stay besides the best: OUT/step-*.pt, the newest of which is also OUT/last.pt."""
+    """How many checkpoints to keep besides the best one: OUT/step-*.pt. The newest of them is also OUT/last.pt."""
     log_every: int = 20
-    """Steps between two log lines; reading the loss waits for the device."""
+    """Steps between two log lines. For each line, the host waits for the device to read the loss."""
     wandb: bool = False
-    """Send every figure to Weights & Biases too; needs: pip install wandb. WANDB_PROJECT names the project."""
+    """Send every figure to Weights & Biases too. Needs `pip install wandb`. WANDB_PROJECT names the project."""
     inspect: int | None = None
-    """Do not train: draw this many training samples of a new run, and validation images, into OUT/inspect.png."""
+    """Do not train. Instead draw this many training samples of a new run, and as many validation images, into OUT/inspect.png."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -334,7 +336,9 @@ def check(config: Config) -> None:
         "--wandb: wandb is not installed here; pip install wandb": not config.wandb or _is_installed("wandb"),
         f"--inspect {config.inspect}: must be in [1, 400]": config.inspect is None or 1 <= config.inspect <= 400,
     }
-    _refuse(checks)
+    for message, holds in checks.items():
+        if not holds:
+            raise UserError(message)
     check_loading(config, config.max_bad_images)
 
 
@@ -357,10 +361,6 @@ def check_loading(loading: LoadingFlags, max_bad_images: int | None) -> None:
         f"--read-ahead {loading.read_ahead}: must be at least 1": loading.read_ahead >= 1,
         f"--max-bad-images {max_bad_images}: must not be negative": max_bad_images is None or max_bad_images >= 0,
     }
-    _refuse(checks)
-
-
-def _refuse(checks: dict[str, bool]) -> None:
     for message, holds in checks.items():
         if not holds:
             raise UserError(message)

@@ -164,7 +164,8 @@ def _run(argv: list[str] | None) -> int:
 
 def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(
-        prog="python profile/roofline.py", description="The least time that a training step can take, and more GPUs."
+        prog="python profile/roofline.py",
+        description="The least time that a training step can take, on one GPU and on more.",
     )
     add = parser.add_argument
     add("--arch", choices=CONFIGURATIONS, default="D", help="configuration of the paper's Table 1")
@@ -174,17 +175,26 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=whole_above_zero, default=256, help="images of each GPU in one step")
     add("--micro-batch", type=whole_above_zero, help="images in one pass; the batch must be a multiple of it")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="as for train.py")
-    add("--gpu", help=f"one of the table: {', '.join(card.name for card in CARDS)}. Default: what is in this machine")
+    add("--gpu", help=f"GPU of the table: {', '.join(card.name for card in CARDS)}. Default: this machine's")
     add("--measure", action="store_true", help="measure this machine's peaks, even if its GPU is in the table")
-    add("--step-seconds", type=above_zero, help="of one step, measured: gives the MFU, and predictions start from it")
-    add("--step-joules", type=above_zero, help="of one GPU in one step, measured: gives images per joule")
-    add("--ranks", type=whole_above_zero, default=1, help="GPUs that the floor is for")
-    add("--grad-compression", choices=("none", "bf16", "fp16"), default="none", help="of the floor, as for train.py")
+    add(
+        "--step-seconds",
+        type=above_zero,
+        help="measured time of one step: gives the MFU, and predictions start from it",
+    )
+    add("--step-joules", type=above_zero, help="measured energy of one GPU in one step: gives images per joule")
+    add("--ranks", type=whole_above_zero, default=1, help="number of GPUs for which to compute the least time")
+    add("--grad-compression", choices=("none", "bf16", "fp16"), default="none", help="precision of sent gradients")
     add_link_flags(parser)
-    add("--layers", action="store_true", help="print the floor of every layer too")
-    add("--image-size", type=_size, metavar="HEIGHTxWIDTH", help="of the training images: gives the pixels to decode")
+    add("--layers", action="store_true", help="also print the least time of every layer")
+    add(
+        "--image-size",
+        type=_size,
+        metavar="HEIGHTxWIDTH",
+        help="mean size of the training images: gives the pixels to decode",
+    )
     add("--train-scale", type=_scale, default=(256, 256), help="as for train.py: 256, 256-512")
-    add("--jpeg-bytes", type=above_zero, help="of a training image's file: gives the bytes to read")
+    add("--jpeg-bytes", type=above_zero, help="mean size of a training image's file: gives the bytes to read")
     arguments = parser.parse_args(argv)
     batch, micro_batch = arguments.batch_size, arguments.micro_batch
     if micro_batch and batch % micro_batch:

@@ -242,13 +242,15 @@ def add_link_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that say what joins the GPUs; links_from() reads them."""
     add = parser.add_argument
     add("--all-reduce", choices=(*ALGORITHMS, "best"), default="best", help="algorithm; best: the fastest at each size")
-    usual = "GPUs in a machine; default: as in this run, or as usual (8), for CPUs 1"
+    usual = "GPUs in a machine; default: as in this run, else 8, or 1 for CPUs"
     add("--gpus-per-node", type=whole_above_zero, help=usual)
-    peers = "of a GPU to the others of its machine, in each direction; default: the table's NVLink, or PCIe"
+    peers = "rate from a GPU to the others of its machine, in each direction; default: the table's NVLink, or PCIe"
     add("--nvlink-gbytes-per-second", type=above_zero, help=peers)
-    network = "of a machine, in each direction, for all its GPUs together; default, for a GPU of the table: 400"
+    network = (
+        "rate of a machine's network, in each direction, for all its GPUs together; default for GPUs of the table: 400"
+    )
     add("--network-gbits-per-second", type=above_zero, help=network)
-    add("--latency-us", type=above_zero, help="microseconds of one message; default: 10")
+    add("--latency-us", type=above_zero, help="latency of one message in microseconds; default: 10")
 
 
 def links_from(

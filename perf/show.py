@@ -56,7 +56,7 @@ def _run(argv: list[str] | None) -> int:
         type=Path,
         nargs="+",
         metavar="REPORT.json",
-        help="one to show, two to compare; or the CSV of a sweep",
+        help="one report to show, or two to compare; or the CSV file of a sweep",
     )
     parser.add_argument("--out", type=Path, help="folder to write to; default: that of the last report given")
     arguments = parser.parse_args(argv)

@@ -80,24 +80,31 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     """The configuration, and this program's own options. Raises UserError."""
     parser = FlagParser(
         prog="python profile/throughput.py",
-        description="Measure what limits a run. It takes all flags of train.py; --steps is the most of each stage.",
+        description="Measure what limits a run. It takes all flags of train.py; --steps limits the steps of each stage.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "--seconds",
         type=above_zero,
-        help=f"time limit of each stage, warm-up apart ({_SECONDS_A_STAGE:g}; with --tune {_SECONDS_A_TRIAL:g}); with "
-        "--order window three windows of shards are read in any case",
+        help=f"time limit of each stage without warm-up ({_SECONDS_A_STAGE:g}; with --tune {_SECONDS_A_TRIAL:g}); with --order "
+        "window three windows of shards are read in any case",
     )
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--trace", action="store_true", help="write the torch.profiler trace of a few steps, too")
+    either.add_argument("--trace", action="store_true", help="also write the torch.profiler trace of a few steps")
     either.add_argument("--tune", action="store_true", help=f"search for faster settings, and write them into {RECIPE}")
     parser.add_argument(
-        "--tune-seconds", type=above_zero, default=_SECONDS_OF_TUNING, help="time limit of the search (%(default)g)"
+        "--tune-seconds",
+        type=above_zero,
+        default=_SECONDS_OF_TUNING,
+        help="time limit of the search in seconds (%(default)g)",
     )
     prices = parser.add_mutually_exclusive_group()
-    prices.add_argument("--price-per-hour", type=above_zero, help="of all machines together: gives what an epoch costs")
-    prices.add_argument("--price-per-kwh", type=above_zero, help="of the GPUs' energy: gives what an epoch costs")
+    prices.add_argument(
+        "--price-per-hour", type=above_zero, help="price of all machines together: gives the cost of an epoch"
+    )
+    prices.add_argument(
+        "--price-per-kwh", type=above_zero, help="price of the GPUs' energy: gives the cost of an epoch"
+    )
     add_link_flags(parser)
     parser.add_argument("--out", type=Path, help="folder for the report; default: a new one in runs/profile")
     options, flags = parser.parse_known_args(argv)

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(
             "--verify",
             choices=["decode"],
-            help="decode every image once and leave out what fails; interrupted, the same command goes on where it was",
+            help="decode every image once and leave out those that fail; after an interruption, the same command continues",
         )
         arguments = parser.parse_args(argv)
         manifest = open_manifest(arguments.data, rescan=arguments.rescan)

@@ -5,8 +5,8 @@
 #   ARCHS="A B D E" SEEDS="0 1 2" sweeps/arch.sh --data /data/imagenet --epochs 20 --schedule cosine --ranks 8
 #
 # ARCHS         configurations of Table 1 ("A A-LRN B C D E")
-# SEEDS         of weights, order, augmentation and dropout ("0")
-# All else: sweeps/common.sh.
+# SEEDS         seeds of the weights, the order, the augmentation and dropout ("0")
+# For the other variables and flags see sweeps/common.sh and docs/sweeps.md.
 set -euo pipefail
 . "$(dirname -- "$0")/common.sh"
 

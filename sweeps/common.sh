@@ -6,10 +6,10 @@
 #   sweeps/NAME.sh --count              how many runs there are
 #   sweeps/NAME.sh --run N FLAGS        only the Nth of them, as sweeps/slurm_array.sbatch does
 #
-# By environment variables, besides the grid's own:
-#   CSV                file with a row for each run (runs/sweeps/NAME.csv); the runs' folders are beside it
+# Environment variables, besides the grid's own:
+#   CSV                file with one row per run (runs/sweeps/NAME.csv); the runs' folders are beside it
 #   PYTHON             interpreter (python)
-#   KEEP_CHECKPOINTS   1: keep the runs' checkpoints, which are deleted otherwise when the row is written
+#   KEEP_CHECKPOINTS   1: keep the runs' checkpoints; otherwise they are deleted when the row is written
 #
 # Relative paths start at the repository. docs/sweeps.md says when a run counts as done, and what the columns are.
 

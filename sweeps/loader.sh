@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# How fast the loader alone and training are, by DALI's threads, the batches prepared in advance and the decoder.
+# How fast the loader alone and training are, for several numbers of DALI threads and prepared batches, and for each decoder.
 #
 #   sweeps/loader.sh                                                  the digits, in minutes on two cores
 #   THREADS="4 8 16" PREFETCHES="1 2 4" DECODERS="gpu cpu" sweeps/loader.sh --arch D --data /data/imagenet
 #
-# THREADS       of DALI in each rank ("1 2 3")
-# PREFETCHES    batches prepared in advance ("2")
+# THREADS       numbers of DALI threads in each rank ("1 2 3")
+# PREFETCHES    numbers of batches prepared in advance ("2")
 # DECODERS      gpu, cpu or auto ("auto")
-# All else: sweeps/common.sh.
+# For the other variables and flags see sweeps/common.sh and docs/sweeps.md.
 set -euo pipefail
 . "$(dirname -- "$0")/common.sh"
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Accuracy by the learning rate.
+# Accuracy for several learning rates.
 #
 #   sweeps/lr.sh                                                      the digits, two epochs each: minutes on two cores
 #   LRS="0.003 0.01 0.03" SEEDS="0 1 2" sweeps/lr.sh --arch D --data /data/imagenet --epochs 20 --schedule cosine --ranks 8
 #
 # LRS           learning rates at the start ("0.003 0.01 0.03")
-# SEEDS         of weights, order, augmentation and dropout ("0")
-# All else: sweeps/common.sh.
+# SEEDS         seeds of the weights, the order, the augmentation and dropout ("0")
+# For the other variables and flags see sweeps/common.sh and docs/sweeps.md.
 set -euo pipefail
 . "$(dirname -- "$0")/common.sh"
 

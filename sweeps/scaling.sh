@@ -4,10 +4,10 @@
 #   sweeps/scaling.sh                                                 the digits, in minutes on two cores
 #   RANKS="1 2 4 8" BATCH_SIZE=256 sweeps/scaling.sh --arch D --data /data/imagenet
 #
-# RANKS         numbers of ranks, each of which is a GPU, where there are any ("1 2")
+# RANKS         numbers of ranks; where there are GPUs, each rank uses one ("1 2")
 # SCALINGS      strong, weak ("strong weak")
 # BATCH_SIZE    images in a step: over all ranks together with strong scaling, on each with weak scaling (32)
-# All else: sweeps/common.sh.
+# For the other variables and flags see sweeps/common.sh and docs/sweeps.md.
 set -euo pipefail
 . "$(dirname -- "$0")/common.sh"
 

@@ -4,9 +4,9 @@
 #   HOST=10.0.0.1 sweeps/two_machines.sh --arch D --data /data/imagenet --out /shared/runs/D
 #   HOST=10.0.0.1 sweeps/two_machines.sh --dry-run --arch D ...      only prints the command of this machine
 #
-# HOST is one of them, by name or IPv4 address, and must stay up: it keeps the list of those that take part. OUT must be on
-# a file system that all see. When a machine joins, all save and go on together; when one is lost, the others go on from the
-# last checkpoint. The batch stays --batch-size, which must divide among any number of ranks that may come about.
+# HOST is the name or IPv4 address of one of them. It must stay up, since it keeps the list of the machines. OUT must be on a file
+# system that all of them see. When a machine joins, all save and continue together. When one is lost, the others continue from
+# the last checkpoint. The batch stays --batch-size, which must be divisible by every number of ranks that may occur.
 set -euo pipefail
 
 . "$(dirname -- "$0")/common.sh"

@@ -18,25 +18,25 @@ class InputFlags:
     """Which images a network is shown, and how."""
 
     data: str = dataclasses.field(default_factory=default_data)
-    """As train.py's: a folder with train/ and val/, prepared data in a folder or a bucket, or `digits`."""
+    """As for train.py: a folder with train/ and val/, prepared data in a folder or a bucket, or `digits`."""
     scales: str | None = None
-    """Shorter sides Q of the rescaled test image in pixels, with commas, as 256,384,512; answers are averaged. Default: each
-    network's training scale, or the middle of its range."""
+    """Shorter sides Q of the rescaled test image in pixels, separated by commas, as 256,384,512. The results are averaged.
+    Default: each network's training scale, or the middle of its range."""
     flip: Literal["auto", "on", "off"] = "auto"
-    """Average over each view of an image and its mirror image; --flip and --no-flip are short for on and off. auto: as the
-    paper has it, except with --protocol center."""
+    """Average over each view of an image and its mirror image; --flip and --no-flip are short for on and off. auto: on,
+    as in the paper, except with --protocol center."""
     batch_size: int = 128
-    """Images of the network's own size that a rank computes at a time; of larger ones, as many as have no more pixels."""
+    """Images of the network's input size that a rank computes together; of larger images, as many as have no more pixels."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: the GPU where there is one."""
+    """Where the network runs. auto: on the GPU if there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of autocast. auto: bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU."""
+    """Precision of autocast. auto: on a GPU bf16, or fp16 if it does not support bf16; on a CPU fp32."""
     decoder: Literal["auto", "gpu", "cpu"] = "auto"
     """Where JPEGs are decoded. auto: where the network runs."""
     threads: int | None = None
     """DALI's CPU threads in each rank. Default: one more than the rank's share of the cores."""
     max_bad_images: int | None = None
-    """Images that may turn out not to be decodable; more end it. Default: 0.1 % of the images."""
+    """How many images may turn out not to be decodable; if there are more, the program ends. Default: 0.1 % of the images."""
 
     @property
     def loading(self) -> LoadingFlags:
@@ -60,23 +60,23 @@ class EvaluateFlags(InputFlags):
     """
 
     checkpoint: tuple[str, ...]
-    """Checkpoints of train.py, or torchvision:PATH for a state dict of torchvision's; several are fused by averaging their
-    posteriors."""
+    """Checkpoints of train.py, or torchvision:PATH for a state dict of torchvision's. Several networks are fused by averaging
+    their posteriors."""
     protocol: Literal["center", "dense", "multicrop", "multicrop+dense"] = "dense"
-    """center: the centre crop, as train.py's validation. dense: the network at every place of the whole image. multicrop: a
-    grid of 5×5 crops. multicrop+dense: the mean of both."""
+    """What the network is shown. center: the centre crop, as in train.py's validation. dense: every place of the whole image.
+    multicrop: a grid of 5×5 crops. multicrop+dense: the mean of both."""
     table: Literal[3, 4, 5, 6] | None = None
-    """Print this table of the paper, ours beside the paper's figures, each checkpoint in its row; decides protocol, scales and
-    flip."""
+    """Print this table of the paper, with our figures beside the paper's and each checkpoint in its row. The table decides
+    protocol, scales and flip."""
     posteriors: Path = Path("runs/posteriors")
-    """Folder where the posteriors are kept; those that are there already are not computed again."""
+    """Folder where the posteriors are kept. Posteriors that are already there are not computed again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureFlags(InputFlags):
-    """Write what a network sees in a data set, for another classifier.
+    """Write a network's features of a data set, for another classifier.
 
-    Appendix B of the paper: the activations before the last layer.
+    They are the activations before the last layer (appendix B of the paper).
 
     The last line on stdout is one line of JSON with the results.
     """

@@ -122,8 +122,10 @@ def compare(folders: Sequence[Path], out: Path) -> dict:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Raises UserError."""
     parser = FlagParser(prog="python -m engine.compare_runs", description="Compare runs of train.py.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run: an --out of train.py")
-    parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="the picture (default: %(default)s)")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (--out of train.py)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("comparison.png"), help="picture to write (default: %(default)s)"
+    )
     return parser.parse_args(argv)
 
 

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = FlagParser(
             prog="python -m engine.curves", description="Draw a run's curves.png from its metrics.jsonl."
         )
-        parser.add_argument("run", metavar="RUN", type=Path, help="the --out of train.py")
+        parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run (--out of train.py)")
         print(json.dumps({"curves": str(draw_curves(parser.parse_args(argv).run))}))
         return 0
 

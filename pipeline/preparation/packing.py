@@ -368,15 +368,17 @@ def _run(argv: list[str] | None) -> int:
         prog="python -m pipeline.prepare", description="Resize a data set once and pack it into shards."
     )
     parser.add_argument("source", type=Path, help="folder with train/<class>/* and val/<class>/*")
-    parser.add_argument("destination", type=Path, help="new folder; holds shards and index afterwards, for --data")
+    parser.add_argument(
+        "destination", type=Path, help="new folder for the shards and their index; give it to train.py as --data"
+    )
     parser.add_argument(
         "--short-side",
         default="256",
         help="shorter side in pixels (256), or max:N for a longer side of at most N; smaller images stay as they are",
     )
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1–95 (90)")
+    parser.add_argument("--quality", type=int, default=90, help="quality of the JPEGs, 1–95 (90)")
     parser.add_argument("--shard-images", type=int, default=2048, help="images in a shard (2048)")
-    parser.add_argument("--threads", type=int, help="of each rank (its share of the cores)")
+    parser.add_argument("--threads", type=int, help="threads of each rank (its share of the cores)")
     arguments = parser.parse_args(argv)
     started = time.monotonic()
     settings = _check(arguments)

@@ -233,7 +233,9 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
 
     def work() -> int:
-        parser = FlagParser(prog="python -m pipeline.statistics", description="Mean and covariance of the RGB values.")
+        parser = FlagParser(
+            prog="python -m pipeline.statistics", description="Compute a data set's RGB mean and covariance."
+        )
         parser.add_argument("data", help="folder with train/<class>/* and val/<class>/*, or prepared data")
         name = parser.parse_args(argv).data
         data = open_prepared(name) if is_prepared(name) else open_manifest(Path(name))
