@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import math
 from collections.abc import Sequence
@@ -55,7 +56,11 @@ def parse_dataclass(cls: type[T], flags: Sequence[str], default: T | None, prog:
     try:
         with contextlib.redirect_stderr(messages):
             given = tyro.cli(
-                form, args=flags, prog=prog, description=_joined(cls.__doc__), config=(tyro.conf.OmitArgPrefixes,)
+                form,
+                args=flags,
+                prog=prog,
+                description=_joined(cls.__doc__),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
             )
     except SystemExit as exit:
         if not exit.code:
@@ -70,10 +75,9 @@ def _form(cls: type, default: object) -> type:
 
     Left to find the texts itself, tyro keeps the line breaks of the source.
     """
-    import docstring_parser
     import tyro
 
-    texts = {text.arg_name: text.description or "" for text in docstring_parser.parse_from_object(cls).params}
+    texts = _help_texts(cls)
     kinds = get_type_hints(cls, include_extras=True)
     annotated: Any = Annotated
     fields: list[tuple[str, Any, Any]] = []
@@ -88,6 +92,14 @@ def _form(cls: type, default: object) -> type:
     made = dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
     made.__doc__ = _joined(cls.__doc__)
     return made
+
+
+@functools.cache  # reading a module's source for each of its classes takes longer than all the rest
+def _help_texts(cls: type) -> dict[str, str]:
+    """The docstring of each field, by the field's name."""
+    import docstring_parser
+
+    return {text.arg_name: text.description or "" for text in docstring_parser.parse_from_object(cls).params}
 
 
 def _joined(text: str | None) -> str:
