@@ -55,25 +55,29 @@ def main(argv: list[str] | None) -> dict:
     arguments = parser.parse_args(argv)
     if min(arguments.ranks) < 2 or min(arguments.megabytes) <= 0 or arguments.mbits_per_second <= 0:
         raise UserError("give --ranks of 2 or more, and --megabytes and --mbits-per-second above 0")
+    print(f"gloo over links of {arguments.mbits_per_second:,g} Mbit/s")
+    print(f"{'ranks':>6}{'MB':>8}{'latency, ms':>14}{'predicted, ms':>16}{'measured, ms':>16}{'ratio':>8}")
     rows = [row for ranks in arguments.ranks for row in check(ranks, arguments)]
-    print_rows(rows, arguments.mbits_per_second)
     largest = max(abs(row["measured_over_predicted"] - 1) for row in rows)
     return {"mbits_per_second": arguments.mbits_per_second, "rows": rows, "largest_error": largest}
 
 
 def check(ranks: int, arguments: argparse.Namespace) -> list[dict]:
-    """Predicted and measured seconds of each size."""
+    """Predicted and measured seconds of each size; a line is printed for each."""
     sizes = [int(megabytes * 1e6) // _FLOAT_BYTES * _FLOAT_BYTES for megabytes in arguments.megabytes]
     with limited_machines(ranks, mbits_per_second=arguments.mbits_per_second) as machines:
         smallest_seconds, *measured = measure(machines, [_FLOAT_BYTES, *sizes])
     rate, latency = arguments.mbits_per_second * 1e6 / 8 * _PAYLOAD_SHARE, smallest_seconds / (2 * (ranks - 1))
     links = Links(peer_bytes_per_second=rate, network_bytes_per_second=rate, gpus_per_node=1, latency_seconds=latency)
-    predicted = [all_reduce_seconds(size, ranks=ranks, links=links, algorithm="ring") for size in sizes]
-    return [
-        {"ranks": ranks, "bytes": size, "latency_seconds": latency, "predicted_seconds": model}
-        | {"measured_seconds": seconds, "measured_over_predicted": seconds / model}
-        for size, model, seconds in zip(sizes, predicted, measured, strict=True)
-    ]
+    rows = []
+    for size, seconds in zip(sizes, measured, strict=True):
+        predicted = all_reduce_seconds(size, ranks=ranks, links=links, algorithm="ring")
+        ratio = seconds / predicted
+        times = f"{1e3 * latency:14.3f}{1e3 * predicted:16.2f}{1e3 * seconds:16.2f}"
+        print(f"{ranks:6}{size / 1e6:8.1f}{times}{ratio:8.3f}", flush=True)
+        row = {"ranks": ranks, "bytes": size, "latency_seconds": latency, "predicted_seconds": predicted}
+        rows.append({**row, "measured_seconds": seconds, "measured_over_predicted": ratio})
+    return rows
 
 
 def measure(machines: list[Machine], sizes: list[int]) -> list[float]:
@@ -119,15 +123,6 @@ def rank(sizes: list[int]) -> None:
         medians.append(statistics.median(seconds[1:]))  # the first opens the connections
     print(json.dumps(medians))
     dist.destroy_process_group()
-
-
-def print_rows(rows: list[dict], mbits_per_second: float) -> None:
-    print(f"gloo over links of {mbits_per_second:,g} Mbit/s")
-    print(f"{'ranks':>6}{'MB':>8}{'latency, ms':>14}{'predicted, ms':>16}{'measured, ms':>16}{'ratio':>8}")
-    for row in rows:
-        latency, predicted, measured = (1e3 * row[f"{name}_seconds"] for name in ("latency", "predicted", "measured"))
-        sizes = f"{row['ranks']:6}{row['bytes'] / 1e6:8.1f}"
-        print(f"{sizes}{latency:14.3f}{predicted:16.2f}{measured:16.2f}{measured / predicted:8.3f}")
 
 
 # ---- machines that are network namespaces -----------------------------------------------------------------------

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.datasets import ImageFolder
 
-from benchmarks.plain import ListedImages, read_pil
 from common.process import usable_cores
+from engine.data import TrainingData
 
 _LONGER_SIDE = 500
 _JPEG_QUALITY = 90
@@ -16,11 +17,10 @@ _LEAST_IMAGES_IN_FILE = 2_000
 _LEAST_IMAGES_IN_EPOCH = 100_000
 
 
-def ffcv_loader(
-    paths: list[str], labels: list[int], file: Path, crop: int, batch_size: int, workers: int
-) -> Iterator[tuple]:
+def ffcv_loader(folder: Path, file: Path, data: TrainingData) -> Iterator[tuple]:
     """ffcv on the CPU, by the recipe of its authors' ImageNet training, with every image kept as a JPEG; endless batches.
 
+    folder: with <class>/<image>. data: whose crops, batches and threads it takes, of those as many as there are cores at most.
     The file, which is written first, is that of write_imagenet.py in https://github.com/libffcv/ffcv-imagenet, but that no
     image is kept as raw pixels. The pipeline is that of train_imagenet.py there: decode the whole image, random crop of 8 to
     100 % of its area resized to crop × crop, random flip, mean and deviation; but float32, and normalised before ToTensor, which
@@ -32,7 +32,7 @@ def ffcv_loader(
     into ffcv's ring of buffers: the next batch asked for may overwrite them. The first takes long: numba compiles the pipeline.
     Raises ImportError, at the call: ffcv is not installed.
     """
-    threads = torch.get_num_threads()
+    threads, crop = torch.get_num_threads(), data.config.crop
     try:
         from ffcv.fields.basics import IntDecoder
         from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
@@ -40,19 +40,20 @@ def ffcv_loader(
         from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
 
         # ffcv's writer forks, and this process may hold threads of other loaders, with which a fork is not safe.
-        writer = multiprocessing.get_context("spawn").Process(target=_write, args=(paths, labels, file))
+        writer = multiprocessing.get_context("spawn").Process(target=_write, args=(folder, file))
         writer.start()
         writer.join()
         if writer.exitcode:
             raise RuntimeError(f"writing {file} for ffcv failed: exit status {writer.exitcode}")
-        images = len(paths) * _copies(paths)
+        images = len(ImageFolder(folder))
+        images *= _copies(images)
         mean, deviation = np.array([0.485, 0.456, 0.406]) * 255, np.array([0.229, 0.224, 0.225]) * 255
         of_images = [RandomResizedCropRGBImageDecoder((crop, crop)), RandomHorizontalFlip()]
         of_images += [NormalizeImage(mean, deviation, np.float32), ToTensor(), ToTorchImage()]
         loader = Loader(
             str(file),
-            batch_size=batch_size,
-            num_workers=workers,
+            batch_size=data.micro_batch,
+            num_workers=min(data.threads, usable_cores()),  # it allows no more
             os_cache=True,
             order=OrderOption.RANDOM,
             seed=0,
@@ -74,16 +75,15 @@ def _batches(loader) -> Iterator[tuple]:
             epoch.close()  # ends its thread, which would otherwise wait for ever with a full queue
 
 
-def _copies(paths: list[str]) -> int:
-    return -(-_LEAST_IMAGES_IN_FILE // len(paths))
+def _copies(images: int) -> int:
+    return -(-_LEAST_IMAGES_IN_FILE // images)
 
 
-def _write(paths: list[str], labels: list[int], file: Path) -> None:
+def _write(folder: Path, file: Path) -> None:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
+    photographs = ImageFolder(folder)
     image = RGBImageField(write_mode="jpg", max_resolution=_LONGER_SIDE, jpeg_quality=_JPEG_QUALITY)
     writer = DatasetWriter(str(file), {"image": image, "label": IntField()}, num_workers=usable_cores())
-    writer.from_indexed_dataset(
-        ListedImages(paths, labels, read_pil), indices=np.tile(np.arange(len(paths)), _copies(paths))
-    )
+    writer.from_indexed_dataset(photographs, indices=np.tile(np.arange(len(photographs)), _copies(len(photographs))))

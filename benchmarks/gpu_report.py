@@ -14,7 +14,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 
 from benchmarks import flag_parser
 from benchmarks.photographs import photograph_folder
-from benchmarks.turns import OURS, RATE, rate_text, ratio_text
+from benchmarks.turns import RATE, table
 from common.errors import UserError
 from common.files import replacing
 from common.process import end, run_program
@@ -132,32 +131,29 @@ def measure(runs: list[Run], left_out: dict[str, str], work: Path) -> dict:
     work.mkdir(parents=True)
     with ranks_of_this_run("cuda") as ranks:
         machine = msgspec.to_builtins(hardware(ranks))
-    report: dict = {
+    kept: dict = {"tests": None, "throughput": {}, "inputs": {}, "steps": {}, "loaders": None}
+    failed = {}
+    for number, run in enumerate(runs, start=1):
+        say(f"{number} of {len(runs)}: {run.name}")
+        result, reason = execute(run)
+        if result is None:
+            failed[run.name] = reason
+            say(f"{run.name} failed: {reason}")
+        elif kept[run.kind] is None:  # one run of its kind
+            kept[run.kind] = results_of(run.kind, result)
+        else:
+            kept[run.kind][run.name] = results_of(run.kind, result)
+    return {
         "program": "gpu_report",
         "format": FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_revision": git_revision(),
         "card": machine["name"],
         "hardware": machine,
-        "tests": None,
-        "throughput": {},
-        "inputs": {},
-        "steps": {},
-        "loaders": None,
+        **kept,
         "left_out": left_out,
-        "failed": {},
+        "failed": failed,
     }
-    for number, run in enumerate(runs, start=1):
-        say(f"{number} of {len(runs)}: {run.name}")
-        result, reason = execute(run)
-        if result is None:
-            report["failed"][run.name] = reason
-            say(f"{run.name} failed: {reason}")
-        elif run.kind in ("tests", "loaders"):  # one run of each
-            report[run.kind] = results_of(run.kind, result)
-        else:
-            report[run.kind][run.name] = results_of(run.kind, result)
-    return report
 
 
 def results_of(kind: str, text: str) -> dict:
@@ -198,9 +194,9 @@ def write(report: dict, docs: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             file.write(json.dumps(report, indent=1).encode() + b"\n")
+        rewrite_table(docs)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --docs") from error
-    rewrite_table(docs)
+        raise UserError(f"{docs}: cannot be written ({error.strerror}); choose another --docs") from error
     return path
 
 
@@ -211,14 +207,13 @@ def of_tests(junit: str) -> dict:
     """Of pytest's --junitxml: how many passed; the others by name, with the reason."""
     counts: dict = {"passed": 0, "failed": {}, "skipped": {}, "expected_failures": {}}
     for case in ElementTree.fromstring(junit).iter("testcase"):
-        name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
         problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         if problem is None:
             counts["passed"] += 1
             continue
-        kind = "skipped" if problem.tag == "skipped" else "failed"
-        if problem.get("type") == "pytest.xfail":
-            kind = "expected_failures"
+        expected = problem.get("type") == "pytest.xfail"
+        kind = "expected_failures" if expected else "skipped" if problem.tag == "skipped" else "failed"
+        name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
         counts[kind][name] = (problem.get("message") or "").partition("\n")[0]
     return counts
 
@@ -246,18 +241,15 @@ def of_throughput(report: Report) -> dict:
 
 
 def rewrite_table(docs: Path) -> None:
-    """Replace what stands between the two comments in DOCS/performance.md. Raises UserError: they are not there."""
+    """Replace what stands between the two comments in DOCS/performance.md. Raises OSError, and UserError: they are not there."""
     path = docs / "performance.md"
-    try:
-        before, found_begin, rest = path.read_text().partition(BEGIN)
-        _, found_end, after = rest.partition(END)
-        if not (found_begin and found_end):
-            raise UserError(f"{path}: has no lines {BEGIN} and {END} to put the table between; restore them")
-        reports = [json.loads(report.read_text()) for report in sorted((docs / "gpu").glob("*.json"))]
-        with replacing(path) as file:
-            file.write(f"{before}{BEGIN}\n\n{section(reports)}\n\n{END}{after}".encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be rewritten ({error.strerror}); choose another --docs") from error
+    before, found_begin, rest = path.read_text().partition(BEGIN)
+    _, found_end, after = rest.partition(END)
+    if not (found_begin and found_end):
+        raise UserError(f"{path}: has no lines {BEGIN} and {END} to put the table between; restore them")
+    reports = [json.loads(report.read_text()) for report in sorted((docs / "gpu").glob("*.json"))]
+    with replacing(path) as file:
+        file.write(f"{before}{BEGIN}\n\n{section(reports)}\n\n{END}{after}".encode())
 
 
 def section(reports: list[dict]) -> str:
@@ -280,12 +272,11 @@ def _card(report: dict) -> str:
         *(_throughput(name, run) for name, run in report["throughput"].items()),
     ]
     for name, run in report["inputs"].items():
-        title = f"Training by what feeds it, {name}, {run['batch_size']} images:"
-        lines += _table(title, "of noise's", run["inputs"], "of noise", digits=3)
+        lines += ["", *table(f"Training by what feeds it, {name}, {run['batch_size']} images:", run["inputs"])]
     for name, run in report["steps"].items():
-        lines += _against_ours(f"The step alone, {name}, {run['batch_size']} images:", run["steps"])
+        lines += ["", *table(f"The step alone, {name}, {run['batch_size']} images:", run["steps"])]
     for scale, rows in loaders["scales"].items() if loaders else ():
-        lines += _against_ours(f"Loaders, {scale}, batches of {loaders['batch_size']}:", rows)
+        lines += ["", *table(f"Loaders, {scale}, batches of {loaders['batch_size']}:", rows)]
     if tests:
         others = "; ".join(
             f"{kind.replace('_', ' ')}: {', '.join(f'`{name}` ({why})' for name, why in tests[kind].items())}"
@@ -310,20 +301,6 @@ def _throughput(name: str, run: dict) -> str:
     )
     cells = ["–" if value is None else form.format(value).replace("%", " %") for value, form in figures]
     return f"| {' | '.join([name, *cells, str(run['config']['micro_batch']), run['verdict']['bound']])} |"
-
-
-def _against_ours(title: str, rows: Mapping[str, Mapping]) -> list[str]:
-    return _table(title, f"{OURS} is … times", rows, f"times {OURS}", left_out=OURS)
-
-
-def _table(
-    title: str, head: str, rows: Mapping[str, Mapping], ratio: str, *, digits: int = 2, left_out: str = ""
-) -> list[str]:
-    """Lines of rows of turns.summarise(). left_out: the row that is compared with, whose ratio says nothing."""
-    lines = ["", title, "", f"| | images/s | {head} |", "|---|---|---|"]
-    for name, row in rows.items():
-        lines.append(f"| {name} | {rate_text(row)} | {'' if name == left_out else ratio_text(row, ratio, digits)} |")
-    return lines
 
 
 if __name__ == "__main__":

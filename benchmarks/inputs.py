@@ -8,28 +8,27 @@ share a GPU: one that is the faster alone may leave the step waiting.
 They take turns in one process (benchmarks/turns.py); ratios to noise are taken within a round.
 """
 
-import argparse
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import flag_parser, program
-from benchmarks.turns import add_turn_flags, compare_streams, forever
+from benchmarks.photographs import check_photographs, prepared_copy
+from benchmarks.turns import add_turn_flags, compare_calls
 from common.errors import UserError
 from common.memory import share_one_heap
 from common.process import end
 from common.ranks import Ranks, ranks_of_this_run
-from engine.config import DIGITS, SYNTHETIC, Config, parse_args
+from engine.config import Config, parse_args
 from engine.data import TrainingData, open_training_data
-from engine.precision import Precision, choose_precision, set_numerics
+from engine.precision import choose_precision, set_numerics
 from engine.training.assembly import assemble, network_of, too_little_memory
+from engine.training.step import TrainStep
 from pipeline.dali.loader import Batch
-from pipeline.preparation.packing import Settings, prepare
-from pipeline.shards.index import is_prepared
 
 NOISE = "noise"
 _PAUSE_SECONDS = 0.5
@@ -42,67 +41,53 @@ def main(argv: list[str] | None) -> dict:
         "inputs", "Compare what feeds a training step: images per second. It takes all flags of train.py."
     )
     add_turn_flags(parser)
-    try:
-        options, flags = parser.parse_known_args(argv)
-        config = parse_args(flags)
-        if config.data in (SYNTHETIC, DIGITS) or is_prepared(config.data):
-            raise UserError(f"--data {config.data}: give a folder of photographs; the rest is made from it")
-        share_one_heap()  # as train.py does
-        with ranks_of_this_run(config.device) as ranks, tempfile.TemporaryDirectory() as work:
-            if ranks.world_size > 1:
-                raise UserError("benchmarks.inputs measures one rank; start it without torchrun")
-            return compare(config, ranks, options, Path(work))
-    except torch.OutOfMemoryError as error:
-        raise too_little_memory(config.micro_batch or config.batch_size) from error
-
-
-def compare(config: Config, ranks: Ranks, options: argparse.Namespace, work: Path) -> dict:
-    """Measure, print the table, return the figures. work: a folder for the prepared images."""
+    options, flags = parser.parse_known_args(argv)
+    config = parse_args(flags)
+    check_photographs(config)
+    share_one_heap()  # as train.py does
     set_numerics(deterministic=config.deterministic)
-    precision = choose_precision(config.precision, ranks.device)
-    files = open_training_data(config, ranks, precision)
-    step = training_step(files, ranks, precision)
-    inputs = make_inputs(files, ranks, precision, work)
-    rows = compare_streams(
-        f"{config.arch}, {precision.name}, {config.batch_size} images",
-        {name: forever(functools.partial(step, batches)) for name, batches in inputs.items()},
-        of=NOISE,
-        images=config.batch_size,
-        device=ranks.device,
-        pause_seconds=_PAUSE_SECONDS,
-        **vars(options),
-    )
+    with ranks_of_this_run(config.device) as ranks, tempfile.TemporaryDirectory() as work:
+        if ranks.world_size > 1:
+            raise UserError("benchmarks.inputs measures one rank; start it without torchrun")
+        data = open_training_data(config, ranks, choose_precision(config.precision, ranks.device))
+        try:
+            step = training_step(data)
+            rows = compare_calls(
+                f"{config.arch}, {data.precision.name}, {config.batch_size} images",
+                {name: functools.partial(step, fed) for name, fed in make_inputs(data, Path(work)).items()},
+                of=NOISE,
+                images=config.batch_size,
+                device=ranks.device,
+                pause_seconds=_PAUSE_SECONDS,
+                **vars(options),
+            )
+        except torch.OutOfMemoryError as error:
+            raise too_little_memory(data.micro_batch) from error
     kept = {name: getattr(config, name) for name in ("arch", "data", "crop", "batch_size")}
-    kept |= {"device": ranks.device.type, "precision": precision.name, "threads": files.threads}
+    kept |= {"device": ranks.device.type, "precision": data.precision.name, "threads": data.threads}
     return {**kept, "rounds": options.rounds, "inputs": rows}
 
 
-def training_step(data: TrainingData, ranks: Ranks, precision: Precision) -> Callable[[Iterator[Batch]], object]:
+def training_step(data: TrainingData) -> TrainStep:
     """The trainer's own, compiled where it would be, for these classes. It leaves the weights as they are."""
-    config = data.config
-    model = network_of(config, classes=len(data.classes), device=ranks.device)
-    config = replace(config, lr=0.0)
-    step = assemble(config, ranks=ranks, precision=precision, micro_batch=data.micro_batch, model=model).step
-    step.warm_up(*next(data.resident_batches()))
-    return step
+    config = replace(data.config, lr=0.0)
+    model = network_of(config, classes=len(data.classes), device=data.ranks.device)
+    parts = assemble(config, ranks=data.ranks, precision=data.precision, micro_batch=data.micro_batch, model=model)
+    parts.step.warm_up(*next(data.resident_batches()))
+    return parts.step
 
 
-def make_inputs(files: TrainingData, ranks: Ranks, precision: Precision, work: Path) -> dict[str, Iterator[Batch]]:
+def make_inputs(files: TrainingData, work: Path) -> dict[str, Iterator[Batch]]:
     """Endless iterators of batches, by name."""
-    config, folder = files.config, work / "prepared"
-    low, high = config.scale
-    settings = Settings(short_side=f"{low}" if low == high else f"max:{high}", quality=90, shard_images=2048)
-    prepare(Path(config.data), folder, settings, threads=files.threads, ranks=ranks)
-    prepared = open_training_data(replace(config, data=str(folder)), ranks, precision)
     inputs = {NOISE: files.resident_batches()}
-    for kind, data in (("files", files), ("prepared", prepared)):
-        for name, changes in decoders(config, ranks).items():
+    for kind, data in (("files", files), ("prepared", prepared_copy(files, work / "prepared"))):
+        for name, changes in decoders(files.config, files.ranks).items():
             inputs[f"{kind}, {name}"] = replace(data, loading=replace(data.config, **changes)).train_batches(0)
     return inputs
 
 
 def decoders(config: Config, ranks: Ranks) -> dict[str, dict]:
-    """What is changed of how images are loaded, by name."""
+    """What is changed in the configuration, by name."""
     if ranks.device.type == "cpu":
         return {"CPU": {"decoder": "cpu"}}
     return {

@@ -15,7 +15,6 @@ They take turns (benchmarks/turns.py). A turn begins with a pause, in which the 
 meanwhile is used up.
 """
 
-import argparse
 import functools
 import sys
 import tempfile
@@ -27,98 +26,72 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch.utils.data import DataLoader, RandomSampler
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
 
 from benchmarks import flag_parser, program
 from benchmarks.ffcv import ffcv_loader
-from benchmarks.plain import COLOUR_SHIFT_SIGMA, ListedImages, read_pil, training_transform
-from benchmarks.turns import OURS, add_turn_flags, compare_streams
-from common.errors import UserError
+from benchmarks.photographs import check_photographs, prepared_copy
+from benchmarks.plain import COLOUR_SHIFT_SIGMA, training_transform
+from benchmarks.turns import OURS, add_turn_flags, compare_calls
 from common.memory import share_one_heap
 from common.process import end, usable_cores
 from common.progress import say
-from common.ranks import Ranks, ranks_of_this_run
-from engine.config import Config, parse_args
-from engine.data import open_training_data
+from common.ranks import ranks_of_this_run
+from engine.config import parse_args
+from engine.data import TrainingData, open_training_data
 from engine.precision import choose_precision
-from pipeline.dataset.manifest import Manifest, open_manifest
 from pipeline.plan.samples import IMAGENET_MEAN_RGB
 from pipeline.plan.training import IMAGENET_COLOUR_SHIFT
-from pipeline.preparation.packing import Settings, prepare
 
 PREPARED = "this project, prepared"
 _SCALES = {"S=256": "256", "S in [256;512]": "256-512"}
 """As train.py's --train-scale has them."""
-_PREFETCH = 2
+_DEFAULT_FLAGS = ["--device", "cpu", "--batch-size", "256", "--prefetch", "2"]
+_DEFAULT_FLAGS += ["--threads", str(usable_cores() + 1)]  # each waits now and then
 _PAUSE_SECONDS = 4.0
-
-Files = tuple[list[str], list[int]]
-"""Paths and labels."""
 
 
 @program
 def main(argv: list[str] | None) -> dict:
-    parser = flag_parser("loaders", "Compare image loaders: images per second.")
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/* and val/<class>/*")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where DALI's loaders decode")
-    parser.add_argument("--batch-size", type=int, default=256, help="images in a batch")
-    parser.add_argument("--crop", type=int, default=224, help="side of the crop in pixels")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=usable_cores() + 1,
-        help="threads or worker processes of each loader (%(default)s: one more than there are cores, since some wait)",
-    )
+    parser = flag_parser("loaders", "Compare image loaders: images per second. Other flags are train.py's.")
     add_turn_flags(parser)
-    arguments = parser.parse_args(argv)
+    options, flags = parser.parse_known_args(argv)
+    config = parse_args([*_DEFAULT_FLAGS, *flags])
+    check_photographs(config)
     share_one_heap()  # as train.py does
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; check the driver with nvidia-smi, or use --device cpu")
-    with ranks_of_this_run(arguments.device) as ranks, tempfile.TemporaryDirectory() as work:
-        manifest = open_manifest(arguments.data)
-        scales = {
-            name: compare_streams(
-                name,
-                make_loaders(manifest, scale, arguments, ranks, Path(work)),
-                times=(OURS, PREPARED),
-                images=arguments.batch_size,
-                rounds=arguments.rounds,
-                batches=arguments.batches,
-                device=ranks.device,
-                pause_seconds=_PAUSE_SECONDS,
-            )
-            for name, scale in _SCALES.items()
-        }
-    settings = {name: getattr(arguments, name) for name in ("device", "batch_size", "threads", "rounds")}
-    return {"data": str(arguments.data), "images": len(manifest.train), **settings, "scales": scales}
+    scales = {}
+    with ranks_of_this_run(config.device) as ranks:
+        for name, scale in _SCALES.items():
+            data = open_training_data(replace(config, train_scale=scale), ranks, choose_precision("fp32", ranks.device))
+            with tempfile.TemporaryDirectory() as work:
+                scales[name] = compare_calls(
+                    name,
+                    {loader: batches.__next__ for loader, batches in make_loaders(data, Path(work)).items()},
+                    times=(OURS, PREPARED),
+                    images=data.micro_batch,
+                    device=ranks.device,
+                    pause_seconds=_PAUSE_SECONDS,
+                    **vars(options),
+                )
+    settings = {name: getattr(config, name) for name in ("data", "device", "batch_size", "threads")}
+    return {**settings, "images": data.train_images, "rounds": options.rounds, "scales": scales}
 
 
-def make_loaders(
-    manifest: Manifest, scale: str, arguments: argparse.Namespace, ranks: Ranks, work: Path
-) -> dict[str, Iterator]:
+def make_loaders(data: TrainingData, work: Path) -> dict[str, Iterator]:
     """Endless iterators of batches, by name. work: a folder for what some of them read."""
-    size, crop, threads = arguments.batch_size, arguments.crop, arguments.threads
-    flags = f"--device {arguments.device} --train-scale {scale} --crop {crop} --batch-size {size} --threads {threads}"
-    config = parse_args(["--data", str(arguments.data), "--prefetch", str(_PREFETCH), *flags.split()])
-    precision = choose_precision("fp32", ranks.device)
-    settings = Settings(short_side="256" if scale == "256" else "max:512", quality=90, shard_images=2048)
-    packed = work / scale
-    prepare(arguments.data, packed, settings, threads=threads, ranks=ranks)
-    ours, prepared = (
-        open_training_data(replace(config, data=str(folder)), ranks, precision).train_batches(0)
-        for folder in (arguments.data, packed)
-    )
-    rows = manifest.train.read(np.arange(len(manifest.train)))
-    files = [manifest.train.name(source) for source in rows.source], rows.labels.tolist()
+    ours, prepared = data.train_batches(0), prepared_copy(data, work / "prepared").train_batches(0)
+    folder = Path(data.config.data, "train")
     loaders = {
         OURS: ours,
-        "DALI, decode all": usual_dali(files, config, ranks.device),
-        "torchvision, PIL": torchvision_loader(files, read_pil, config),
-        "torchvision, tensors": torchvision_loader(files, tensor_reader(), config),
+        "DALI, decode all": usual_dali(folder, data),
+        "torchvision, PIL": torchvision_loader(folder, default_loader, data),
+        "torchvision, tensors": torchvision_loader(folder, tensor_reader(), data),
         PREPARED: prepared,
     }
-    if scale == "256":
+    if data.config.train_scale == "256":
         try:
-            peer = ffcv_loader(*files, work / "images.beton", crop, size, min(threads, usable_cores()))  # its limit
+            peer = ffcv_loader(folder, work / "images.beton", data)
             next(peer)  # numba compiles
             loaders["ffcv"] = peer
         except ImportError as error:
@@ -129,21 +102,22 @@ def make_loaders(
 # ---- the others --------------------------------------------------------------------------------------------------
 
 
-def usual_dali(files: Files, config: Config, device: torch.device) -> Iterator:
+def usual_dali(folder: Path, data: TrainingData) -> Iterator:
     """The graph of DALI's own examples, decode the whole image, resize, random crop and flip, with its random operators."""
     shift_of_alpha = types.Constant(np.array(IMAGENET_COLOUR_SHIFT, dtype=np.float32))
     mean = types.Constant(np.asarray(IMAGENET_MEAN_RGB, dtype=np.float32))
-    (paths, labels), (low, high), on_gpu = files, map(float, config.scale), device.type == "cuda"
+    crop, (low, high), device = data.config.crop, map(float, data.config.scale), data.ranks.device
+    on_gpu = device.type == "cuda"
 
     @pipeline_def(
-        batch_size=config.batch_size,
-        num_threads=config.threads,
+        batch_size=data.micro_batch,
+        num_threads=data.threads,
         device_id=device.index if on_gpu else None,
-        prefetch_queue_depth=_PREFETCH,
+        prefetch_queue_depth=data.config.prefetch,
         seed=0,
     )
     def graph():
-        encoded, label = fn.readers.file(files=paths, labels=labels, shuffle_after_epoch=True)
+        encoded, label = fn.readers.file(file_root=str(folder), shuffle_after_epoch=True)
         whole = fn.decoders.image(encoded, output_type=types.RGB, device="mixed" if on_gpu else "cpu")
         shorter = low if low == high else fn.random.uniform(range=(low, high))
         resized = fn.resize(whole, resize_shorter=shorter)
@@ -151,7 +125,7 @@ def usual_dali(files: Files, config: Config, device: torch.device) -> Iterator:
         shift = fn.reductions.sum(alpha * shift_of_alpha, axes=1)
         images = fn.crop_mirror_normalize(
             resized,
-            crop=(config.crop, config.crop),
+            crop=(crop, crop),
             crop_pos_x=fn.random.uniform(range=(0.0, 1.0)),
             crop_pos_y=fn.random.uniform(range=(0.0, 1.0)),
             mirror=fn.random.coin_flip(),
@@ -177,18 +151,18 @@ def tensor_reader() -> Callable[[str], torch.Tensor]:
     return functools.partial(decode_image, mode="RGB")
 
 
-def torchvision_loader(files: Files, read: Callable, config: Config) -> Iterator:
+def torchvision_loader(folder: Path, read: Callable, data: TrainingData) -> Iterator:
     """torchvision's transforms in as many worker processes as there are threads of the others."""
-    transform = training_transform(config.scale, config.crop, IMAGENET_MEAN_RGB, IMAGENET_COLOUR_SHIFT)
-    images = ListedImages(*files, lambda path: transform(read(path)))
+    transform = training_transform(data.config.scale, data.config.crop, IMAGENET_MEAN_RGB, IMAGENET_COLOUR_SHIFT)
+    images = ImageFolder(folder, transform, loader=read)
     # One permutation after the other: no epoch's end interrupts the clock.
     order = RandomSampler(images, num_samples=sys.maxsize, generator=torch.Generator().manual_seed(0))
     loader = DataLoader(
         images,
-        batch_size=config.batch_size,
+        batch_size=data.micro_batch,
         sampler=order,
-        num_workers=config.threads or 0,
-        prefetch_factor=_PREFETCH,
+        num_workers=data.threads,
+        prefetch_factor=data.config.prefetch,
         multiprocessing_context="fork",
     )
     return iter(loader)

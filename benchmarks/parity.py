@@ -35,7 +35,6 @@ from perf.plot_style import BLUE, VERMILION, new_figure, png
 
 OURS, PLAIN = "this trainer", "plain loop"
 RESULT = "result.json"
-_FOLDERS = {OURS: "ours", PLAIN: "plain"}
 _COLOURS = {OURS: BLUE, PLAIN: VERMILION}
 _MEASURES = {"top1": ("validation top-1 (%)", 100), "loss": ("validation loss (nats)", 1)}
 """What people call it, and how many of their units it is."""
@@ -74,14 +73,13 @@ def main(argv: list[str] | None) -> dict:
 
 def train_both(out: Path, flags: list[str], seed: int) -> dict[str, dict]:
     """The results of the two runs of a seed, by name."""
-    ours, plain = (out / f"{_FOLDERS[name]}-{seed}" for name in (OURS, PLAIN))
-    result = {OURS: kept(ours, flags, lambda: run_trainer(ours, flags))}
+    ours, plain = (out / f"{name}-{seed}" for name in ("ours", "plain"))
 
-    def plainly() -> dict:
+    def train(_: Path, flags: list[str]) -> dict:
         used = checkpoint.load(ours / checkpoint.LAST)
         return {"history": train_plainly(parse_args(flags), used.mean_rgb, used.colour_shift), "diverged_at": None}
 
-    return {**result, PLAIN: kept(plain, flags, plainly)}
+    return {OURS: kept(ours, flags, run_trainer), PLAIN: kept(plain, flags, train)}
 
 
 # ---- runs of an experiment: each result is kept in a file as soon as it is there, and not made a second time --------
@@ -93,8 +91,8 @@ def add_run_flags(parser: FlagParser, *, picture: str) -> None:
     parser.add_argument("--plot", type=Path, help=f"PNG to write; default: OUT/{picture}")
 
 
-def kept(out: Path, flags: list[str], make: Callable[[], dict]) -> dict:
-    """What OUT/result.json holds; where there is none yet, what make() returns, written there.
+def kept(out: Path, flags: list[str], make: Callable[[Path, list[str]], dict]) -> dict:
+    """What OUT/result.json holds; where there is none yet, what make(out, flags) returns, written there.
 
     flags: of train.py, which the result belongs to. Raises UserError: OUT holds the result of other ones.
     """
@@ -112,7 +110,7 @@ def kept(out: Path, flags: list[str], make: Callable[[], dict]) -> dict:
         say(f"{out}: done before")
         return found
     out.mkdir(parents=True, exist_ok=True)
-    result = {"flags": flags, **make()}
+    result = {"flags": flags, **make(out, flags)}
     with replacing(path) as file:
         file.write(json.dumps(result).encode())
     return result
@@ -147,17 +145,18 @@ def compare(histories: dict[str, list[list[dict]]]) -> dict:
     result: dict = {}
     for measure in _MEASURES:
         values = {name: [run[-1][measure] for run in runs] for name, runs in histories.items()}
+        means = {name: statistics.mean(runs) for name, runs in values.items()}
         low, high = difference_interval(values[OURS], values[PLAIN])
         result[measure] = {
-            name: {"runs": runs, "mean": statistics.mean(runs), "standard_deviation": statistics.stdev(runs)}
+            name: {"runs": runs, "mean": means[name], "standard_deviation": statistics.stdev(runs)}
             for name, runs in values.items()
+        } | {
+            "difference": means[OURS] - means[PLAIN],
+            "difference_95": [low, high],
+            "equal_within_spread": low <= 0 <= high,
         }
-        result[measure]["difference"] = statistics.mean(values[OURS]) - statistics.mean(values[PLAIN])
-        result[measure] |= {"difference_95": [low, high], "equal_within_spread": low <= 0 <= high}
-    result["top1_by_epoch"] = {
-        name: [[entry["top1"] for entry in run] for run in runs] for name, runs in histories.items()
-    }
-    return result
+    by_epoch = {name: [[entry["top1"] for entry in run] for run in runs] for name, runs in histories.items()}
+    return {**result, "top1_by_epoch": by_epoch}
 
 
 def difference_interval(one: list[float], other: list[float]) -> tuple[float, float]:

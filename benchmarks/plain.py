@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -22,23 +21,6 @@ from pipeline.dali.loader import Batch
 Matrix = Sequence[Sequence[float]]
 COLOUR_SHIFT_SIGMA = 0.1  # section 3.1 of the paper, after AlexNet
 _WORKERS = 2
-
-
-def read_pil(path: str) -> Image.Image:
-    return Image.open(path).convert("RGB")
-
-
-class ListedImages(Dataset):
-    """What torchvision's ImageFolder does, over a given list: (what read() makes of a path, label)."""
-
-    def __init__(self, paths: list[str], labels: list[int], read: Callable) -> None:
-        self._paths, self._labels, self._read = paths, labels, read
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> tuple:
-        return self._read(self._paths[index]), self._labels[index]
 
 
 class ColourShift(nn.Module):

@@ -10,7 +10,6 @@ A.pt is a checkpoint of A on the same data: one of benchmarks.parity's. A finish
 interrupted one goes on. The defaults are for a few thousand images of 32 pixels.
 """
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -23,16 +22,16 @@ from common.files import replacing
 from common.process import end
 from engine import checkpoint
 from engine.config import Config, parse_args
+from engine.monitoring.curves import draw_runs
+from engine.monitoring.run_files import read_run
 from engine.training.assembly import network_of
 from model.weights import to_torchvision
-from perf.plot_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, png
 
 _ARCH: Final = "E"
 _DEFAULT_FLAGS = ["--crop", "32", "--train-scale", "36", "--batch-size", "50", "--epochs", "5", "--schedule", "cosine"]
 _DEFAULT_FLAGS += ["--warmup-epochs", "1", "--checkpoint-minutes", "1", "--keep", "1"]
 _FIXED_FLAGS = ["--arch", _ARCH, "--log-every", "1"]  # to know the step in which a loss is no number any more
 _SMALL_NORMAL = "random, normal of standard deviation 0.01"
-_COLOURS = (BLUE, SKY, GREEN, VERMILION, ORANGE, PURPLE)
 
 
 @program
@@ -51,13 +50,11 @@ def main(argv: list[str] | None) -> dict:
     write_small_normal(config, len(classes), weights)
     runs = {}
     for number, (name, start) in enumerate(starts(arguments.init_from, weights).items()):
-        out, own_flags = arguments.out / str(number), [*flags, *start]
-        runs[name] = kept(out, own_flags, functools.partial(run_trainer, out, own_flags))
+        runs[name] = kept(arguments.out / str(number), [*flags, *start], run_trainer)
     chance = 1 / len(classes)
     summary = {name: summarise(run, chance) for name, run in runs.items()}
     picture = arguments.plot or arguments.out / "pre-initialisation.png"
-    with replacing(picture) as file:
-        file.write(plot(runs, chance, f"{_ARCH} on {arguments.data.name}: with A's layers, and without"))
+    draw_runs([read_run(arguments.out / str(number)) for number in range(len(runs))], list(runs), picture)
     for name, row in summary.items():
         end = f"diverged in step {row['diverged_at']}" if row["diverged_at"] else f"top-1 {row['top1']:.1%}"
         print(f"{name:52}{end:>24}   {'learned' if row['learned'] else 'did not learn'}")
@@ -89,30 +86,11 @@ def write_small_normal(config: Config, classes: int, path: Path) -> None:
 
 
 def summarise(run: dict, chance: float) -> dict:
+    """What is reported of a run. chance: top-1 of guessing."""
     top1 = [entry["top1"] for entry in run["history"]]
-    learned = run["diverged_at"] is None and top1[-1] >= 2 * chance
-    last = top1[-1] if top1 else None
-    return {"top1_by_epoch": top1, "top1": last, "diverged_at": run["diverged_at"], "learned": learned}
-
-
-def plot(runs: dict[str, dict], chance: float, title: str) -> bytes:
-    """A PNG: top-1 after each epoch. A run that diverged has a cross after its last epoch, at the level of guessing."""
-    figure = new_figure(5.0, title)
-    axes = figure.subplots()
-    axes.axhline(100 * chance, color=GREY, linestyle=":", label="guessing")
-    cross = 13  # each is smaller than the one before: they may all lie in the first epoch
-    for (name, run), colour in zip(runs.items(), _COLOURS, strict=True):
-        top1 = [100 * entry["top1"] for entry in run["history"]]
-        label = None if run["diverged_at"] else name
-        axes.plot(range(1, len(top1) + 1), top1, "o-", color=colour, markersize=4, label=label)
-        if run["diverged_at"]:
-            label = f"{name}: diverged in step {run['diverged_at']}"
-            axes.plot(len(top1), 100 * chance, "X", color=colour, markersize=cross, label=label, linestyle="none")
-            cross -= 5
-    axes.set(xlabel="epoch", ylabel="validation top-1 (%)", xlim=(-0.2, None), ylim=(0, None))
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower left", fontsize=8)
-    return png(figure)
+    last, diverged_at = top1[-1] if top1 else None, run["diverged_at"]
+    learned = diverged_at is None and top1[-1] >= 2 * chance
+    return {"top1_by_epoch": top1, "top1": last, "diverged_at": diverged_at, "learned": learned}
 
 
 if __name__ == "__main__":

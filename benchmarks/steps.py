@@ -6,25 +6,25 @@ everyone writes, eager and compiled. All take the same batch of noise, which sta
 take turns in one process (benchmarks/turns.py).
 """
 
-import argparse
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torchvision
 from torch import nn
 
 from benchmarks import flag_parser, program
+from benchmarks.inputs import training_step
 from benchmarks.plain import usual_step
-from benchmarks.turns import OURS, add_turn_flags, compare_streams, forever
+from benchmarks.turns import OURS, add_turn_flags, compare_calls
 from common.errors import TrainingError, UserError
 from common.process import end
 from common.progress import say
-from common.ranks import Ranks, ranks_of_this_run
+from common.ranks import ranks_of_this_run
 from engine.config import SYNTHETIC, Config, parse_args
-from engine.data import open_training_data
-from engine.precision import Precision, choose_precision, set_numerics
-from engine.training.assembly import assemble, network_of
+from engine.data import TrainingData, open_training_data
+from engine.precision import choose_precision, set_numerics
 
 _NAMES = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
 """Configurations that torchvision and timm have, too."""
@@ -34,48 +34,39 @@ _NAMES = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
 def main(argv: list[str] | None) -> dict:
     parser = flag_parser("steps", "Compare training steps: images per second. It takes all flags of train.py.")
     add_turn_flags(parser)
-    try:
-        options, flags = parser.parse_known_args(argv)
-        config = parse_args(["--batch-size", "128", *flags, "--data", SYNTHETIC])
-        if config.arch not in _NAMES:
-            raise UserError(f"--arch {config.arch}: nobody else has it; take one of {', '.join(_NAMES)}")
-        with ranks_of_this_run(config.device) as ranks:
-            return compare(config, ranks, options)
-    except torch.OutOfMemoryError as error:
-        cure = "a smaller --batch-size" if config.batch_size > 1 else "a smaller --crop, or another GPU"
-        raise TrainingError(f"the GPU's memory is too small for all networks; take {cure}") from error
-
-
-def compare(config: Config, ranks: Ranks, options: argparse.Namespace) -> dict:
-    """Measure, print the table, return the figures."""
+    options, flags = parser.parse_known_args(argv)
+    config = parse_args(["--batch-size", "128", *flags, "--data", SYNTHETIC])
+    if config.arch not in _NAMES:
+        raise UserError(f"--arch {config.arch}: nobody else has it; take one of {', '.join(_NAMES)}")
     set_numerics(deterministic=False)
-    precision = choose_precision(config.precision, ranks.device)
-    rows = compare_streams(  # no queue to fill, no pause
-        f"{config.arch}, {precision.name}",
-        {name: forever(step) for name, step in make_steps(config, ranks, precision).items()},
-        times=(OURS,),
-        images=config.batch_size,
-        device=ranks.device,
-        **vars(options),
-    )
+    with ranks_of_this_run(config.device) as ranks:
+        data = open_training_data(config, ranks, choose_precision(config.precision, ranks.device))
+        try:
+            rows = compare_calls(  # no queue to fill, no pause
+                f"{config.arch}, {data.precision.name}",
+                make_steps(data),
+                times=(OURS,),
+                images=config.batch_size,
+                device=ranks.device,
+                **vars(options),
+            )
+        except torch.OutOfMemoryError as error:
+            cure = "a smaller --batch-size" if config.batch_size > 1 else "a smaller --crop, or another GPU"
+            raise TrainingError(f"the GPU's memory is too small for all networks; take {cure}") from error
     kept = {name: getattr(config, name) for name in ("arch", "crop", "batch_size")}
-    return {**kept, "device": ranks.device.type, "precision": precision.name, "rounds": options.rounds, "steps": rows}
+    kept |= {"device": ranks.device.type, "precision": data.precision.name}
+    return {**kept, "rounds": options.rounds, "steps": rows}
 
 
-def make_steps(config: Config, ranks: Ranks, precision: Precision) -> dict[str, Callable[[], object]]:
+def make_steps(data: TrainingData) -> dict[str, Callable[[], object]]:
     """By name: a function that takes one training step on the resident batch."""
-    data = open_training_data(config, ranks, precision)
-    batches = data.train_batches(0)
-    classes = len(data.classes)
-    model = network_of(config, classes=classes, device=ranks.device)
-    parts = assemble(config, ranks=ranks, precision=precision, micro_batch=data.micro_batch, model=model)
-    parts.step.warm_up(*next(batches))
-    steps: dict[str, Callable[[], object]] = {OURS: lambda: parts.step(batches)}
+    config, device, batches = data.config, data.ranks.device, data.train_batches(0)
+    steps: dict[str, Callable[[], object]] = {OURS: functools.partial(training_step(data), batches)}
     images, labels = next(batches)
     batch = images[:, :3].contiguous(memory_format=torch.channels_last), labels  # the others take no --pad-channels
-    for library, network in peers(config, classes).items():
-        network.to(ranks.device).to(memory_format=torch.channels_last)
-        step = usual_step(network, config, precision)
+    for library, network in peers(config, len(data.classes)).items():
+        network.to(device).to(memory_format=torch.channels_last)
+        step = usual_step(network, replace(config, lr=0.0), data.precision)  # as ours: no weights grow beyond bounds
         steps[f"{library}, eager"] = functools.partial(step, network, batch)
         steps[f"{library}, compiled"] = functools.partial(step, torch.compile(network), batch)
     return steps

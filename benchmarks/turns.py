@@ -6,7 +6,7 @@ are taken within a round.
 
 import functools
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter, sleep
 
 import numpy as np
@@ -19,7 +19,7 @@ from common.progress import say
 
 OURS, RATE = "this project", "images_per_second"
 NOT_COUNTED = 8
-"""Batches of a stream before those that count."""
+"""Batches of a turn before those that count."""
 _LEAST_FOR_QUANTILE = 9
 """With fewer values their whole range is the median's interval."""
 
@@ -29,53 +29,52 @@ def add_turn_flags(parser: FlagParser) -> None:
     parser.add_argument("--batches", type=int, default=20, help="batches or steps that are counted in a turn")
 
 
-def take_turns(turns: Mapping[str, Callable[[], float]], *, rounds: int, warm_up: int = 0) -> dict[str, list[float]]:
-    """What each function returned, round by round. warm_up: rounds before them, of which nothing is kept."""
+def take_turns(turns: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
+    """What each function returned, round by round."""
     figures: dict[str, list[float]] = {name: [] for name in turns}
-    for number in range(-warm_up, rounds):
+    for number in range(rounds):
         for name in list(turns)[:: -1 if number % 2 else 1]:
-            figure = turns[name]()
-            if number >= 0:
-                figures[name].append(figure)
-        if number >= 0:
-            latest = (f"{name} {of[-1]:,.{0 if of[-1] >= 100 else 2}f}" for name, of in figures.items())
-            say(f"round {number + 1} of {rounds}: {', '.join(latest)}")
+            figures[name].append(turns[name]())
+        latest = (f"{name} {of[-1]:,.{0 if of[-1] >= 100 else 2}f}" for name, of in figures.items())
+        say(f"round {number + 1} of {rounds}: {', '.join(latest)}")
     return figures
 
 
-def compare_streams(
+def compare_calls(
     title: str,
-    streams: Mapping[str, Iterator],
+    calls: Mapping[str, Callable[[], object]],
     *,
     images: int,
     rounds: int,
     batches: int,
     device: torch.device,
+    not_counted: int | None = None,
     pause_seconds: float = 0.0,
     times: Sequence[str] = (),
     of: str | None = None,
 ) -> dict[str, dict]:
-    """Rates of endless iterators of batches of so many images, or of what takes a step at each batch; printed as a table, too.
+    """Rates of functions that each load or train on a batch of so many images at every call; printed as a table, too.
 
-    pause_seconds: before a turn, in which the one before fills its queues and falls silent. What was prefetched meanwhile is
-    in the batches that are NOT_COUNTED. times, of: as in summarise(), which makes the rows.
+    batches: calls that are counted in a turn. not_counted: calls before them; None: NOT_COUNTED. pause_seconds: before a turn, in
+    which the one before fills its queues and falls silent; what was prefetched meanwhile is in the calls that are not counted.
+    times, of: as in summarise(), which makes the rows.
     """
 
-    def turn(stream: Iterator) -> float:
+    def turn(call: Callable[[], object]) -> float:
         sleep(pause_seconds)
-        for _ in range(NOT_COUNTED):
-            next(stream)
+        for _ in range(NOT_COUNTED if not_counted is None else not_counted):
+            call()
         finish(device)
         began = perf_counter()
         for _ in range(batches):
-            next(stream)
+            call()
         finish(device)
         return batches * images / (perf_counter() - began)
 
     with present_objects_frozen():  # as in training
-        turns = {name: functools.partial(turn, stream) for name, stream in streams.items()}
+        turns = {name: functools.partial(turn, call) for name, call in calls.items()}
         rows = summarise(take_turns(turns, rounds=rounds), times=times, of=of)
-    print_table(title, rows)
+    print("", *table(title, rows), sep="\n")
     return rows
 
 
@@ -83,12 +82,6 @@ def finish(device: torch.device) -> None:
     """Wait for what the device was given so far on torch's stream."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-
-
-def forever(step: Callable[[], object]) -> Iterator:
-    """An iterator that takes a step each time."""
-    while True:
-        yield step()
 
 
 def summarise(
@@ -131,24 +124,24 @@ def interval(ratios: Sequence[float]) -> list[float] | None:
     return [round(float(low), 4), round(float(high), 4)]
 
 
-def rate_text(row: Mapping) -> str:
-    median, lowest, highest = row[RATE]
-    digits = 0 if median >= 100 else 1
-    return f"{median:,.{digits}f} ({lowest:,.{digits}f}–{highest:,.{digits}f})"
+def table(title: str, rows: Mapping[str, Mapping]) -> list[str]:
+    """Lines of Markdown: what summarise() returned."""
+    ratios = [key for key in next(iter(rows.values())) if key != RATE and not key.endswith("%")]
+    heads = [f"{key.removeprefix('times ')} is … times" if key.startswith("times") else f"{key}'s" for key in ratios]
+    lines = [title, "", f"| | images/s | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    for name, row in rows.items():
+        median, lowest, highest = (f"{rate:,.{0 if row[RATE][0] >= 100 else 1}f}" for rate in row[RATE])
+        cells = [
+            "" if key == f"times {name}" else ratio_text(row, key) for key in ratios
+        ]  # as many times as itself: once
+        lines.append(f"| {name} | {median} ({lowest}–{highest}) | {' | '.join(cells)} |")
+    return lines
 
 
-def ratio_text(row: Mapping, title: str, digits: int = 2) -> str:
+def ratio_text(row: Mapping, title: str) -> str:
     """Median (lowest–highest), and the interval where there is one; reports of before have none."""
+    digits = 3 if title.startswith("of") else 2
     median, lowest, highest = (f"{value:.{digits}f}" for value in row[title])
     found = row.get(f"{title}, 95 %")
     surely = f", 95 % {found[0]:.{digits}f}–{found[1]:.{digits}f}" if found else ""
     return f"{median} ({lowest}–{highest}{surely})"
-
-
-def print_table(title: str, rows: Mapping[str, Mapping]) -> None:
-    """What summarise() returned."""
-    titles = [key for key in next(iter(rows.values())) if key != RATE and not key.endswith("%")]
-    heads = [key.removeprefix("times ") + " is … times" if key.startswith("times") else key for key in titles]
-    print(f"\n{title:28}{'images/s':>24}" + "".join(f"{head:>38}" for head in heads))
-    for name, row in rows.items():
-        print(f"{name:28}{rate_text(row):>24}" + "".join(f"{ratio_text(row, key):>38}" for key in titles))

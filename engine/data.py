@@ -117,7 +117,7 @@ class Data:
         plan = self.validation_plan(viewing)
         size = min(viewing.batch_size, _VALIDATION_BATCH)
         rank, world_size = self.ranks.rank, self.ranks.world_size
-        loader = self._loader(
+        loader = self.loader(
             plan,
             lambda skip: plan.batches(rank=rank, world_size=world_size, batch_size=size, skip=skip),
             size,
@@ -146,7 +146,7 @@ class Data:
                 f"warning: {printable(name)} would have {width:,}×{height:,} pixels at a scale of {plan.scale}, more than "
                 f"{plan.most_pixels:,}; it counts as lost"
             )
-        loader = self._loader(
+        loader = self.loader(
             plan,
             lambda skip: plan.batches(rank=rank, world_size=world_size, skip=skip),
             plan.largest_batch,
@@ -188,7 +188,7 @@ class Data:
             prefetch=self.loading.prefetch,
         )
 
-    def _loader(
+    def loader(
         self,
         plan: Plan,
         batches_after: Callable[[int], Iterator[Samples]],
@@ -238,7 +238,7 @@ class TrainingData(Data):
             return self.resident_batches()
         plan = self.train_plan()
         rank, world_size, size = self.ranks.rank, self.ranks.world_size, self.micro_batch
-        return self._loader(
+        return self.loader(
             plan,
             lambda skip: plan.batches(start=start, rank=rank, world_size=world_size, micro_batch=size, skip=skip),
             size,
@@ -286,7 +286,7 @@ class TrainingData(Data):
                 yield plan.samples(filled_up[step % steps])
 
         split = "train" if isinstance(plan, TrainPlan) else "val"
-        loader = self._loader(
+        loader = self.loader(
             plan, batches_after, size, split, self._options(self.config.crop, self.config.pad_channels)
         )
         images = torch.cat([next(loader)[0].cpu() for _ in range(steps)])

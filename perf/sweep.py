@@ -37,26 +37,25 @@ EXIT_FAILED = 1
 EXIT_BUSY = 3
 RATES = tuple(f"{stage}_images_per_second" for stage in reversed(STAGES))
 """Columns of throughput.py's rates; behind each the ends of its interval."""
-ENDS = ("low", "high", "p5", "p95")
+ENDS = ("_low", "_high", "_p5", "_p95")
 """What follows the column's name for the ends: of a 95 % interval, and of the middle 90 % of laps in earlier sweeps."""
 
 _OF_TRAINING = {
-    **dict.fromkeys(("best_top1", "top1", "top5", "validation_loss", "images_per_second")),
-    **dict.fromkeys(("training_seconds", "evaluation_seconds", "checkpoint_seconds", "startup_seconds")),
-    **{"steps": "steps_done", "epochs": "epochs_done", "device": "device_used", "precision": "precision_used"},
-    **dict.fromkeys(("compiled", "resumed")),
+    **{name: name for name in ("best_top1", "top1", "top5", "validation_loss", "images_per_second")},
+    **{name: name for name in ("training_seconds", "evaluation_seconds", "checkpoint_seconds", "startup_seconds")},
+    **{"steps_done": "steps", "epochs_done": "epochs", "device_used": "device", "precision_used": "precision"},
+    **{name: name for name in ("compiled", "resumed")},
 }
-"""Key of train.py's last line → column, where it has another name."""
+"""Column → key of train.py's last line."""
 _OF_THROUGHPUT = {
-    **{"ceiling_images_per_second": "ceiling.images_per_second", "bound": "verdict.bound", "mfu": "roofline.mfu"},
-    **{"images_per_joule": "roofline.images_per_joule", "device_used": "hardware.device"},
+    "ceiling_images_per_second": "ceiling.images_per_second",
+    "bound": "verdict.bound",
+    "mfu": "roofline.mfu",
+    "images_per_joule": "roofline.images_per_joule",
+    "device_used": "hardware.device",
 }
 """Column → where it stands in a report."""
-RESULTS = (
-    *(column or key for key, column in _OF_TRAINING.items()),
-    *(f"{rate}{end}" for rate in RATES for end in ("", *(f"_{end}" for end in ENDS))),
-    *_OF_THROUGHPUT,
-)
+RESULTS = (*_OF_TRAINING, *(f"{rate}{end}" for rate in RATES for end in ("", *ENDS)), *_OF_THROUGHPUT)
 RECORDS = (ERROR, "began", "seconds_of_run", "host", "cores", "out")
 """The columns that are neither results nor settings."""
 _FIRST = ("program", "variant", "ranks", "card", "git_revision")
@@ -232,13 +231,13 @@ def results_in(output: Path, program: str) -> Row | None:
     if not isinstance(last, dict) or last.get("stopped"):
         return None
     if program == TRAIN:
-        return {column or key: _text(last.get(key)) for key, column in _OF_TRAINING.items()}
+        return {column: _text(last.get(key)) for column, key in _OF_TRAINING.items()}
     if "report" not in last:
         return None
     report = read_report(Path(last["report"]))
     values = {column: operator.attrgetter(place)(report) for column, place in _OF_THROUGHPUT.items()}
-    for column, stage in zip(RATES, reversed(STAGES), strict=True):
-        rate = getattr(report.stages, stage)
+    for column in RATES:
+        rate = getattr(report.stages, column.partition("_")[0])
         low, high = (rate and rate.interval) or (None, None)
         values |= {column: rate and rate.images_per_second, f"{column}_low": low, f"{column}_high": high}
     return {column: _text(value) for column, value in values.items()}

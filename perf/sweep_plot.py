@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from common.progress import printable
 from perf.plot_style import DEVICE_COLOURS, new_figure
@@ -25,7 +24,6 @@ FIGURES = {
 }
 """What a table and a plot show of each program's results, with their names."""
 EFFICIENCY = "training, % of fewest ranks'"
-_PERCENT = ("best_top1",)
 _RATES_OVER_RANKS = (RATES[0], "images_per_second")
 _SHORT_REVISION = 8
 _INCHES_A_PANEL = 2.3
@@ -62,7 +60,7 @@ def independent(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
 def value_of(row: Row, column: str) -> float | None:
     """A figure of a run, in the unit of FIGURES; None: not measured."""
     value = as_number(row.get(column, ""))
-    return 100 * value if value is not None and column in _PERCENT else value
+    return value and value * (100 if column == "best_top1" else 1)
 
 
 def as_number(text: str) -> float | None:
@@ -191,7 +189,7 @@ def points_of(rows: Sequence[Row], axis: str | None, column: str, places: dict[s
     points = []
     for place, members in sorted(found.items()):
         values = [value for value, _ in members]
-        ends = [value_of(members[0][1], f"{column}_{end}") for end in ENDS] if len(values) == 1 else []
+        ends = [value_of(members[0][1], f"{column}{end}") for end in ENDS] if len(values) == 1 else []
         spread = values + [end for end in ends if end is not None]
         points.append(Point(place, sum(values) / len(values), min(spread), max(spread)))
     return points
@@ -215,8 +213,7 @@ def _label_axis(axes: Axes, axis: str | None, places: dict[str, float]) -> None:
         axes.set_xlim(low - 0.5, high + 0.5)
     elif low > 0 and high / low >= _LOG_RATIO:
         axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(list(places.values())))
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.minorticks_off()
     axes.set_xticks(list(places.values()), list(map(printable, places)), parse_math=False)
     axes.set_xlabel("" if axis is None else name_of(axis), parse_math=False)
 

@@ -41,17 +41,12 @@ def read_rows(path: Path) -> list[Row]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the CSV file of a sweep") from error
     try:
-        columns, *rows = [
-            [_text(cell) for cell in row] for row in csv.reader(io.StringIO(text, newline="")) if row
-        ] or [[]]
-    except csv.Error as error:
-        raise UserError(f"{path}: not a CSV file ({error}); give the CSV file of a sweep") from error
-    if text and ERROR not in columns:
-        raise UserError(f"{path}: has no column {ERROR}, so no sweep wrote it; name another CSV file")
-    if len(set(columns)) < len(columns):
-        raise UserError(f"{path}: a column is there twice; mend it, or name another CSV file")
-    if any(len(row) > len(columns) for row in rows):
-        raise UserError(f"{path}: a row is longer than the line of column names; mend it, or name another CSV file")
+        lines = [[_text(cell) for cell in row] for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except csv.Error:
+        lines = [[]]
+    columns, *rows = lines or [[ERROR]]
+    if ERROR not in columns or not len(set(columns)) == len(columns) >= max(map(len, rows), default=0):
+        raise UserError(f"{path}: is not a table that a sweep wrote; mend it, or name another CSV file")
     return [dict(itertools.zip_longest(columns, row, fillvalue="")) for row in rows]
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from time import perf_counter
 from typing import Any
 
@@ -76,39 +77,35 @@ class Trials:
     def __init__(self, config: Config, ranks: Ranks, limits: Limits) -> None:
         """ranks: of this process, on the CPU: the GPU is left to the trials."""
         self._config, self._ranks, self._limits = config, ranks, limits
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._connection: Connection | None = None
+        self._worker: tuple[BaseProcess, Connection] | None = None
         self._number = 0
 
     def describe(self) -> Job:
         """Open the data set, however long that takes. Raises UserError and TrainingError as a run of train.py does."""
-        answer: Job | Outcome = self._ask("describe", {}, math.inf)
+        answer: Job | Outcome = self.run("describe", {}, math.inf)
         if isinstance(answer, Outcome):
             raise TrainingError(f"nothing could be measured: {answer.failure}")
         return answer
 
-    def run(self, stage: str, changes: Settings, limit_seconds: float) -> Outcome:
-        """Measure a stage: loader, step or training. changes: of the configuration."""
-        return self._ask(stage, changes, limit_seconds)
-
     def close(self) -> None:
         """End the process; the next call has a new one."""
-        if self._process and self._connection:
-            self._process.kill()
-            self._process.join()
-            self._connection.close()
-        self._process = self._connection = None
+        if self._worker:
+            process, connection = self._worker
+            process.kill()
+            process.join()
+            connection.close()
+        self._worker = None
 
-    def _ask(self, stage: str, changes: Settings, limit_seconds: float) -> Any:
-        """Rank 0's answer, or a failure of any rank."""
+    def run(self, stage: str, changes: Settings, limit_seconds: float) -> Any:
+        """Measure a stage, loader, step or training, with changes of the configuration: rank 0's Outcome, or a failed rank's."""
         deadline = perf_counter() + limit_seconds
-        connection = self._connection or self._start()
+        process, connection = self._worker = self._worker or self._start()
         with contextlib.suppress(OSError):  # it has died: no answer comes
             connection.send((stage, changes, self._number))
         self._number += 1
         own = None
         while True:
-            own = own or self._answer(deadline)
+            own = own or _answer(process, connection, deadline)
             everyone = gather(own, self._ranks)
             failures = [answer for answer in everyone if isinstance(answer, Outcome) and answer.failure]
             errors = [answer for answer in everyone if isinstance(answer, (UserError, TrainingError))]
@@ -120,28 +117,28 @@ class Trials:
             if None not in everyone:
                 return everyone[0]
 
-    def _answer(self, deadline: float) -> Job | Outcome | UserError | TrainingError | None:
-        """What the process says within a moment; None: nothing yet."""
-        assert self._process
-        assert self._connection
-        try:
-            if self._connection.poll(_POLL_SECONDS):
-                return self._connection.recv()
-        except (EOFError, OSError):
-            self._process.join(_SECONDS_TO_END)
-            if self._process.exitcode == -signal.SIGKILL:
-                return Outcome(failure=_KILLED, out_of_memory=True)
-            return Outcome(failure=f"the process ended with exit code {self._process.exitcode}")
-        return Outcome(failure="the time was up before it ended") if perf_counter() > deadline else None
-
-    def _start(self) -> Connection:
+    def _start(self) -> tuple[BaseProcess, Connection]:
         spawn = multiprocessing.get_context("spawn")  # a forked process could not use CUDA, nor OpenMP's threads
         connection, other_end = spawn.Pipe()
-        self._process = spawn.Process(target=serve, args=(other_end, self._config, self._limits), daemon=True)
-        self._process.start()
+        process = spawn.Process(target=serve, args=(other_end, self._config, self._limits), daemon=True)
+        process.start()
         other_end.close()  # else the end of the process would not be the end of the pipe
-        self._connection = connection
-        return connection
+        return process, connection
+
+
+def _answer(
+    process: BaseProcess, connection: Connection, deadline: float
+) -> Job | Outcome | UserError | TrainingError | None:
+    """What the process says within a moment; None: nothing yet."""
+    try:
+        if connection.poll(_POLL_SECONDS):
+            return connection.recv()
+    except (EOFError, OSError):
+        process.join(_SECONDS_TO_END)
+        if process.exitcode == -signal.SIGKILL:
+            return Outcome(failure=_KILLED, out_of_memory=True)
+        return Outcome(failure=f"the process ended with exit code {process.exitcode}")
+    return Outcome(failure="the time was up before it ended") if perf_counter() > deadline else None
 
 
 def serve(connection: Connection, config: Config, limits: Limits) -> None:

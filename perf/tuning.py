@@ -16,12 +16,12 @@ import statistics
 from datetime import date
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from common.errors import UserError
@@ -104,9 +104,8 @@ def coordinates(job: Job, config: Config) -> dict[str, list[Coordinate]]:
 
 
 def offered(flag: str) -> tuple[Any, ...]:
-    """The values that a flag of train.py can have, less "auto"; none for one whose values are not named."""
-    hint = get_type_hints(Config)[flag]
-    return tuple(value for value in get_args(hint) if value != "auto") if get_origin(hint) is Literal else ()
+    """The values that a flag of train.py can have, of one whose values are named."""
+    return get_args(get_type_hints(Config)[flag])
 
 
 def _choice(name: str, values) -> Coordinate:
@@ -115,11 +114,11 @@ def _choice(name: str, values) -> Coordinate:
 
 def in_words(changes: Settings) -> str:
     """As flags of train.py."""
-    values = {name: f" {value}" for name, value in changes.items() if not isinstance(value, bool)}
-    flags = [
-        ("no-" * (value is False) + name).replace("_", "-") + values.get(name, "") for name, value in changes.items()
-    ]
-    return " ".join(f"--{flag}" for flag in flags) or "as given"
+    flags = []
+    for name, value in changes.items():
+        flag = name.replace("_", "-")
+        flags.append(("--" if value else "--no-") + flag if isinstance(value, bool) else f"--{flag} {value}")
+    return " ".join(flags) or "as given"
 
 
 def sentences(tuned: Tuned) -> list[str]:
@@ -155,9 +154,8 @@ def sentences(tuned: Tuned) -> list[str]:
 
 
 def print_tuned(tuned: Tuned) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("stage", "settings", "images/s", "lowest–highest", "trials"):
-        table.add_column(name, justify="left" if name in ("stage", "settings") else "right")
+    figures = (Column(name, justify="right") for name in ("images/s", "lowest–highest", "trials"))
+    table = Table("stage", "settings", *figures, box=None, pad_edge=False)
     groups: dict[tuple[str, str], list[Trial]] = collections.defaultdict(list)
     for trial in tuned.trials:
         groups[trial.stage, in_words(trial.changes)].append(trial)
@@ -165,12 +163,9 @@ def print_tuned(tuned: Tuned) -> None:
         rates = [trial.images_per_second for trial in trials if trial.images_per_second]
         failures = [trial.failure for trial in trials if trial.failure]
         median = f"{statistics.median(rates):,.1f}" if rates else "failed"
-        spread = f"{min(rates):,.1f}–{max(rates):,.1f}" if len(rates) > 1 else ""
-        table.add_row(*map(Text, (stage, words, median, spread or "".join(failures[:1]), str(len(trials)))))
-    console = Console()
-    console.print(table)
-    for sentence in sentences(tuned):
-        console.print(Text(sentence))
+        spread = f"{min(rates):,.1f}–{max(rates):,.1f}" if len(rates) > 1 else "".join(failures[:1])
+        table.add_row(*map(Text, (stage, words, median, spread, str(len(trials)))))
+    Console().print(table, *map(Text, sentences(tuned)), sep="\n")
 
 
 def write_recipe(path: Path, job: Job, tuned: Tuned, command: str) -> None:

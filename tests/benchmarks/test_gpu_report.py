@@ -1,6 +1,5 @@
 """What of make gpu-report works without a GPU: its plan, its table, and how it goes on when a run fails."""
 
-import argparse
 import json
 import shutil
 from contextlib import nullcontext
@@ -239,24 +238,11 @@ def test_photographs_are_a_data_set_of_varied_sizes(tmp_path):
 
 
 @pytest.mark.slow
-def test_compare_steps_runs_on_a_cpu(monkeypatch):
+def test_compare_steps_runs_on_a_cpu():
     """timm is said to be missing, so that what it costs is not in the test."""
     settings = "from benchmarks import turns; turns.NOT_COUNTED = 1; sys.modules['timm'] = None"
-    flags = [
-        "--arch",
-        "A",
-        "--crop",
-        "32",
-        "--train-scale",
-        "32",
-        "--batch-size",
-        "2",
-        "--rounds",
-        "2",
-        "--batches",
-        "1",
-    ]
-    result = run_script("benchmarks.steps", settings, *flags)
+    flags = "--arch A --crop 32 --train-scale 32 --batch-size 2 --rounds 2 --batches 1"
+    result = run_script("benchmarks.steps", settings, *flags.split())
     assert set(result["steps"]) == {"this project", "torchvision, eager", "torchvision, compiled"}
     for row in result["steps"].values():
         for title in ("images_per_second", "times this project"):
@@ -266,15 +252,11 @@ def test_compare_steps_runs_on_a_cpu(monkeypatch):
 
 
 @pytest.mark.slow
-def test_compare_inputs_runs_on_a_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(turns, "NOT_COUNTED", 1)
-    monkeypatch.setattr(compare_inputs, "_PAUSE_SECONDS", 0.0)
+def test_compare_inputs_runs_on_a_cpu(tmp_path):
     folder = photograph_folder(tmp_path / "photographs", train=8, val=2)
-    flags = "--arch A --crop 32 --train-scale 32 --device cpu --no-compile --batch-size 4 --micro-batch 2"
-    options = argparse.Namespace(rounds=2, batches=1)
-    config = parse_args([*flags.split(), "--data", str(folder)])
-    with ranks_of_this_run("cpu") as ranks:
-        result = compare_inputs.compare(config, ranks, options, tmp_path)
+    flags = "--arch A --crop 32 --train-scale 32 --device cpu --no-compile --batch-size 4 --micro-batch 2 --rounds 2 --batches 1"
+    settings = "from benchmarks import turns; turns.NOT_COUNTED = 1; script._PAUSE_SECONDS = 0.0"
+    result = run_script("benchmarks.inputs", settings, *flags.split(), "--data", str(folder))
     assert set(result["inputs"]) == {compare_inputs.NOISE, "files, CPU", "prepared, CPU"}
     for row in result["inputs"].values():
         for title in ("images_per_second", "of noise"):

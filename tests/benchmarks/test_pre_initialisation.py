@@ -1,11 +1,27 @@
 """benchmarks/pre_initialisation.py: the weights that it makes itself, its verdicts, its picture. Training is train.py's."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 from scipy import stats
 
-from benchmarks.pre_initialisation import plot, starts, summarise, write_small_normal
-from engine.config import parse_args
+from benchmarks import pre_initialisation
+from benchmarks.pre_initialisation import starts, summarise, write_small_normal
+from engine.config import parse_args, save_config
+from engine.monitoring.run_files import CONFIG, METRICS
 from engine.networks import load_network
+
+RECORD = {
+    "kind": "train",
+    "step": 1,
+    "epoch": 0.1,
+    "loss": 2.3,
+    "lr": 0.01,
+    "images_per_second": 100.0,
+    "data_wait": 0.0,
+}
 
 
 def test_small_normal_is_what_train_py_reads(tmp_path):
@@ -47,8 +63,23 @@ def test_what_counts_as_learned():
     }
 
 
-def test_the_picture_has_a_curve_for_each_run(tmp_path):
-    names = list(starts(tmp_path, tmp_path))
-    runs = {name: {"history": entries(0.1, 0.2), "diverged_at": None} for name in names[1:]}
-    picture = plot({names[0]: {"history": [], "diverged_at": 2}, **runs}, 0.1, "title")
-    assert picture.startswith(b"\x89PNG")
+def test_the_runs_are_summed_up_and_drawn(tmp_path, monkeypatch, capsys):
+    """Six runs, of which one diverges; train.py is not started."""
+
+    def run(out, flags):
+        (out / METRICS).write_text(json.dumps(RECORD) + "\n")
+        save_config(parse_args([*flags, "--out", str(out)]), out / CONFIG)
+        diverged = "normal" in flags and "--init-from" not in flags
+        return {"history": [] if diverged else entries(0.5, 0.9), "diverged_at": 2 if diverged else None}
+
+    monkeypatch.setattr(pre_initialisation, "run_trainer", run)
+    monkeypatch.setattr(pre_initialisation, "write_small_normal", lambda *_: None)
+    monkeypatch.setattr(pre_initialisation.checkpoint, "load", lambda path: SimpleNamespace(classes="0123456789"))
+    flags = ["--data", "digits", "--init-from", str(tmp_path / "a.pt"), "--out", str(tmp_path / "out")]
+    assert pre_initialisation.main(flags) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [" did not learn" in line for line in lines] == [False, True, False, False, False, False]
+    assert "diverged in step 2" in lines[1]
+    result = json.loads(last)
+    assert [entry["top1"] for entry in result["runs"].values()] == [0.9, None, 0.9, 0.9, 0.9, 0.9]
+    assert Path(result["plot"]).read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from benchmarks import turns
-from benchmarks.turns import compare_streams, interval, print_table, ratio_text, summarise, take_turns
+from benchmarks.turns import compare_calls, interval, ratio_text, summarise, table, take_turns
 
 
 def test_every_other_round_goes_the_other_way_round():
@@ -22,9 +22,9 @@ def test_every_other_round_goes_the_other_way_round():
 
         return turn
 
-    figures = take_turns({name: of(name) for name in "abc"}, rounds=2, warm_up=1)
-    assert "".join(asked) == "cba" + "abc" + "cba"
-    assert figures == {"a": [4, 9], "b": [5, 8], "c": [6, 7]}, "the warm-up is not in it"
+    figures = take_turns({name: of(name) for name in "abc"}, rounds=2)
+    assert "".join(asked) == "abc" + "cba"
+    assert figures == {"a": [1, 6], "b": [2, 5], "c": [3, 4]}
 
 
 def test_what_was_prefetched_is_not_counted(monkeypatch, capsys):
@@ -34,7 +34,7 @@ def test_what_was_prefetched_is_not_counted(monkeypatch, capsys):
     monkeypatch.setattr(turns, "sleep", pauses.append)
     stream = itertools.count()
     settings: Any = {"images": 32, "rounds": 3, "batches": 5, "device": torch.device("cpu"), "pause_seconds": 4.0}
-    rows = compare_streams("a stream", {"a": stream}, times=("a",), **settings)
+    rows = compare_calls("a stream", {"a": stream.__next__}, times=("a",), **settings)
     assert rows["a"]["images_per_second"] == [5 * 32.0] * 3
     assert "a stream" in capsys.readouterr().out
     assert next(stream) == 3 * (turns.NOT_COUNTED + 5)
@@ -81,9 +81,13 @@ def test_two_rounds_have_no_interval():
     assert ratio_text(rows["theirs"], "times ours") == "2.00 (2.00–2.00)"
 
 
-def test_table(capsys):
-    print_table("S=256", summarise({"ours": [1234.0, 1267.0, 1300.0], "theirs": [50.0, 50.0, 50.0]}, times=("ours",)))
-    head, ours, theirs = capsys.readouterr().out.strip().splitlines()
-    assert head.split() == ["S=256", "images/s", "ours", "is", "…", "times"]
-    assert "1,267 (1,234–1,300)" in ours
-    assert "25.34 (24.68–26.00, 95 % " in theirs
+def test_table():
+    rates = {"ours": [1234.0, 1267.0, 1300.0], "theirs": [50.0, 50.0, 50.0]}
+    title, _, head, line, ours, theirs = table("S=256", summarise(rates, times=("ours",)))
+    assert (title, head, line) == ("S=256", "| | images/s | ours is … times |", "|---|---|---|")
+    assert ours == "| ours | 1,267 (1,234–1,300) |  |"
+    assert theirs.startswith("| theirs | 50.0 (50.0–50.0) | 25.34 (24.68–26.00, 95 % ")
+    *_, head, _, ours, theirs = table("", summarise(rates, of="ours"))
+    assert head == "| | images/s | of ours's |"
+    assert "| 1.000 (1.000–1.000, 95 % 1.000–1.000) |" in ours
+    assert "| 0.039 (0.038–0.041, 95 % " in theirs

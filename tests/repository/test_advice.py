@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import allreduce, parity
+from benchmarks import allreduce, parity, photographs
 from benchmarks import evaluation as compare_evaluation
+from benchmarks import inputs as compare_inputs
+from benchmarks import loaders as compare_loaders
 from benchmarks import steps as compare_steps
 from common.errors import TrainingError, UserError
 from common.ranks import Ranks
@@ -68,7 +70,7 @@ def test_one_image_is_not_halved(monkeypatch, batch_size, cure):
     ("batch_size", "cure"), [("2", "smaller --batch-size$"), ("1", "smaller --crop, or another GPU$")]
 )
 def test_a_batch_of_one_is_not_made_smaller(monkeypatch, batch_size, cure, capsys):
-    monkeypatch.setattr(compare_steps, "compare", raising(torch.OutOfMemoryError("full")))
+    monkeypatch.setattr(compare_steps, "make_steps", raising(torch.OutOfMemoryError("full")))
     assert compare_steps.main(["--arch", "A", "--batch-size", batch_size, "--device", "cpu"]) == TrainingError.exit_code
     assert re.search(cure, capsys.readouterr().err)
 
@@ -148,8 +150,9 @@ def test_images_in_shards_are_not_to_be_found_by_the_manifest_of_folders(tmp_pat
     assert feeds._without_it(prepared) == "prepare the data set anew"
 
 
-def test_prepared_data_are_refused_where_whole_images_are_compared(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare_evaluation, "is_prepared", lambda folder: folder == str(tmp_path))
-    assert compare_evaluation.main(["--data", str(tmp_path)]) == UserError.exit_code
-    said = f"--data {tmp_path}: is prepared; give the folder of images that it was made from"
+@pytest.mark.parametrize("program", [compare_evaluation, compare_inputs, compare_loaders])
+def test_prepared_data_are_refused_where_files_are_compared(program, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(photographs, "is_prepared", lambda folder: folder == str(tmp_path))
+    assert program.main(["--data", str(tmp_path)]) == UserError.exit_code
+    said = f"--data {tmp_path}: give a folder of photographs, with train/<class>/* and val/<class>/*"
     assert said in capsys.readouterr().err
