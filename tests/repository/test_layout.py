@@ -21,8 +21,9 @@ ALLOWED = {
     "benchmarks": {"common", "pipeline", "model", "engine", "perf"},
     "profile": {"common", "perf"},
 }
+"""None of them imports tests."""
 PROGRAMS = ("train", "evaluate", "features", "export", "predict")
-OWN = {*ALLOWED, *PROGRAMS}
+OWN = {*ALLOWED, *PROGRAMS, "tests"}
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -42,6 +43,32 @@ def test_imports_go_one_way(package):
     assert files
     for path in files:
         assert imported_packages(path) & OWN <= ALLOWED[package] | {package}, path
+
+
+# And within them: each folder may import those before it. "" is what lies beside the folders.
+FOLDERS = {
+    "pipeline": ("dataset", "shards", "plan", "dali", "preparation"),
+    "engine": ("", "evaluation", "monitoring", "training"),
+}
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_folders_are_imported_one_way(package):
+    order = FOLDERS[package]
+
+    def place(module: str) -> int:
+        inner = module.split(".")[1:]
+        return order.index(inner[0]) if inner and inner[0] in order else order.index("")
+
+    for path in sorted((ROOT / package).rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if path.name == "__init__.py" or "\n    end(main)\n" in path.read_text():
+            continue  # commands, which lie beside the folders and use them all
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == package:
+                for name in node.names if node.module == package else [None]:
+                    imported = f"{node.module}.{name.name}" if name else str(node.module)
+                    assert place(imported) <= place(module), f"{module} imports {imported}"
 
 
 # What brings a module of another name than its own.
@@ -65,7 +92,7 @@ def modules(node: ast.AST) -> set[str]:
 
 def of_others(nodes: Iterator[ast.AST]) -> set[str]:
     found = set().union(*map(modules, nodes))
-    return found - OWN - {"tests", "docs", "deploy"} - sys.stdlib_module_names
+    return found - OWN - {"docs", "deploy"} - sys.stdlib_module_names
 
 
 def declared(name: str) -> set[str]:
