@@ -26,7 +26,7 @@ from benchmarks import flag_parser
 from benchmarks.photographs import photograph_folder
 from benchmarks.turns import RATE, table
 from common.errors import UserError
-from common.files import replacing
+from common.files import replacing, writing_to
 from common.process import end, run_program
 from common.progress import say
 from common.ranks import ranks_of_this_run
@@ -190,13 +190,11 @@ def execute(run: Run) -> tuple[str | None, str]:
 def write(report: dict, docs: Path) -> Path:
     """Write docs/gpu/<card>.json and the table of all cards. Returns the former's path. Raises UserError."""
     path = docs / "gpu" / f"{re.sub('[^a-z0-9]+', '-', report['card'].lower()).strip('-')}.json"
-    try:
+    with writing_to(path, "--docs"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             file.write(json.dumps(report, indent=1).encode() + b"\n")
-        rewrite_table(docs)
-    except OSError as error:
-        raise UserError(f"{docs}: cannot be written ({error.strerror}); choose another --docs") from error
+    rewrite_table(docs)
     return path
 
 

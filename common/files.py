@@ -49,6 +49,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def writing_to(path: Path, flag: str = "--out") -> Iterator[None]:
+    """For the files of a path that a flag names: an OSError becomes the UserError that says which flag to change."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another {flag}") from error
+
+
 def half_written(names: str) -> str:
     """A regular expression for what replacing() leaves of files whose names match this one, where it is killed."""
     return rf"\.(?:{names})\.\w+\.tmp"

@@ -3,6 +3,7 @@
 from perf.report import Advice, Report
 
 SHARED_CORES = "cores shared by both"
+SHARED_GPU = "a GPU shared by decoder and step"
 
 
 def on_gpu(report: Report) -> bool:
@@ -33,67 +34,48 @@ def for_input(report: Report, part: str) -> list[Advice]:
     return flags + _if(not shards, "--data PREPARED", "what pipeline.prepare makes: smaller images in few large files")
 
 
-def for_a_shared_gpu(report: Report) -> list[Advice]:
-    """Where the GPU's decoder keeps the step from its GPU."""
-    cores, files = report.hardware.cores, report.config["images_in"] == "files"
-    return [
-        _try("--decoder cpu", f"leaves the GPU to the step; this machine has {cores} cores for all of its GPUs"),
-        *_if(files, "--data PREPARED", "what pipeline.prepare makes: less to decode"),
-    ]
-
-
-def for_launch(report: Report) -> list[Advice]:
-    return [*_larger_passes(report), *_compiled(report), *larger_batches(report, "the same kernels for more images")]
-
-
-def for_communication(report: Report) -> list[Advice]:
-    return [
-        *_if(report.config["grad_compression"] == "none", "--grad-compression bf16", "half the bytes"),
-        *larger_batches(report, "one all-reduce for more images"),
-    ]
-
-
-def for_memory(report: Report) -> list[Advice]:
-    """Where activations are read and written for longer than anything is computed from them."""
-    whole = on_gpu(report) and report.config["precision"] == "fp32"
-    return [
-        *_compiled(report),
-        *_if(whole, "--precision bf16", "half the bytes of every activation"),
-        *_larger_passes(report),
-        *larger_batches(report, "the weights are read once for more images"),
-    ]
-
-
-def for_compute(report: Report) -> list[Advice]:
-    config, gpu, precision = report.config, on_gpu(report), report.config["precision"]
+def for_the_step(report: Report, bound: str) -> list[Advice]:
+    """bound: that of the verdict, or SHARED_GPU. Nothing where no flag helps, or nobody knows which."""
+    config, cores, gpu = report.config, report.hardware.cores, on_gpu(report)
+    precision, threads, size = config["precision"], config["threads"], config["micro_batch"]
+    share = config["batch_size"] // report.hardware.ranks
+    passes = _if(size < share, f"--micro-batch {min(share, 2 * size)}", "fewer, larger passes")
+    compiled = _if(not config["compile"], "--compile", "fewer and longer kernels, which read and write less")
     plain = gpu and config["compile"] and config["compile_mode"] == "default"
-    fewer = report.ceiling.set_by == SHARED_CORES and config["threads"] > 1
-    return [
+    fewer = report.ceiling.set_by == SHARED_CORES and threads > 1
+    compute = [
         *_if(gpu and precision == "fp32", "--precision bf16", "tensor cores compute it many times faster"),
         *_if(not gpu and precision != "fp32", "--precision fp32", "most CPUs compute the others many times slower"),
         *_if(config.get("deterministic"), "--no-deterministic", "the fastest kernels, in whatever order they add up"),
-        *_compiled(report),
+        *compiled,
         *_if(plain, "--compile-mode max-autotune-no-cudagraphs", "tries more kernels for each layer"),
-        *_larger_passes(report),
-        *_if(fewer, f"--threads {config['threads'] - 1}", "leaves more of the shared cores to the step"),
+        *passes,
+        *_if(fewer, f"--threads {threads - 1}", "leaves more of the shared cores to the step"),
     ]
 
+    def larger(why: str) -> Advice:
+        return _try(f"--batch-size {2 * config['batch_size']}", f"{why}; --lr has to grow with it")
 
-def for_kernels(report: Report) -> list[Advice]:
-    return for_compute(report) + larger_batches(report, "more work for each kernel, to fill the device")
-
-
-def larger_batches(report: Report, why: str) -> list[Advice]:
-    return [_try(f"--batch-size {2 * report.config['batch_size']}", f"{why}; --lr has to grow with it")]
-
-
-def _larger_passes(report: Report) -> list[Advice]:
-    share, size = report.config["batch_size"] // report.hardware.ranks, report.config["micro_batch"]
-    return _if(size < share, f"--micro-batch {min(share, 2 * size)}", "fewer, larger passes")
-
-
-def _compiled(report: Report) -> list[Advice]:
-    return _if(not report.config["compile"], "--compile", "fewer and longer kernels, which read and write less")
+    return {
+        SHARED_GPU: [
+            _try("--decoder cpu", f"leaves the GPU to the step; this machine has {cores} cores for all of its GPUs"),
+            *_if(config["images_in"] == "files", "--data PREPARED", "what pipeline.prepare makes: less to decode"),
+        ],
+        "launch": [*passes, *compiled, larger("the same kernels for more images")],
+        "communication": [
+            *_if(config["grad_compression"] == "none", "--grad-compression bf16", "half the bytes"),
+            larger("one all-reduce for more images"),
+        ],
+        "optimizer": [larger("one update for more images")],
+        "kernels": [*compute, larger("more work for each kernel, to fill the device")],
+        "memory": [
+            *compiled,
+            *_if(gpu and precision == "fp32", "--precision bf16", "half the bytes of every activation"),
+            *passes,
+            larger("the weights are read once for more images"),
+        ],
+        "compute": compute,
+    }.get(bound, [])
 
 
 def _try(flags: str, why: str) -> Advice:

@@ -18,6 +18,7 @@ compute        neither: the time goes into the network's arithmetic
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from perf import advice
@@ -52,7 +53,7 @@ class Finding(NamedTuple):
     bound: str
     sentence: str
     evidence: list[tuple[str, float, str]]  # two figures: name, value, unit
-    tries: list[Advice]
+    tries: Sequence[Advice] = ()  # empty: those of its bound
 
 
 class Scale(NamedTuple):
@@ -90,7 +91,6 @@ def throttled(report: Report) -> Finding | None:
         "throttled",
         f"Throttled: {cause} held {name} down for {share:.0%} of the time ({reason}){at}. No flag of the training helps.",
         evidence,
-        [],
     )
 
 
@@ -126,7 +126,9 @@ def _input(report: Report, scale: Scale) -> Finding | None:
     stages, parts = report.stages, report.training_parts
     if not stages.loader or not parts:
         return None
-    loader, step = scale.loader * stages.loader.images_per_second_of_slowest, _step_rate(report, scale)
+    # Of all ranks, if each is as slow as the slowest: in training they wait for each other.
+    loader = scale.loader * stages.loader.images_per_second_of_slowest
+    step = scale.step * stages.step.images_per_second_of_slowest
     wait = wait_share(parts) + scale.wait
     if loader < step:
         evidence = [("loader alone", loader, "images/s"), ("step alone", step, "images/s")]
@@ -141,7 +143,7 @@ def _input(report: Report, scale: Scale) -> Finding | None:
             "input",
             f"{begin}, though the loader alone makes more than the step takes: its decoder shares the GPU with the step.",
             evidence,
-            advice.for_a_shared_gpu(report),
+            advice.for_the_step(report, advice.SHARED_GPU),
         )
     rates = {name: rate for name in ("reading", "decoding") if (rate := getattr(stages, name))}
     part = min(rates, key=lambda name: rates[name].images_per_second_of_slowest)
@@ -161,15 +163,12 @@ def _launch(report: Report, scale: Scale) -> Finding | None:
         "launch",
         f"Launch-bound: the host needs {ms(host)} to hand out a step, which takes {ms(step)}: the kernels are too short.",
         [("host, a step", 1e3 * host, "ms"), ("step alone", 1e3 * step, "ms")],
-        advice.for_launch(report),
     )
 
 
 def _overhead(report: Report) -> Finding | None:
-    parts, step = (
-        report.step_parts,
-        report.stages.step.step_seconds.mean,
-    )  # of the same steps, as fast or as slow as they were
+    # Parts of the same steps, as fast or as slow as they were: nothing to scale.
+    parts, step = report.step_parts, report.stages.step.step_seconds.mean
     all_reduce = parts.all_reduce.mean if parts.all_reduce else 0.0
     if max(all_reduce, parts.optimizer.mean) < _LARGE_PART * step:
         return None
@@ -178,13 +177,11 @@ def _overhead(report: Report) -> Finding | None:
             "optimizer",
             f"Optimizer-bound: the update takes {parts.optimizer.mean / step:.0%} of the step, whatever its number of images.",
             [("optimizer", 1e3 * parts.optimizer.mean, "ms"), ("step alone", 1e3 * step, "ms")],
-            advice.larger_batches(report, "one update for more images"),
         )
     return Finding(
         "communication",
         f"Communication-bound: the all-reduce adds {ms(all_reduce)} to the backward pass, {all_reduce / step:.0%} of the step.",
         [("all-reduce, exposed", 1e3 * all_reduce, "ms"), ("step alone", 1e3 * step, "ms")],
-        advice.for_communication(report),
     )
 
 
@@ -201,7 +198,6 @@ def _forward_and_backward(report: Report, scale: Scale) -> Finding:
             f"Inefficient kernels: of the {ms(measured)} of forward and backward, arithmetic and memory traffic at "
             f"the hardware's peaks explain {explained:.0%}.{_costliest_layer(report)}",
             [mfu, ("floor, of forward and backward", 100 * explained, "%")],
-            advice.for_kernels(report),
         )
     if traffic > arithmetic:
         return Finding(
@@ -209,7 +205,6 @@ def _forward_and_backward(report: Report, scale: Scale) -> Finding:
             f"Memory-bound: of forward and backward, reading and writing memory takes {traffic:.0%} at the hardware's peak, "
             f"arithmetic {arithmetic:.0%}.",
             [("memory traffic, of forward and backward", 100 * traffic, "%"), ("arithmetic", 100 * arithmetic, "%")],
-            advice.for_memory(report),
         )
     share = measured / _step_seconds(report, scale)
     return Finding(
@@ -217,7 +212,6 @@ def _forward_and_backward(report: Report, scale: Scale) -> Finding:
         f"Compute-bound: forward and backward take {share:.0%} of the step, at {mfu[1]:.0f}% of the hardware's peak FLOP/s; of "
         f"their time, arithmetic takes {arithmetic:.0%} at that peak, memory traffic {traffic:.0%} at its own.",
         [("forward and backward, of the step alone", 100 * share, "%"), mfu],
-        advice.for_compute(report),
     )
 
 
@@ -231,11 +225,6 @@ def _costliest_layer(report: Report) -> str:
 
 
 # ---- the figures ------------------------------------------------------------------------------------------------------
-
-
-def _step_rate(report: Report, scale: Scale) -> float:
-    """Images per second of all ranks, if each is as slow as the slowest: they wait for each other."""
-    return scale.step * report.stages.step.images_per_second_of_slowest
 
 
 def _step_seconds(report: Report, scale: Scale) -> float:

@@ -11,7 +11,7 @@ from msgspec.structs import asdict
 from engine.monitoring.compare_runs import differing_flags
 from perf.plot_style import BLUE, GREY, ORANGE, lanes, new_figure
 from perf.report import Rate, Record, Report
-from perf.words import NOT_MEASURED, PARTS, STAGES, Table, interval_of, number, parts_of
+from perf.words import NOT_MEASURED, PARTS, STAGES, Table, interval_of, number, parts_of, ratio
 
 RATE, TIME = "images/s", "µs/image"
 FASTER, SLOWER, UNDECIDED = "faster", "slower", "no difference shown"
@@ -38,7 +38,7 @@ def compare(a: Report, b: Report) -> list[Row]:
     rows = [_stage_row(name, getattr(a.stages, key), getattr(b.stages, key)) for key, name in STAGES.items()]
     for key, name in PARTS.items():
         ours, theirs = (_microseconds_an_image(report, key) for report in (a, b))
-        times = ours / theirs if ours and theirs and min(ours, theirs) > 0 else None
+        times = ratio(ours, theirs) or None  # a part that takes no time has none
         rows.append(Row(name=name, unit=TIME, a=ours, b=theirs, times_as_fast=times, interval=None, verdict=None))
     return rows
 
@@ -71,30 +71,27 @@ def comparison(rows: Sequence[Row], names: Sequence[str]) -> Figure:
     """Each row's ratio, with its interval. names: of A and of B."""
     figure = new_figure(0.42 * len(rows) + 1.8, f"A: {names[0]}\nB: {names[1]}")
     axes = figure.subplots()
-    beside, ends = axes.get_yaxis_transform(), [0.9, 1.1]
-    colours = {FASTER: BLUE, SLOWER: ORANGE}
+    beside, colours = axes.get_yaxis_transform(), {FASTER: BLUE, SLOWER: ORANGE}
     for lane, row in enumerate(rows):
-        times, (low, high) = row.times_as_fast, row.interval or (row.times_as_fast, row.times_as_fast)
-        if times is None or row.a is None or row.b is None or low is None or high is None:
-            why = "no ratio" if row.a is not None and row.b is not None else f"{NOT_MEASURED} in both"
+        if row.times_as_fast is None:
+            why = f"{NOT_MEASURED} in both" if row.a is None or row.b is None else "no ratio"
             axes.text(1.02, lane, why, va="center", color=GREY, transform=beside)
             continue
+        low, high = row.interval or (row.times_as_fast, row.times_as_fast)
         colour = colours.get(row.verdict or "", GREY)
         axes.plot([low, high], [lane, lane], color=colour, linewidth=2, marker="|" if row.interval else "")
         fill = colour if row.interval else "white"
-        axes.plot([times], [lane], marker="o", color=colour, markerfacecolor=fill, markersize=8, label=row.name)
-        text = f"× {number(times)}  ({number(row.a)} → {number(row.b)} {row.unit})"
+        axes.plot(row.times_as_fast, lane, marker="o", color=colour, markerfacecolor=fill, markersize=8, label=row.name)
+        text = f"× {number(row.times_as_fast)}  ({number(row.a)} → {number(row.b)} {row.unit})"
         axes.text(1.02, lane, text, va="center", transform=beside)
-        ends += [low, high]
     axes.axvline(1.0, color="black", linewidth=1)
     lanes(axes, [row.name for row in rows])
-    margin = (max(ends) / min(ends)) ** 0.06
-    low, high = min(ends) / margin, max(ends) * margin
-    axes.set(
-        xscale="log",
-        xlim=(low, high),
-        xlabel="how many times as fast B is\n(bar: 95 % confidence; grey: no difference shown;\nhollow: no interval)",
+    axes.update_datalim([(0.9, 0), (1.1, 0)])
+    axes.set(xscale="log", xmargin=0.06)
+    axes.set_xlabel(
+        "how many times as fast B is\n(bar: 95 % confidence; grey: no difference shown;\nhollow: no interval)"
     )
+    low, high = axes.get_xlim()
     locator = MaxNLocator(4) if high / low < 10 else LogLocator(subs=(1, 3) if high / low < 100 else (1,), numticks=5)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter("{x:g}")
@@ -121,17 +118,16 @@ def comparison_tables(rows: Sequence[Row], a: Report, b: Report) -> list[Table]:
 
 
 def _stage_row(name: str, a: Rate | None, b: Rate | None) -> Row:
-    times = interval = verdict = None
-    if a and b and a.images_per_second > 0:
-        times, interval = b.images_per_second / a.images_per_second, interval_of_ratio(b, a)
-    if interval:
-        verdict = FASTER if interval[0] > 1 else SLOWER if interval[1] < 1 else UNDECIDED
-    rates = [rate.images_per_second if rate else None for rate in (a, b)]
-    return Row(name=name, unit=RATE, a=rates[0], b=rates[1], times_as_fast=times, interval=interval, verdict=verdict)
+    ours, theirs = (rate.images_per_second if rate else None for rate in (a, b))
+    interval = interval_of_ratio(b, a) if a and b else None
+    verdict = interval and (FASTER if interval[0] > 1 else SLOWER if interval[1] < 1 else UNDECIDED)
+    return Row(
+        name=name, unit=RATE, a=ours, b=theirs, times_as_fast=ratio(theirs, ours), interval=interval, verdict=verdict
+    )
 
 
 def _microseconds_an_image(report: Report, key: str) -> float | None:
     """Of one of PARTS in the step alone; the data wait is training's."""
     part = parts_of(report).get(key)
-    summary = part and (part.training if key == "data_wait" else part.alone)
-    return 1e6 * summary.mean / report.config["batch_size"] if summary else None
+    seconds = part and (part.training if key == "data_wait" else part.alone)
+    return None if seconds is None else 1e6 * seconds / report.config["batch_size"]

@@ -122,7 +122,7 @@ def roofline(report: Report) -> Figure | str:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("arithmetic intensity, FLOP/byte (fused)" + _without_a_place(layers), parse_math=False)
     axes.grid(alpha=0.3)
-    _label(axes, groups, left, right)
+    _label(axes, groups)
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     figure.legend(handles=[*lines, *looks], loc="outside lower center", ncols=6, frameon=False, columnspacing=1.2)
     return figure
@@ -139,25 +139,13 @@ def _draw_group(axes: Axes, group: Group) -> None:
         full.set(alpha=0.75, zorder=3)
 
 
-def _label(axes: Axes, groups: list[Group], left: float, right: float) -> None:
+def _label(axes: Axes, groups: list[Group]) -> None:
     """In one row above the roof, where nothing else is; those with the largest shares, if there is no room for all."""
     largest = sorted(groups, key=lambda group: -group.share)[:_MOST_LABELS]
     labelled = [group for group in groups if group in largest]
-    wanted = [math.log(group.intensity / left) / math.log(right / left) for group in labelled]
-    half = _LABEL_DISTANCE / 2
-    for group, place in zip(labelled, style.spread_out(wanted, _LABEL_DISTANCE, half, 1 - half), strict=True):
-        axes.annotate(
-            group.label,
-            xy=(group.intensity, group.attainable),
-            xytext=(place, 1.02),
-            textcoords="axes fraction",
-            rotation=90,
-            ha="center",
-            va="bottom",
-            fontsize=_LABEL_POINTS,
-            arrowprops={"arrowstyle": "-", "color": style.GREY, "linewidth": 0.6, "relpos": (0.5, 0), "shrinkB": 3},
-            parse_math=False,
-        )
+    points = [(group.intensity, group.attainable) for group in labelled]
+    look = {"height": 1.02, "distance": _LABEL_DISTANCE, "rotation": 90, "fontsize": _LABEL_POINTS}
+    style.row_above(axes, [group.label for group in labelled], points, **look)
 
 
 def _without_a_place(layers: list[Layer]) -> str:
@@ -214,7 +202,15 @@ def telemetry(report: Report) -> Figure | str:
     first, last = min(seconds), max(seconds)
     figure.align_ylabels(all_axes)
     all_axes[-1].set(xlim=(first, max(last, first + 1e-3)), xlabel="seconds from the start of the sampling")
-    _shade(all_axes, found.stage_seconds, first, last)
+    spans = sorted(found.stage_seconds.items(), key=lambda item: item[1])
+    for _, (start, end) in spans:
+        for axes in all_axes:
+            axes.axvspan(start, end, color=style.PALE, zorder=0)
+    labels = [STAGES.get(stage, text_of(stage)).removesuffix(" alone") for stage, _ in spans]
+    top = all_axes[0].get_ylim()[1]
+    style.row_above(
+        all_axes[0], labels, [(sum(span) / 2, top) for _, span in spans], height=1.12, distance=0.13, fontsize=9
+    )
     if len(devices) > 1:
         handles = [Line2D([], [], color=_colour(index)) for index in range(len(devices))]
         several = len({device.machine for device in devices}) > 1
@@ -246,27 +242,6 @@ def _draw_panel(axes: Axes, title: str, names: dict[str, str], devices: list[Dev
         ]
         place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderpad": 0, "borderaxespad": 0.2}
         axes.legend(handles=lines, ncols=3, frameon=False, fontsize=9, **place)
-
-
-def _shade(all_axes, spans: dict[str, tuple[float, float]], first: float, last: float) -> None:
-    """Grey behind each stage; its name above the uppermost panel."""
-    ordered = sorted(spans.items(), key=lambda item: item[1])
-    for _, (start, end) in ordered:
-        for axes in all_axes:
-            axes.axvspan(start, end, color=style.PALE, zorder=0)
-    middles = [(sum(span) / 2 - first) / max(last - first, 1e-3) for _, span in ordered]
-    for (stage, span), middle in zip(ordered, style.spread_out(middles, 0.13, 0.05, 0.95), strict=True):
-        all_axes[0].annotate(
-            STAGES.get(stage, text_of(stage)).removesuffix(" alone"),
-            xy=(sum(span) / 2, 1),
-            xycoords=all_axes[0].get_xaxis_transform(),
-            xytext=(middle, 1.12),
-            textcoords="axes fraction",
-            ha="center",
-            fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": style.GREY, "linewidth": 0.7},
-            parse_math=False,
-        )
 
 
 def _colour(index: int) -> str:

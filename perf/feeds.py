@@ -135,10 +135,10 @@ def decoding_alone(data: TrainingData, start: int) -> Callable[[], tuple]:
 
 def _without_it(data: TrainingData) -> str:
     """How training is rid of an image."""
+    assert data.manifest
     if isinstance(data.manifest, Prepared):
         return "prepare the data set anew"
-    folder = data.manifest.root if data.manifest else "DIR"
-    return f"have python -m pipeline.manifest {folder} --verify decode leave it out"
+    return f"have python -m pipeline.manifest {data.manifest.root} --verify decode leave it out"
 
 
 def _pipeline(data: TrainingData, *, device_id: int | None) -> Callable:

@@ -58,7 +58,7 @@ class Laps:
     def take(self, *, wait: bool = False) -> list[Lap]:
         """The laps since the last call that the device has come to the end of; wait: all laps."""
         taken = []
-        while self._unread and (wait or self._reached(self._unread[0][-1][1])):
+        while self._unread and (wait or not self._on_gpu or self._unread[0][-1][1].query()):
             taken.append(self._read(self._unread.popleft()))
         return taken
 
@@ -68,9 +68,6 @@ class Laps:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    def _reached(self, moment: Moment) -> bool:
-        return not self._on_gpu or moment.query()
 
     def _read(self, marks: list[tuple[str, Moment]]) -> Lap:
         if self._on_gpu:

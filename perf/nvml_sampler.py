@@ -15,11 +15,11 @@ from common.flags import FlagParser
 from common.process import run_program
 from common.progress import say
 from perf.telemetry import NvmlSampler
+from perf.words import number, reading
 
 _PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 _WAITED_FOR = _PASSED_ON | {signal.SIGCHLD}
 _COLUMNS = ("median", "p5", "p95", "min", "max")
-_SCALES = {"_bytes_per_second": (1e6, "MB/s"), "_bytes": (2**30, "GiB"), "_percent": (1, "%")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,12 +116,17 @@ def table(telemetry: dict) -> list[str]:
     """Lines: each GPU's readings, energy, what lowered its clocks, and what could not be read."""
     lines = [] if telemetry["reason"] is None else [f"GPU telemetry: {telemetry['reason']}"]
     for gpu in telemetry["devices"]:
+        joules = gpu["energy_joules"]
+        energy = "energy unknown" if joules is None else f"{joules:,.1f} J by {gpu['energy_source']}"
         lines.append(
             f"GPU {gpu['index']}, {gpu['name']}, {gpu['uuid']}: "
-            f"{telemetry['samples']} samples in {telemetry['seconds']:.1f} s, {_energy(gpu)}"
+            f"{telemetry['samples']} samples in {telemetry['seconds']:.1f} s, {energy}"
         )
         lines.append(f"  {'':34}" + "".join(f"{column:>11}" for column in _COLUMNS))
-        lines += [_row(name, spread) for name, spread in gpu["fields"].items() if spread is not None]
+        for field, spread in gpu["fields"].items():
+            if spread is not None:
+                name, factor = reading(field)
+                lines.append(f"  {name:34}" + "".join(f"{number(factor * spread[column]):>11}" for column in _COLUMNS))
         lines += _limits(gpu)
         lines += [
             f"  clock lowered by {reason} in {fraction:.1%} of the samples"
@@ -141,16 +146,3 @@ def _limits(gpu: dict) -> list[str]:
     if clock is not None:
         parts.append(f"highest SM clock {clock:g} MHz")
     return [f"  {', '.join(parts)}{'; of the whole GPU' if gpu['is_mig'] else ''}"] if parts else []
-
-
-def _energy(gpu: dict) -> str:
-    joules = gpu["energy_joules"]
-    return "energy unknown" if joules is None else f"{joules:,.1f} J by {gpu['energy_source']}"
-
-
-def _row(name: str, spread: dict[str, float]) -> str:
-    for ending, (scale, unit) in _SCALES.items():
-        if name.endswith(ending):
-            name = f"{name.removesuffix(ending)}, {unit}"
-            spread = {column: value / scale for column, value in spread.items()}
-    return f"  {name.replace('_', ' '):34}" + "".join(f"{spread[column]:11,.1f}" for column in _COLUMNS)

@@ -56,11 +56,8 @@ class Card(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
 def _read_cards() -> tuple[Card, ...]:
     with open(Path(__file__).with_name("cards.tsv"), newline="", encoding="utf-8") as file:
         rows = [{name: text or None for name, text in row.items()} for row in csv.DictReader(file, delimiter="\t")]
-    names = [str(row["reported_as"]).split(" | ") for row in rows]
-    return tuple(
-        msgspec.convert(
-            [{**row, "reported_as": each} for row, each in zip(rows, names, strict=True)], list[Card], strict=False
-        )
+    return msgspec.convert(
+        [{**row, "reported_as": str(row["reported_as"]).split(" | ")} for row in rows], tuple[Card, ...], strict=False
     )
 
 

@@ -35,44 +35,36 @@ def steps(report: Report) -> Figure | str:
     )
     all_axes = figure.subplots(len(rates), 2, sharey="row", squeeze=False, width_ratios=(4, 1))
     for (strip, histogram), (name, rate) in zip(all_axes, rates.items(), strict=True):
-        _draw_strip(strip, words.STAGES[name], rate)
-        _draw_histogram(histogram, rate)
+        _draw_steps(strip, histogram, words.STAGES[name], rate)
     all_axes[-1, 0].set_xlabel("lap, in order (line: mean of all; red: over twice the median)")
     all_axes[-1, 1].set_xlabel("number of laps")
     return figure
 
 
-def _draw_strip(axes: Axes, title: str, rate: Rate) -> None:
-    times = 1e3 * np.array(rate.series_seconds)
+def _draw_steps(strip: Axes, histogram: Axes, title: str, rate: Rate) -> None:
+    times, places = 1e3 * np.array(rate.series_seconds), np.arange(len(rate.series_seconds))
     mean, median = 1e3 * rate.step_seconds.mean, 1e3 * rate.step_seconds.median
-    slow, places, few = times > words.SLOW * median, np.arange(len(times)), len(times) <= _FEW
-    widths = np.where(slow, 1.5, 1.2 if few else 0.5)
-    axes.vlines(places, 0, times, color=np.where(slow, VERMILION, SKY), linewidth=widths)
-    axes.plot(places[~slow], times[~slow], ".", color=BLUE, markersize=4 if few else 1.5)
-    axes.plot(places[slow], times[slow], "o", color=VERMILION, markersize=4)
-    axes.axhline(mean, color="black", linewidth=0.8)
-    axes.set(ylim=(0, 1.12 * times.max()), xlim=(-0.01 * len(times) - 0.5, 1.01 * len(times)))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("ms a step" if rate.steps_a_lap == 1 else f"ms a step,\nlaps of {rate.steps_a_lap}")
+    slow, top, few = times > words.SLOW * median, 1.12 * times.max(), len(times) <= _FEW
+    strip.vlines(places, 0, times, color=np.where(slow, VERMILION, SKY), linewidth=1.2 if few else 0.5)
+    strip.plot(places[~slow], times[~slow], ".", color=BLUE, markersize=4 if few else 1.5)
+    strip.plot(places[slow], times[slow], "o", color=VERMILION, markersize=4)
+    strip.axhline(mean, color="black", linewidth=0.8)
+    strip.set(ylim=(0, top), xlim=(-0.01 * len(times) - 0.5, 1.01 * len(times)))
+    strip.xaxis.set_major_locator(MaxNLocator(integer=True))
+    strip.set_ylabel("ms a step" if rate.steps_a_lap == 1 else f"ms a step,\nlaps of {rate.steps_a_lap}")
     count, share = words.slow_laps(rate)
     slow_words = f"{count} slow, {words.percent(share, 0)} of the time" if count else "none is slow"
-    axes.set_title(
-        f"{title}: mean {words.number(mean)} ms, median {words.number(median)}; {slow_words}", loc="left", fontsize=9.5
-    )
-    axes.grid(axis="y", alpha=0.3)
-
-
-def _draw_histogram(axes: Axes, rate: Rate) -> None:
-    """Counts on a logarithmic axis: a single stall shows beside hundreds of steps."""
-    times = 1e3 * np.array(rate.series_seconds)
-    counts, edges = np.histogram(times, bins=_BINS, range=(0, 1.12 * times.max()))
-    colours = np.where(edges[:-1] > 1e3 * words.SLOW * rate.step_seconds.median, VERMILION, BLUE)
-    axes.barh(edges[:-1], counts, height=np.diff(edges), align="edge", color=colours)
-    axes.set(xscale="log", xlim=(0.6, 1.6 * max(counts)))
-    axes.xaxis.set_major_locator(LogLocator(numticks=5))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.grid(axis="x", alpha=0.3)
+    name = f"{title}: mean {words.number(mean)} ms, median {words.number(median)}; {slow_words}"
+    strip.set_title(name, loc="left", fontsize=9.5)
+    strip.grid(axis="y", alpha=0.3)
+    # On a logarithmic axis, a single stall shows beside hundreds of steps.
+    look: dict[str, Any] = {"stacked": True, "color": [BLUE, VERMILION], "orientation": "horizontal", "log": True}
+    counts, *_ = histogram.hist([times[~slow], times[slow]], bins=_BINS, range=(0, top), **look)
+    histogram.set_xlim(0.6, 1.6 * np.max(counts))
+    histogram.xaxis.set_major_locator(LogLocator(numticks=5))
+    histogram.xaxis.set_minor_locator(NullLocator())
+    histogram.xaxis.set_major_formatter("{x:g}")
+    histogram.grid(axis="x", alpha=0.3)
 
 
 # ---- from the hardware's limit to training -----------------------------------------------------------------------
@@ -115,31 +107,32 @@ def waterfall(report: Report) -> Figure:
     batch, step, trained = report.config["batch_size"], report.stages.step, report.stages.training
     set_by, seconds = report.ceiling.set_by, gap_of_step(report)
     figure = new_figure(5.4, f"From the hardware's limit to what training achieves\n{words.subject(report)}")
-    axes = figure.subplots()
-    labels = ["hardware's limit"]
-    rate = limit = batch / seconds["floor"]
-    _draw_level(axes, 0, rate, None, GREY)
-    for name in ("memory_passes", "layers"):
-        seconds["floor"] += seconds[name]
-        before, rate = rate, batch / seconds["floor"]
-        if before - rate > _NOTHING * before:
-            _draw_change(axes, len(labels), before, rate)
-            labels.append(GAP[name])
+    axes, floor = figure.subplots(), seconds["floor"]
+    unfused, layers = floor + seconds["memory_passes"], floor + seconds["memory_passes"] + seconds["layers"]
     lost_to = "lost to the loader" if set_by in words.SET_BY else "lost to shared cores"
-    levels = (
-        (step.images_per_second, step, "rest of the step", "step alone", SKY),
-        (report.ceiling.images_per_second, None, lost_to, f"ceiling, set by\n{words.SET_BY.get(set_by, set_by)}", ORANGE),
-        (trained.images_per_second if trained else None, trained, "lost in the loop", "training achieved", BLUE),
-    )  # fmt: skip
-    for level, measured, loss, name, colour in levels:
-        if level is None:
+    limited = f"ceiling, set by\n{words.SET_BY.get(set_by, set_by)}"
+    stations: list[
+        tuple[str, float | None, str, Rate | None, str]
+    ] = [  # loss on the way, rate, its name if it has a bar
+        ("", batch / floor, "hardware's limit", None, GREY),
+        (GAP["memory_passes"], batch / unfused, "", None, ""),
+        (GAP["layers"], batch / layers, "", None, ""),
+        (GAP["rest"], step.images_per_second, "step alone", step, SKY),
+        (lost_to, report.ceiling.images_per_second, limited, None, ORANGE),
+        ("lost in the loop", trained.images_per_second if trained else None, "training achieved", trained, BLUE),
+    ]
+    labels: list[str] = []
+    rate = limit = batch / floor
+    for loss, after, name, measured, colour in stations:
+        if after is None:
             axes.text(0, len(labels), f" {words.NOT_MEASURED}", va="center", color=GREY)
-        else:
-            _draw_change(axes, len(labels), rate, level)
-            labels.append(loss if level <= rate else "more than that")
-            _draw_level(axes, len(labels), level, measured, colour)
-            rate = level
-        labels.append(name)
+        elif loss and (name or rate - after > _NOTHING * rate):
+            _draw_change(axes, len(labels), rate, after)
+            labels.append(loss if after <= rate else "more than that")
+        if name and after is not None:
+            _draw_level(axes, len(labels), after, measured, colour)
+        labels += [name] if name else []
+        rate = rate if after is None else after
         limit = max(limit, rate)
     lanes(axes, labels)
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -171,32 +164,31 @@ def _draw_change(axes: Axes, lane: int, before: float, after: float) -> None:
 
 # ---- one step, part by part --------------------------------------------------------------------------------------
 
-_COLOURS = dict(zip(words.PARTS, (ORANGE, SKY, BLUE, VERMILION, GREEN), strict=True))
-_WHOLE = "#444444"
+_COLOURS = dict(
+    zip(
+        (*words.PARTS, words.BETWEEN, words.WHOLE),
+        (ORANGE, SKY, BLUE, VERMILION, GREEN, PURPLE, "#444444"),
+        strict=True,
+    )
+)
 
 
 def timeline(report: Report) -> Figure:
     """The mean step of training, as a Gantt chart above the hardware's floors; without images, of the step alone."""
-    training = report.training_parts
-    where = "in training" if training else "alone"
+    where = "in training" if report.training_parts else "alone"
     figure = new_figure(4.2, f"The mean step {where}, part by part\n{words.subject(report)}")
-    axes = figure.subplots()
-    rows: list[tuple[str, str, float, float | None, float, tuple[float, float] | None]] = []
+    axes, parts = figure.subplots(), _shown_parts(report)
     start = floor_start = 0.0
-    for key, part in _shown_parts(report).items():
-        summary = part.training if training else part.alone
+    for lane, (key, part) in enumerate(parts.items()):
+        seconds = part.training if report.training_parts else part.alone
         floors = None if part.floor is None or part.floor_unfused is None else (part.floor, part.floor_unfused)
-        rows.append((part.title, _COLOURS[key], start, summary.mean if summary else None, floor_start, floors))
-        start += summary.mean if summary else 0
+        if key == words.WHOLE:
+            start = floor_start = 0.0
+        _draw_lane(axes, lane, _COLOURS[key], start, seconds, floor_start, floors)
+        start += seconds or 0
         floor_start += part.floor or 0
-    if training:
-        rows.append(("between these", PURPLE, start, words.between_parts(report), 0.0, None))
-    whole = training.data_wait.mean + training.step.mean if training else report.stages.step.step_seconds.mean
-    floors = report.roofline.floor_seconds.total, report.roofline.floor_seconds_unfused.total
-    rows.append((f"whole step\n{where}", _WHOLE, 0.0, whole, 0.0, floors))
-    for lane, (_, colour, start, seconds, floor_start, floors) in enumerate(rows):
-        _draw_lane(axes, lane, colour, start, seconds, floor_start, floors)
-    lanes(axes, [title for title, *_ in rows])
+    *titles, whole = (part.title for part in parts.values())
+    lanes(axes, [*titles, f"{whole}\n{where}"])
     axes.set_xlabel(
         "ms from the start of the step\n(full: measured mean; hatched: hardware's floor, fused; outlined: unfused)"
     )
@@ -211,11 +203,9 @@ def _shown_parts(report: Report) -> dict[str, words.Part]:
         del parts["data_wait"]
     elif exposed := parts.pop("all_reduce", None):
         backward = parts["backward"]
-        parts["backward"] = backward._replace(
-            title="backward,\nall-reduce",
-            floor=(backward.floor or 0) + (exposed.floor or 0),
-            floor_unfused=(backward.floor_unfused or 0) + (exposed.floor_unfused or 0),
-        )
+        floor = (backward.floor or 0) + (exposed.floor or 0)
+        unfused = (backward.floor_unfused or 0) + (exposed.floor_unfused or 0)
+        parts["backward"] = backward._replace(title="backward,\nall-reduce", floor=floor, floor_unfused=unfused)
     return parts
 
 

@@ -7,6 +7,7 @@ that a phone, which shows it at half its size, leaves the text readable.
 import io
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -49,6 +50,28 @@ def lanes(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
+
+
+def row_above(
+    axes: Axes,
+    texts: Sequence[str],
+    points: Sequence[tuple[float, float]],
+    *,
+    height: float,
+    distance: float,
+    **look: Any,
+) -> None:
+    """A row of texts above the axes, which have their limits already, with a line from each to its point of the data.
+
+    points: x ascends. height of the row and least distance of its texts: in fractions of the axes. look: as Text takes it.
+    """
+    to_axes = axes.transData + axes.transAxes.inverted()
+    wanted = [to_axes.transform(point)[0] for point in points]
+    line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "relpos": (0.5, 0), "shrinkB": 3}
+    look |= {"ha": "center", "va": "bottom", "parse_math": False, "arrowprops": line, "textcoords": "axes fraction"}
+    places = spread_out(wanted, distance, distance / 2, 1 - distance / 2)
+    for text, point, place in zip(texts, points, places, strict=True):
+        axes.annotate(text, point, (place, height), **look)
 
 
 def spread_out(wanted: Sequence[float], distance: float, low: float, high: float) -> list[float]:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import msgspec
 import torch
@@ -13,8 +13,9 @@ from common.process import run_program
 from engine.precision import choose_precision, set_numerics
 from model.vgg import CONFIGURATIONS
 from perf.costs import Job, LayerCost, decoded_pixels, gradient_bytes, optimizer_bytes
+from perf.page import layer_table, links_sentence, prediction_table
 from perf.peaks import CARDS, find_card, measure_peaks, peaks_here, peaks_of
-from perf.report import FloorSeconds, Layer, Links, Peaks, Roofline
+from perf.report import FloorSeconds, Layer, Links, Peaks, Roofline, StepParts
 from perf.scaling import (
     ComputeTimes,
     add_link_flags,
@@ -24,20 +25,7 @@ from perf.scaling import (
     links_from,
     predict,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Of one GPU in one step; None for what was not measured."""
-
-    step_seconds: float | None = None  # all-reduce included
-    step_joules: float | None = None
-    forward_seconds: float | None = None  # of all passes together, as the backward pass's
-    backward_seconds: float | None = None  # without the all-reduce
-    optimizer_seconds: float | None = None
-
-
-_NOTHING = Measured()
+from perf.words import milliseconds, name_of, number, percent, print_table, with_prefix
 
 
 def roofline(
@@ -46,15 +34,17 @@ def roofline(
     peaks: Peaks,
     links: Links | None,
     algorithm: str = "best",
-    measured: Measured = _NOTHING,
+    step_seconds: float | None = None,
+    step_joules: float | None = None,
+    parts: StepParts | None = None,
     layer_seconds: dict[str, float] | None = None,
 ) -> Roofline:
     """Floors, MFU, images per joule and predictions; None where something was not measured.
 
-    MFU: FLOPs of the step / (step_seconds · peak). scaling starts from the measured forward, backward and optimizer times; if
-    only the whole step of a single GPU was measured, from that one, divided as the floor is; otherwise from the fused floor
-    (scaling_from). Without links nothing is predicted, and of the floor the all-reduce is 0. layer_seconds: measured, of one
-    pass forward and backward, by the layer's name.
+    Measured, of one GPU: step_seconds and step_joules of a whole step, parts of it, and layer_seconds of one pass forward and
+    backward, by the layer's name. MFU: FLOPs of the step / (step_seconds · peak). scaling starts from the parts' means; if only
+    the whole step of a single GPU was measured, from that one, divided as the floor is; otherwise from the fused floor
+    (scaling_from). Without links nothing is predicted, and of the floor the all-reduce is 0.
 
     Raises ValueError as VGG does; UserError: GPUs that do not fill their machines, in-switch without such a switch.
     """
@@ -65,7 +55,7 @@ def roofline(
         for is_fused in (True, False)
     )
     flops = job.passes * sum(layer.forward.flops + layer.backward.flops for layer in layers)
-    times = _measured_times(job, fused, measured)
+    times = _measured_times(job, fused, step_seconds, parts)
     return Roofline(
         peaks=peaks,
         floor_seconds=_floor(job, fused, links, algorithm),
@@ -73,8 +63,8 @@ def roofline(
         flops_per_image=flops / job.batch,
         optimizer_bytes=optimizer_bytes(parameters, job.precision),
         all_reduce_bytes=gradient_bytes(parameters, job.grad_compression),
-        mfu=flops / (measured.step_seconds * peaks.flops_per_second) if measured.step_seconds else None,
-        images_per_joule=job.batch / measured.step_joules if measured.step_joules else None,
+        mfu=flops / (step_seconds * peaks.flops_per_second) if step_seconds else None,
+        images_per_joule=job.batch / step_joules if step_joules else None,
         layers=[_layer(layer, job.passes, peaks, (layer_seconds or {}).get(layer.name)) for layer in layers],
         links=links,
         scaling_from="measured" if times else "floor",
@@ -113,16 +103,18 @@ def _layer(layer: LayerCost, passes: int, peaks: Peaks, measured_seconds: float 
     )
 
 
-def _measured_times(job: Job, floor: ComputeTimes, measured: Measured) -> ComputeTimes | None:
+def _measured_times(
+    job: Job, floor: ComputeTimes, step_seconds: float | None, parts: StepParts | None
+) -> ComputeTimes | None:
     """The floor's times, stretched to what was measured; None where that does not say enough."""
-    if measured.forward_seconds and measured.backward_seconds and measured.optimizer_seconds:
+    if parts:
         return floor.stretched(
-            forward=measured.forward_seconds / (job.passes * floor.forward_seconds),
-            backward=measured.backward_seconds / (job.passes * floor.backward_seconds),
-            optimizer=measured.optimizer_seconds / floor.optimizer_seconds,
+            forward=parts.forward.mean / (job.passes * floor.forward_seconds),
+            backward=parts.backward.mean / (job.passes * floor.backward_seconds),
+            optimizer=parts.optimizer.mean / floor.optimizer_seconds,
         )
-    if measured.step_seconds and job.ranks == 1:
-        times = measured.step_seconds / floor.seconds
+    if step_seconds and job.ranks == 1:
+        times = step_seconds / floor.seconds
         return floor.stretched(forward=times, backward=times, optimizer=times)
     return None
 
@@ -141,22 +133,25 @@ def _run(argv: list[str] | None) -> int:
     same = ("arch", "classes", "crop", "micro_batch", "grad_compression", "ranks", "batch_norm")
     job = Job(batch=arguments.batch_size, precision=precision, **{name: getattr(arguments, name) for name in same})
     links = links_from(arguments, peaks, ranks_a_machine=None, ranks=job.ranks)
-    measured = Measured(step_seconds=arguments.step_seconds, step_joules=arguments.step_joules)
+    measured = {name: getattr(arguments, name) for name in ("step_seconds", "step_joules")}
     try:
-        result = roofline(job, peaks=peaks, links=links, algorithm=arguments.all_reduce, measured=measured)
+        result = roofline(job, peaks=peaks, links=links, algorithm=arguments.all_reduce, **measured)
     except ValueError as error:  # of VGG: a crop that is not a multiple of 32
         raise UserError(f"--crop: {error}") from error
     size, crop, scale, jpeg_bytes = arguments.image_size, arguments.crop, arguments.train_scale, arguments.jpeg_bytes
     pixels = decoded_pixels(*size, crop=crop, scale=scale) if size else None
     if arguments.layers:
-        _print_layers(result)
+        print_table(layer_table(result))
     _print_floor(job, result, arguments.step_seconds)
     rate = job.ranks * job.batch / result.floor_seconds.total
     if pixels:
-        print(f"{'to decode':18}{pixels:12,.0f} pixels an image, {pixels * rate / 1e6:,.0f} million a second")
+        print(f"to decode: {pixels:,.0f} pixels an image, {pixels * rate / 1e6:,.0f} million a second")
     if jpeg_bytes:
-        print(f"{'to read':18}{jpeg_bytes:12,.0f} bytes an image, {jpeg_bytes * rate / 1e6:,.0f} MB a second")
-    _print_scaling(result, arguments.all_reduce)
+        print(f"to read: {jpeg_bytes:,.0f} bytes an image, {jpeg_bytes * rate / 1e6:,.0f} MB a second")
+    print(f"\n{links_sentence(result)}")
+    if result.scaling:
+        print(f"All-reduce: {arguments.all_reduce}.")
+        print_table(prediction_table(result))
     decode = {"pixels_per_image": pixels, "jpeg_bytes_per_image": jpeg_bytes}
     print(json.dumps({**asdict(job), **msgspec.to_builtins(result), "decode": decode}))
     return 0
@@ -238,67 +233,36 @@ def _choose_peaks(arguments: argparse.Namespace) -> tuple[Peaks, str]:
     return peaks, precision
 
 
-def _print_layers(result: Roofline) -> None:
-    ridge = result.peaks.flops_per_second / result.peaks.bytes_per_second
-    print(f"{'':38}{'fused':>36}{'unfused':>24}")
-    names = ("GFLOP", "MB", "FLOP/byte", "floor, ms", "MB", "floor, ms")
-    print(f"{'layer':18}{'kind':8}{''.join(f'{name:>12}' for name in names)}  limit")
-    for layer in result.layers:
-        intensity = layer.flops / layer.bytes
-        print(
-            f"{layer.name:18}{layer.kind:8}{layer.flops / 1e9:12,.2f}{layer.bytes / 1e6:12,.1f}"
-            f"{intensity:12,.1f}{1e3 * layer.floor_seconds:12.3f}{layer.bytes_unfused / 1e6:12,.1f}"
-            f"{1e3 * layer.floor_seconds_unfused:12.3f}  {'compute' if intensity > ridge else 'memory'}"
-        )
-    print()
-
-
 def _print_floor(job: Job, result: Roofline, step_seconds: float | None) -> None:
     peaks, fused, unfused = result.peaks, result.floor_seconds, result.floor_seconds_unfused
     rate = job.ranks * job.batch / fused.total
     print(
         f"{job.arch}{' with batch normalisation' if job.batch_norm else ''}, {job.classes} classes, crop {job.crop}, batch "
         f"{job.batch}{f' in passes of {job.micro_batch}' if job.passes > 1 else ''}, {job.precision}, {job.ranks} × "
-        f"{peaks.name}: {peaks.flops_per_second / 1e12:,.3g} TFLOP/s, {peaks.bytes_per_second / 1e9:,.4g} GB/s ({peaks.source})"
+        f"{peaks.name}: {with_prefix(peaks.flops_per_second, 'FLOP/s')}, {with_prefix(peaks.bytes_per_second, 'B/s')} "
+        f"({peaks.source})\n{result.flops_per_image / 1e9:,.2f} GFLOP a training image\n"
     )
-    print(f"{result.flops_per_image / 1e9:,.2f} GFLOP a training image\n")
-    power = f", {rate / job.ranks / peaks.watts:,.3g} images/joule at {peaks.watts:,g} W" if peaks.watts else ""
+    power = f", {number(rate / job.ranks / peaks.watts)} images/joule at {peaks.watts:,g} W" if peaks.watts else ""
     notes = {
-        "optimizer": f"  {result.optimizer_bytes / 1e6:,.0f} MB",
-        "all_reduce": f"  {result.all_reduce_bytes / 1e6:,.0f} MB, beside the backward pass",
-        "total": f"  at most {rate:,.0f} images/s{power}",
+        "optimizer": f"{result.optimizer_bytes / 1e6:,.0f} MB",
+        "all_reduce": f"{result.all_reduce_bytes / 1e6:,.0f} MB, beside the backward pass",
+        "total": f"at most {rate:,.0f} images/s{power}",
     }
-    print(f"{'floor of a step':18}{'fused, ms':>12}{'unfused, ms':>12}")
-    for part in FloorSeconds.__struct_fields__:
-        name, one, other = part.replace("_", "-"), getattr(fused, part), getattr(unfused, part)
-        print(f"{name:18}{1e3 * one:12.3f}{1e3 * other:12.3f}{notes.get(part, '')}")
+    table = [
+        {
+            "floor of a step": name_of(part),
+            "fused, ms": milliseconds(getattr(fused, part)),
+            "unfused, ms": milliseconds(getattr(unfused, part)),
+            "": notes.get(part, ""),
+        }
+        for part in FloorSeconds.__struct_fields__
+    ]
+    print_table(table)
     if step_seconds:
         passes, rest = min(step_seconds, unfused.total) - fused.total, max(0.0, step_seconds - unfused.total)
-        saved = f"of it up to {1e3 * max(0.0, passes):,.1f} ms memory passes that fusing would save"
-        print(f"{'step':18}{1e3 * step_seconds:12.3f}  {saved};")
-        print(f"{'':32}{1e3 * rest:,.1f} ms or more kernels below their rate, or waiting")
-    if result.mfu is not None:
-        print(f"{'MFU':18}{100 * result.mfu:11.1f}%")
+        print(
+            f"step {milliseconds(step_seconds)} ms: of it up to {milliseconds(max(0.0, passes))} ms memory passes that fusing "
+            f"would save; {milliseconds(rest)} ms or more kernels below their rate, or waiting\nMFU {percent(result.mfu)}"
+        )
     if result.images_per_joule is not None:
-        print(f"{'images/joule':18}{result.images_per_joule:12.3f}")
-
-
-def _print_scaling(result: Roofline, algorithm: str) -> None:
-    links = result.links
-    if links is None:
-        print("\nThe links to more devices are not known: with --network-gbits-per-second, what they do is predicted")
-        return
-    print(
-        f"\nPredicted from the {'measured step' if result.scaling_from == 'measured' else 'floor'}, the same batch on each "
-        f"GPU; all-reduce: {algorithm}; {links.gpus_per_node} GPUs a machine at "
-        f"{links.peer_bytes_per_second / 1e9:,.4g} GB/s{', added up in the switch' if links.in_switch else ''}, machines at "
-        f"{8 * links.network_bytes_per_second / 1e9:,.4g} Gbit/s, {1e6 * links.latency_seconds:,.3g} µs ({links.source})."
-    )
-    print(f"{'images/s':6}{'all-reduce beside the backward pass':>46}{'after it':>28}")
-    both = f"{'float32':>14}{'of linear':>10}{'16 bits':>14}{'of linear':>10}"
-    print(f"{'GPUs':>6}{both}{'float32':>14}{'16 bits':>14}  algorithm")
-    for row in result.scaling:
-        pair = row.plain, row.compressed
-        beside = "".join(f"{each.images_per_second:14,.0f}{100 * each.efficiency:9.1f}%" for each in pair)
-        after = "".join(f"{each.images_per_second_without_overlap:14,.0f}" for each in pair)
-        print(f"{row.ranks:6}{beside}{after}  {row.algorithm if row.ranks > 1 else ''}")
+        print(f"images/joule {number(result.images_per_joule)}")

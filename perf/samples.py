@@ -1,69 +1,48 @@
 """From one GPU's samples to the figures of a window of time."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from common.nvml.readings import THROTTLE_BITS
 
-_NOT_FIELDS = ("energy_counter_joules", "throttle_reasons")
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What was read of one GPU."""
-
-    seconds: np.ndarray  # when, in values of time.perf_counter(), ascending
-    values: dict[str, np.ndarray]  # by reading, as long as seconds; NaN where it failed
-
-    @classmethod
-    def of(cls, seconds: Sequence[float], values: Mapping[str, Sequence[float]]) -> Samples:
-        return cls(np.array(seconds), {name: np.array(each) for name, each in values.items()})
-
-    def known(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Times and values of a reading where it did not fail."""
-        values = self.values[name]
-        there = ~np.isnan(values)
-        return self.seconds[there], values[there]
-
-    def between(self, start: float, end: float) -> Samples:
-        """Those taken from start to end, both included."""
-        inside = slice(np.searchsorted(self.seconds, start), np.searchsorted(self.seconds, end, side="right"))
-        return Samples(self.seconds[inside], {name: values[inside] for name, values in self.values.items()})
+Samples = Mapping[str, np.ndarray]
+"""By reading, NaN where it failed; and "seconds", ascending values of time.perf_counter(). All float64, of one length."""
+_NOT_FIELDS = ("seconds", "energy_counter_joules", "throttle_reasons")
 
 
 def summarise(samples: Samples, reasons: Mapping[str, str], start: float, end: float) -> tuple[int, dict[str, Any]]:
-    """The number of samples between two values of time.perf_counter(), and what the report says of them.
+    """The number of samples from start to end, both included, and what the report says of them.
 
     Quantiles, means and curves are of the samples within; energy is interpolated to the window's ends. reasons: why a reading
     failed, by name. A figure that is not known is None, and "missing" says why.
     """
+    within = (samples["seconds"] >= start) & (samples["seconds"] <= end)
+    inside = {name: values[within] for name, values in samples.items()}
+    known = {name: values[~np.isnan(values)] for name, values in inside.items()}
+    seconds, masks = inside.pop("seconds"), known["throttle_reasons"].astype(np.int64)
     energy, source = energy_joules(samples, start, end)
-    inside = samples.between(start, end)
-    fields = [name for name in samples.values if name not in _NOT_FIELDS]
-    throttled, masks = None, inside.known("throttle_reasons")[1].astype(np.int64)
-    if len(masks):
-        throttled = {name: round(float(np.mean(masks & bit > 0)), 4) for name, bit in THROTTLE_BITS.items()}
     missing = {}
-    for name, values in inside.values.items():
-        failed = int(np.isnan(values).sum())
-        if failed == len(values):
+    for name in inside:
+        failed = len(seconds) - len(known[name])
+        if failed == len(seconds):
             missing[name] = reasons.get(name, "no sample in this window")
         elif failed and name in reasons:  # a rate has no first value, and no reason for that
-            missing[name] = f"{failed} of {len(values)} readings failed: {reasons[name]}"
-    return len(inside.seconds), {
+            missing[name] = f"{failed} of {len(seconds)} readings failed: {reasons[name]}"
+    fields = [name for name in inside if name not in _NOT_FIELDS]
+    shares = (
+        {name: round(float(np.mean(masks & bit > 0)), 4) for name, bit in THROTTLE_BITS.items()} if len(masks) else None
+    )
+    return len(seconds), {
         "energy_joules": energy,
         "energy_source": source,
-        "fields": {name: _spread(inside.known(name)[1]) for name in fields},
-        "throttled_fraction": throttled,
+        "fields": {name: _spread(known[name]) for name in fields},
+        "throttled_fraction": shares,
         "missing": missing,
         "series": {
-            "seconds": np.round(inside.seconds - start, 4).tolist(),
-            **{name: [rounded(value) for value in inside.values[name].tolist()] for name in fields},
+            "seconds": np.round(seconds - start, 4).tolist(),
+            **{name: [rounded(value) for value in inside[name].tolist()] for name in fields},
         },
     }
 
@@ -75,24 +54,23 @@ def energy_joules(samples: Samples, start: float, end: float) -> tuple[float | N
     interpolated at the window's ends, and end where the samples do: a GPU that was lost used nothing that we know of.
     """
     for name, source in (("energy_counter_joules", "counter"), ("power_watts", "power")):
-        moments, values = samples.known(name)
+        there = ~np.isnan(samples[name])
+        moments, values = samples["seconds"][there], samples[name][there]
         low, high = (max(start, moments[0]), min(end, moments[-1])) if len(moments) else (0.0, 0.0)
         if low >= high:
             continue
         corners = np.array([low, *moments[(moments > low) & (moments < high)], high])
         heights = np.interp(corners, moments, values)
-        if source == "counter":
-            return rounded(heights[-1] - heights[0]), source
-        return rounded(np.sum(np.diff(corners) * (heights[1:] + heights[:-1])) / 2), source
+        integral = np.sum(np.diff(corners) * (heights[1:] + heights[:-1])) / 2
+        return rounded(heights[-1] - heights[0] if source == "counter" else integral), source
     return None, None
 
 
 def _spread(values: np.ndarray) -> dict[str, float | None] | None:
     if not len(values):
         return None
-    p5, median, p95 = np.quantile(values, (0.05, 0.5, 0.95))
-    figures = {"median": median, "p5": p5, "p95": p95, "min": values.min(), "max": values.max(), "mean": values.mean()}
-    return {name: rounded(figure) for name, figure in figures.items()}
+    figures = zip(("min", "p5", "median", "p95", "max"), np.quantile(values, (0, 0.05, 0.5, 0.95, 1)), strict=True)
+    return {name: rounded(figure) for name, figure in (*figures, ("mean", values.mean()))}
 
 
 def rounded(value: float) -> float | None:

@@ -92,15 +92,13 @@ def floor_times(
     """The least time of a step of one GPU. layers: of one pass. fused: as costs.py has it; False: each operation a kernel."""
     forward = [floor_seconds([layer.forward] if fused else layer.forward_kernels, peaks) for layer in layers]
     backward = [floor_seconds([layer.backward] if fused else layer.backward_kernels, peaks) for layer in layers]
-    parameters = sum(sum(layer.parameters) for layer in layers)
+    parameters = [layer.parameters for layer in layers]
     return ComputeTimes(
         batch=batch,
         passes=passes,
         forward_seconds=sum(forward),
-        backward=[LayerBackward(*each) for each in zip(backward, [each.parameters for each in layers], strict=True)][
-            ::-1
-        ],
-        optimizer_seconds=optimizer_bytes(parameters, precision) / peaks.bytes_per_second,
+        backward=list(map(LayerBackward, reversed(backward), reversed(parameters))),
+        optimizer_seconds=optimizer_bytes(sum(map(sum, parameters)), precision) / peaks.bytes_per_second,
     )
 
 
@@ -186,24 +184,20 @@ def buckets(backward: Sequence[LayerBackward]) -> list[Bucket]:
     return [*full, Bucket(parameters, now)] if parameters else full
 
 
-class AllReduce(NamedTuple):
-    """Of all gradients of a step: all buckets together, and after the end of the backward pass that they run beside."""
-
-    seconds: float
-    exposed_seconds: float
-
-
 def all_reduce_beside(
     backward: Sequence[LayerBackward], *, ranks: int, links: Links, algorithm: str, bytes_per_gradient: int
-) -> AllReduce:
-    """Send each bucket when it is ready and the one before has been sent."""
+) -> tuple[float, float]:
+    """Send each bucket when it is ready and the one before has been sent.
+
+    Returns the seconds of all buckets together, and those after the end of the backward pass that they run beside.
+    """
     sent, total = 0.0, 0.0
     for bucket in buckets(backward):
         size = bucket.parameters * bytes_per_gradient
         seconds = all_reduce_seconds(size, ranks=ranks, links=links, algorithm=algorithm)
         sent = max(sent, bucket.ready_seconds) + seconds
         total += seconds
-    return AllReduce(total, max(0.0, sent - sum(layer.seconds for layer in backward)))
+    return total, max(0.0, sent - sum(layer.seconds for layer in backward))
 
 
 def predict(times: ComputeTimes, *, links: Links, algorithm: str, ranks: Sequence[int] = RANKS) -> list[Prediction]:

@@ -13,13 +13,12 @@ from pathlib import Path
 import msgspec
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from common.errors import UserError
-from common.files import replacing
+from common.files import replacing, writing_to
 from common.flags import FlagParser
-from common.process import run_program, visible
+from common.process import run_program
 from common.progress import printable
 from perf import pictures, words
 from perf.compare import compare, comparison, comparison_tables, differences
@@ -39,7 +38,6 @@ PICTURES: dict[str, Callable[[Report], Figure | str]] = {
     "roofline": roofline,
 }
 COMPARISON = "comparison.png"
-_TABLE_WIDTH = 110
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,7 +104,7 @@ def write_comparison(a: Report, b: Report, names: list[str], out: Path) -> dict:
         lines += [f"Caution: {sentence}" for sentence in report.verdict.cautions]
         console.print(Text("\n   ".join(map(printable, lines))))
     for table in comparison_tables(rows, a, b):
-        _print_table("", table)
+        words.print_table(table)
     console.print(
         "Clocks, caches and neighbours change from run to run, and no interval has that in it: measure both runs again."
     )
@@ -114,7 +112,7 @@ def write_comparison(a: Report, b: Report, names: list[str], out: Path) -> dict:
         table = [
             {"": key, "A": words.text_of(in_a), "B": words.text_of(in_b)} for key, (in_a, in_b) in differing.items()
         ]
-        _print_table("What differs", table)
+        words.print_table(table, "What differs")
     else:
         console.print("Configuration, hardware and code are the same.")
     return {"rows": msgspec.to_builtins(rows), "differences": differing, "picture": str(out / COMPARISON)}
@@ -132,7 +130,7 @@ def write_sweep(path: Path, out: Path) -> dict:
     console = Console()
     for program, group in groups.items():
         header, lines = sweep_table(group)
-        _print_table(f"{path.stem}: {program}", [dict(zip(header, line, strict=True)) for line in lines])
+        words.print_table([dict(zip(header, line, strict=True)) for line in lines], f"{path.stem}: {program}")
     failed = [row for row in rows if row[ERROR]]
     if failed:
         console.print(f"{len(failed)} of {len(rows)} runs failed.")
@@ -167,29 +165,18 @@ def print_report(report: Report) -> None:
         say(f"Caution: {sentence}", style="yellow")
     for place, advice in enumerate(verdict.tries, start=1):
         say(f"  {place}. {advice.flags}", f"  {advice.why}", style="bold")
-    _print_table("", words.stage_table(report))
-    _print_table("", words.part_table(report))
+    words.print_table(words.stage_table(report))
+    say(words.SLOW_STEPS)
+    words.print_table(words.part_table(report))
     if costs := cost_table(report):
-        _print_table("", costs)
+        words.print_table(costs)
     for sentence in (words.ceiling_sentence(report), words.warm_up_sentence(report), words.memory_sentence(report)):
         say(sentence)
 
 
-def _print_table(title: str, table: words.Table) -> None:
-    """At its full width: on a narrower terminal, which breaks its lines, no column is lost."""
-    (first, *others), lines = words.cells(table)
-    shown = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
-    shown.add_column(Text(first), no_wrap=True)
-    for place, name in enumerate(others, start=1):
-        shown.add_column(Text(name), justify="right", no_wrap=place < len(others))
-    for line in lines:
-        shown.add_row(*(Text(visible(cell)) for cell in line))
-    Console(width=max(Console().width, _TABLE_WIDTH)).print(shown)
-
-
 def _write(files: dict[str, bytes | None], out: Path) -> None:
     """Each file whole or not at all; None: not to be there. Raises UserError."""
-    try:
+    with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             if content is None:
@@ -197,5 +184,3 @@ def _write(files: dict[str, bytes | None], out: Path) -> None:
                 continue
             with replacing(out / name) as file:
                 file.write(content)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error}); name another folder") from error

@@ -57,7 +57,7 @@ class NvmlSampler:
         self._interval_seconds = interval_seconds
         self._threads: list[_GpuThread] = []
         self._reason: str | None = "the sampler was never started"
-        self._started = self._stopped = perf_counter()
+        self.started = self._stopped = perf_counter()  # of the whole context's series
         self._running = False
 
     def __enter__(self) -> NvmlSampler:
@@ -70,7 +70,7 @@ class NvmlSampler:
             self._reason = f"NVML: {error!r}"
         self._running = True
         self._wait_past(perf_counter())
-        self._started = perf_counter()
+        self.started = perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -88,11 +88,6 @@ class NvmlSampler:
 
                 pynvml.nvmlShutdown()
 
-    @property
-    def started(self) -> float:
-        """The value of time.perf_counter() at which the whole context's series begin."""
-        return self._started
-
     def report(self, start: float | None = None, end: float | None = None) -> dict:
         """The telemetry between two values of time.perf_counter(), of the whole context by default.
 
@@ -107,7 +102,7 @@ class NvmlSampler:
         """
         now = perf_counter() if self._running else self._stopped
         end = now if end is None else min(end, now)
-        start = min(self._started if start is None else max(start, self._started), end)
+        start = min(self.started if start is None else max(start, self.started), end)
         if self._running:
             self._wait_past(end)
         reports = [thread.report(start, end) for thread in self._threads]
@@ -223,10 +218,13 @@ class _GpuThread(threading.Thread):
         """Number of samples from start to end in values of time.perf_counter(), and the GPU's part of the report."""
         # Here: without nvidia-ml-py, which it needs, there is no thread; and numpy starts threads of its own, which would take
         # the signals that nvml_sampler.py holds back, had they begun before.
-        from perf.samples import Samples, rounded, summarise
+        import numpy as np
+
+        from perf.samples import rounded, summarise
 
         count = len(self._seconds)
-        samples = Samples.of(self._seconds[:count], {name: values[:count] for name, values in self._values.items()})
+        series = {"seconds": self._seconds, **self._values}
+        samples = {name: np.array(values[:count]) for name, values in series.items()}
         inside, summary = summarise(samples, self._reader.reasons, start, end)
         if self._gone is not None and self._gone[0] < end:
             moment, reason = self._gone
@@ -277,11 +275,10 @@ def telemetry_of(
         for device in whole["devices"]:
             series = device["series"]
             series["seconds"] = [round(second - first + main_first, 4) for second in series["seconds"]]
-            devices.append(msgspec.convert({**device, "machine": machine}, Device))
+        devices += msgspec.convert([{**each, "machine": machine} for each in whole["devices"]], list[Device])
         for name, part in parts.items():
-            stages[name] += [
-                msgspec.convert({**device, "machine": machine, "series": {}}, Device) for device in part["devices"]
-            ]
+            own_devices = [{**each, "machine": machine, "series": {}} for each in part["devices"]]
+            stages[name] += msgspec.convert(own_devices, list[Device])
     return Telemetry(
         reason="; ".join(reasons) or None,
         devices=devices,

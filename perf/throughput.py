@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from common.errors import UserError
-from common.files import replacing
+from common.files import replacing, writing_to
 from common.flags import FlagParser, above_zero
 from common.parent_death import end_with_torchrun
 from common.process import run_program, usable_cores
@@ -22,6 +22,7 @@ from common.ranks import Ranks, on_rank_0, ranks_of_this_run
 from engine.config import Config, default_data, parse_args, to_dict
 from engine.monitoring.gpu_curves import gpus_of_this_machine
 from engine.training.assembly import too_little_memory
+from perf.costs import Job
 from perf.laps import BACKWARD, DATA_WAIT, FORWARD, OPTIMIZER
 from perf.machine import git_revision, hardware
 from perf.peaks import peaks_here
@@ -33,6 +34,7 @@ from perf.report import (
     AllReduceAlone,
     Costs,
     DeviceMemory,
+    Links,
     Peaks,
     Report,
     Stages,
@@ -40,7 +42,8 @@ from perf.report import (
     TrainingParts,
     WarmUp,
 )
-from perf.roofline import Job, Measured, add_link_flags, links_from, roofline
+from perf.roofline import roofline
+from perf.scaling import add_link_flags, links_from
 from perf.show import write_report
 from perf.stages import ALL_REDUCE, WITHOUT_ALL_REDUCE, Bench, Findings, open_bench, run_stages
 from perf.telemetry import NvmlSampler, mean_watts, telemetry_of
@@ -86,8 +89,9 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     parser.add_argument(
         "--seconds",
         type=above_zero,
-        help=f"time limit of each stage without warm-up ({_SECONDS_A_STAGE:g}; with --tune {_SECONDS_A_TRIAL:g}); with --order "
-        "window three windows of shards are read in any case",
+        help=f"time limit of each stage ({_SECONDS_A_STAGE:g}; with --tune {_SECONDS_A_TRIAL:g}). Not counted in it: three "
+        "steps of warm-up, and what lay ready in queues. At least three steps are measured however long they take (one with "
+        "--tune), or three windows of shards with --order window",
     )
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--trace", action="store_true", help="also write the torch.profiler trace of a few steps")
@@ -116,11 +120,9 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
 
 def claim(out: Path, name: str) -> None:
     """Make the folder for a file of this name. Raises UserError: it cannot be written, or holds one."""
-    try:
+    with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
     if (out / name).exists():
         raise UserError(f"--out {out}: holds a {Path(name).stem} already; choose another folder")
 
@@ -145,7 +147,7 @@ def profile(config: Config, ranks: Ranks, options: argparse.Namespace) -> Report
     machine = ranks.local_world_size
     # Nothing follows from a single rank for more of them.
     ranks_a_machine = None if ranks.world_size == 1 else 1 if ranks.world_size % machine else machine
-    options.links = links_from(options, peaks, ranks_a_machine=ranks_a_machine, ranks=ranks.world_size)
+    links = links_from(options, peaks, ranks_a_machine=ranks_a_machine, ranks=ranks.world_size)
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(ranks.device)
@@ -161,11 +163,16 @@ def profile(config: Config, ranks: Ranks, options: argparse.Namespace) -> Report
         flops_per_second=max(peaks.flops_per_second, again.flops_per_second),
         bytes_per_second=max(peaks.bytes_per_second, again.bytes_per_second),
     )
-    return _report(bench, found, peaks, sampler, options)
+    return _report(bench, found, peaks, links, sampler, options)
 
 
 def _report(
-    bench: Bench, found: Findings, peaks: Peaks, sampler: NvmlSampler | None, options: argparse.Namespace
+    bench: Bench,
+    found: Findings,
+    peaks: Peaks,
+    links: Links | None,
+    sampler: NvmlSampler | None,
+    options: argparse.Namespace,
 ) -> Report | None:
     """On rank 0; None on the others, which must call this too. sampler: of the first rank of each machine."""
     ranks, config, data, timings = bench.ranks, bench.config, bench.data, found.timings
@@ -201,16 +208,12 @@ def _report(
             ranks=ranks.world_size,
         ),
         peaks=peaks,
-        links=options.links,
+        links=links,
         algorithm=options.all_reduce,
-        measured=Measured(
-            step_seconds=rated.step.step_seconds.mean,
-            # On a CPU they are those of GPUs that had nothing to do.
-            step_joules=watts * whole.step_seconds.mean if watts and ranks.device.type == "cuda" else None,
-            forward_seconds=parts.forward.mean,
-            backward_seconds=parts.backward.mean,
-            optimizer_seconds=parts.optimizer.mean,
-        ),
+        step_seconds=rated.step.step_seconds.mean,
+        # On a CPU they are those of GPUs that had nothing to do.
+        step_joules=watts * whole.step_seconds.mean if watts and ranks.device.type == "cuda" else None,
+        parts=parts,
         layer_seconds=found.layer_seconds,
     )
     costs = None
@@ -307,22 +310,16 @@ def peak_memory(ranks: Ranks, reserved: int, telemetry: Telemetry) -> DeviceMemo
     if ranks.device.type != "cuda":
         return None
     own = torch.cuda.get_device_properties(ranks.device)
-    uuid, peak = str(own.uuid).removeprefix("GPU-"), reserved
-    for device in telemetry.devices:
-        used = device.fields.get("memory_used_bytes")
-        if used and device.machine == 0 and device.uuid.removeprefix("GPU-") == uuid:
-            peak = max(peak, round(used.max))
-    return DeviceMemory(peak_bytes=peak, total_bytes=own.total_memory)
+    ours = [each for each in telemetry.devices if each.machine == 0 and each.uuid.endswith(str(own.uuid))]
+    used = [round(memory.max) for each in ours if (memory := each.fields.get("memory_used_bytes"))]
+    return DeviceMemory(peak_bytes=max([reserved, *used]), total_bytes=own.total_memory)
 
 
 def write(report: Report, out: Path) -> dict:
     """Write report.json and what shows it, print the tables. Returns what the last line says. Raises UserError."""
     path = out / REPORT_JSON
-    try:
-        with replacing(path) as file:
-            file.write(msgspec.json.encode(report) + b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+    with writing_to(path), replacing(path) as file:
+        file.write(msgspec.json.encode(report) + b"\n")
     shown = write_report(report, out)
     rates = {name: getattr(report.stages, name) for name in STAGES}
     return {

@@ -22,9 +22,9 @@ _BATCHES = 10
 _LARGEST_CORRELATION = 0.99
 
 _RELATIVE_CI = 0.01  # half the width of the interval, of the mean
-# Chosen by simulation (tests/perf/test_timing.py): with fewer laps, a series looks steadier than it is too often.
-# Sixty have a stall of those that come every fifty steps; what comes more seldom may be in no lap.
-_LEAST_LAPS_FOR_PRECISION = 60
+# A series without a stall looks steady however often it stalls elsewhere. Of n laps without one, stalls may come in up to 3 / n
+# of all laps (95 % confidence): 150 have one of those that come in 2 % at random. What is rarer may be in no lap.
+_LEAST_LAPS_FOR_PRECISION = 150
 _LEAST_SHARE_OF_TIME = 0.25  # of the time limit: what stalls only now and then must have the time to do it
 _LAPS_AT_FIRST = 10
 _LAP_SECONDS = 1e-3  # at least, of several steps where they are shorter: to time a lap takes microseconds
@@ -294,13 +294,13 @@ def _student(freedom: float) -> float:
     return float(stdtrit(freedom, (1 + _CONFIDENCE) / 2))
 
 
-def thinned(series: np.ndarray, most: int = _MOST_VALUES_OF_A_SERIES) -> tuple[list[float], int]:
-    """A series of at most so many values, and how many neighbours each of them stands for.
+def thinned(series: np.ndarray) -> tuple[list[float], int]:
+    """A series of at most 2,000 values, and how many neighbours each of them stands for.
 
     A value is the mean of its neighbours; or the largest of them where that is more than twice the median of all, so that a
     stall stays as long as it was.
     """
-    size = -(-len(series) // most)
+    size = -(-len(series) // _MOST_VALUES_OF_A_SERIES)
     starts = np.arange(0, len(series), size)
     peaks = np.maximum.reduceat(series, starts)
     means = np.add.reduceat(series, starts) / np.diff(starts, append=len(series))

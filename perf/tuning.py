@@ -24,8 +24,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from common.errors import UserError
-from common.files import replacing
+from common.files import replacing, writing_to
 from common.progress import printable, say
 from common.ranks import Ranks, on_rank_0
 from engine.config import Config
@@ -179,11 +178,8 @@ def write_recipe(path: Path, job: Job, tuned: Tuned, command: str) -> None:
         "To be used with the same flags of train.py and --recipe; a flag overrides what is in here.",
     ]
     text = "".join(f"# {printable(line)}\n" for line in lines) + yaml.safe_dump(tuned.kept, sort_keys=False)
-    try:
-        with replacing(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+    with writing_to(path), replacing(path) as file:
+        file.write(text.encode())
 
 
 def result(config: Config, job: Job, tuned: Tuned, *, tune_seconds: float, recipe: Path) -> dict:

@@ -8,7 +8,7 @@ took meanwhile. What is known to ±5 % and better is known well enough: then it 
 from itertools import product
 from statistics import median
 
-from perf.advice import SHARED_CORES, on_gpu
+from perf.advice import SHARED_CORES, for_the_step, on_gpu
 from perf.bottlenecks import Finding, Scale, answer, floor_of_passes, ms, passes_seconds, throttled, wait_share
 from perf.report import Ceiling, Figure, Rate, Report, Stages, TrainingParts, Verdict
 
@@ -19,6 +19,7 @@ _SURE = 0.05  # half of what a rate may vary by, of the rate
 _FEW_STEPS = 2.0  # a rate of so few steps that it has no interval may be wrong by this factor
 _MANY_OTHERS = 0.1  # of the cores
 _SLOW_RANK = 0.05  # below the median rank
+_SLOWER = ": the machine was slower when those were measured"
 _DECISIVE = ("loader", "step", "training")  # the stages that a verdict hangs on
 
 
@@ -78,34 +79,33 @@ def judge(report: Report) -> Verdict:
 
     A GPU that is held down comes first: NVML says so, whatever the rates are, and it may be why they vary.
     """
-    cautions = _cautions(report)
-    ratio = report.ceiling.training_over_ceiling
-    finding = throttled(report)
-    if not finding and ratio and (excess := _excess(report)):
-        cautions.insert(0, excess)
-        limit = report.ceiling.images_per_second
-        finding = _inconclusive(excess, [("training", ratio * limit, "images/s"), ("its ceiling", limit, "images/s")])
+    why, ratio, limit = _excess(report), report.ceiling.training_over_ceiling, report.ceiling.images_per_second
+    cautions, finding = _cautions(report, slower_before=why == _SLOWER), throttled(report)
+    if not finding and ratio and why:
+        finding = _inconclusive(
+            f"training makes {ratio:.2f} times the images that loader and step by themselves allow{why}.",
+            [("training", ratio * limit, "images/s"), ("its ceiling", limit, "images/s")],
+        )
     if not finding:
         finding = answer(report, Scale())
         wide, narrow = (_other_answers(report, finding.bound, narrow_too=narrow_too) for narrow_too in (False, True))
         either = " or ".join([finding.bound, *sorted(wide or narrow)])
         if wide:
             cautions = cautions or ["The rates are not known well enough: measure again, for more --seconds."]
-            why = f"within what is known of the rates, the limit may be {either}. {cautions[0]}"
-            finding = _inconclusive(why, _widest(report))
+            finding = _inconclusive(f"within what is known of the rates, the limit may be {either}.", _widest(report))
         elif narrow:
             cautions.append(f"A close call: within the intervals of the rates, the limit may be {either}.")
     return Verdict(
         bound=finding.bound,
         sentence=finding.sentence + _slow_rank(report),
         evidence=[Figure(name=name, value=value, unit=unit) for name, value, unit in finding.evidence],
-        tries=finding.tries,
+        tries=[*finding.tries] or for_the_step(report, finding.bound),
         cautions=cautions,
     )
 
 
 def _inconclusive(why: str, evidence: list[tuple[str, float, str]]) -> Finding:
-    return Finding("inconclusive", f"Inconclusive: {why[0].lower()}{why[1:]}", evidence, [])
+    return Finding("inconclusive", f"Inconclusive: {why}", evidence)
 
 
 def _rates(report: Report) -> dict[str, Rate]:
@@ -143,26 +143,33 @@ def _other_answers(report: Report, bound: str, *, narrow_too: bool) -> set[str]:
     return {answer(report, Scale(*corner)).bound for corner in product(*ends)} - {bound}
 
 
-def _cautions(report: Report) -> list[str]:
-    """Why the figures are less sure than they look."""
-    rates, cores, cautions = _rates(report), report.hardware.cores, []
+def _cautions(report: Report, *, slower_before: bool) -> list[str]:
+    """Why the figures are less sure than they look, and what helps: first what most likely made them so.
+
+    Too few steps are too few on any machine. An interval that is wide while other programs took cores is so because of them,
+    and longer measuring would not make the machine quiet. slower_before: training was measured on a faster machine.
+    """
+    rates, cores = _rates(report), report.hardware.cores
+    few, disturbed, wide = [], [], []
     for stage, rate in rates.items():
         name, steps = _named(stage).capitalize(), rate.images // report.config["batch_size"]
         more = "--steps" if rate.stopped_by == "steps" else "--seconds"
         if rate.interval is None or rate.relative_ci is None:
-            few = f"{name} was measured for {steps} steps only, too few to say how sure its rate is"
-            cautions.append(f"{few}: give it more {more}.")
+            few.append(
+                f"{name} was measured for {steps} steps only, too few to say how sure its rate is: give it more {more}."
+            )
         elif rate.relative_ci > _SURE:
             ends = " to ".join(f"{end:,.0f}" for end in rate.interval)
-            cautions.append(f"{name} is known to ±{rate.relative_ci:.0%} only ({ends} images/s): give it more {more}.")
+            wide.append(f"{name} is known to ±{rate.relative_ci:.0%} only ({ends} images/s): give it more {more}.")
     others = [rate.cores_of_others for rate in rates.values()]
-    if max(others) > _MANY_OTHERS * cores:
-        changed = max(others) - min(others) > _MANY_OTHERS * cores
+    if slower_before or max(others) > _MANY_OTHERS * cores:
+        changed = slower_before or max(others) - min(others) > _MANY_OTHERS * cores
         each = ", ".join(f"{rate.cores_of_others:.1f} beside {_named(stage)}" for stage, rate in rates.items())
-        cautions.append(
-            f"{'The machine changed: other' if changed else 'Other'} programs kept some of the {cores} cores busy "
-            f"({each}). Measure again on a quiet machine."
+        disturbed.append(
+            f"{'The machine changed: other' if changed else 'Other'} programs kept so many of the {cores} cores busy: "
+            f"{each}. Measure again on a quiet machine."
         )
+    cautions = [*few, *disturbed, *wide]
     floor, measured = floor_of_passes(report), passes_seconds(report)
     if floor > 1.1 * measured:
         cautions.append(
@@ -173,23 +180,14 @@ def _cautions(report: Report) -> list[str]:
 
 
 def _excess(report: Report) -> str | None:
-    """A sentence if training is above its ceiling, further than by chance. Of rates without intervals nobody knows by how much
-    chance may have it: then no verdict hangs on them."""
-    ratio, rates, set_by = report.ceiling.training_over_ceiling or 0.0, _rates(report), report.ceiling.set_by
-    known_to = [rate.relative_ci for stage, rate in rates.items() if stage in ("training", set_by)]
+    """Why training is above its ceiling, to end a sentence with; None if it is not, or by chance. Of rates without intervals
+    nobody knows by how much chance may have it: then no verdict hangs on them."""
+    ratio, set_by = report.ceiling.training_over_ceiling or 0.0, report.ceiling.set_by
+    known_to = [rate.relative_ci for stage, rate in _rates(report).items() if stage in ("training", set_by)]
     by_chance = sum(each**2 for each in known_to if each) ** 0.5
     if ratio <= _IMPOSSIBLE + by_chance:
         return None
-    makes = f"Training makes {ratio:.2f} times the images that loader and step by themselves allow"
-    if None in known_to:
-        return (
-            f"{makes}, and too few steps were measured to say whether by chance. Give them more --seconds or --steps."
-        )
-    return (
-        f"{makes}: the machine was slower when those were measured (other programs kept {rates['step'].cores_of_others:.1f} "
-        f"cores busy beside the step alone, {rates['training'].cores_of_others:.1f} beside training). Measure again on a quiet "
-        "machine."
-    )
+    return ", and too few steps were measured to say whether by chance" if None in known_to else _SLOWER
 
 
 def _widest(report: Report) -> list[tuple[str, float, str]]:

@@ -3,6 +3,11 @@
 import math
 from typing import Any, NamedTuple
 
+import rich.table
+from rich.console import Console
+from rich.text import Text
+
+from common.process import visible
 from common.progress import printable
 from perf.report import STAGES as STAGE_NAMES
 from perf.report import FloorSeconds, Rate, Report, Summary
@@ -17,6 +22,7 @@ PARTS = {
     "all_reduce": "all-reduce, exposed",
     "optimizer": "optimizer",
 }
+BETWEEN, WHOLE = "between", "whole"
 SET_BY = {"loader": "the loader", "step": "the step"}
 _STOPPED_BY = {
     "precision": "the wanted precision was reached",
@@ -24,8 +30,10 @@ _STOPPED_BY = {
     "steps": "the steps were used up before the wanted precision was reached",
 }
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+_TABLE_WIDTH = 110
 SLOW = 2.0
 """Times the median: a lap that takes longer is a slow one."""
+SLOW_STEPS = "Slow steps are those that took over twice the median of their stage."
 
 Table = list[dict[str, str]]
 """Rows, each from column to cell; a cell that is left out is empty. cells() puts them in order."""
@@ -83,9 +91,9 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     return None if numerator is None or not denominator else numerator / denominator
 
 
-def spread_of(summary: Summary | None, scale: float = 1.0) -> str:
-    """p5–p95"""
-    return NOT_MEASURED if summary is None else f"{number(scale * summary.p5)}–{number(scale * summary.p95)}"
+def spread_of(summary: Summary | None) -> str:
+    """p5–p95, of seconds, in milliseconds."""
+    return NOT_MEASURED if summary is None else f"{milliseconds(summary.p5)}–{milliseconds(summary.p95)}"
 
 
 def interval_of(rate: Rate) -> str:
@@ -106,10 +114,34 @@ def name_of(key: str) -> str:
     return printable(key).replace("_", " ")
 
 
+def reading(field: str) -> tuple[str, float]:
+    """What a reading of NVML is called, with the unit it is shown in, and the factor to that unit from the one it is kept in."""
+    for ending, unit, factor in (
+        ("_bytes_per_second", "GB/s", 1e-9),
+        ("_bytes", "GiB", 2**-30),
+        ("_percent", "%", 1.0),
+    ):
+        if field.endswith(ending):
+            return f"{name_of(field.removesuffix(ending))}, {unit}", factor
+    return name_of(field), 1.0
+
+
 def cells(table: Table) -> tuple[list[str], list[list[str]]]:
     """Header, and a list for each row."""
     header = list(dict.fromkeys(name for row in table for name in row))
     return header, [[row.get(name, "") for name in header] for row in table]
+
+
+def print_table(table: Table, title: str = "") -> None:
+    """At its full width: on a narrower terminal, which breaks its lines, no column is lost."""
+    header, lines = cells(table)
+    shown = rich.table.Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for place, name in enumerate(header):
+        last = 0 < place == len(header) - 1
+        shown.add_column(Text(name), justify="right" if place else "left", no_wrap=not last)
+    for line in lines:
+        shown.add_row(*(Text(visible(cell)) for cell in line))
+    Console(width=max(Console().width, _TABLE_WIDTH)).print(shown)
 
 
 # ---- what a reader asks first ------------------------------------------------------------------------------------
@@ -219,10 +251,11 @@ def stage_table(report: Report) -> Table:
         if report.hardware.ranks > 1:
             row["slowest rank"] = f"{number(min(rate.images_per_second_per_rank))} (rank {rate.slowest_rank})"
         slow, share = slow_laps(rate)
+        laps = "" if rate.steps_a_lap == 1 else f" laps of {rate.steps_a_lap}"
         row |= {
             "ms a step": milliseconds(rate.step_seconds.mean),
-            "p5–p95": spread_of(rate.step_seconds, 1e3),
-            "slow, of time": f"{slow} ({percent(share, 0)})" if slow else "none",
+            "p5–p95": spread_of(rate.step_seconds),
+            "slow steps": f"{slow:,}{laps}, {percent(share, 0)} of the time" if slow else "none",
             "steps": number(_steps(report, rate)) + ("" if rate.stopped_by == "precision" else f" ({rate.stopped_by})"),
         }
         table.append(row)
@@ -230,24 +263,34 @@ def stage_table(report: Report) -> Table:
 
 
 class Part(NamedTuple):
-    """Seconds of a part of a step, by the mean; None: not measured, or there is no such thing."""
+    """Of a step, mean seconds; None: not measured, or there is no such thing."""
 
     title: str
-    training: Summary | None
-    alone: Summary | None
-    floor: float | None
-    floor_unfused: float | None
+    training: float | None
+    alone: float | None = None
+    floor: float | None = None
+    floor_unfused: float | None = None
+    spread: Summary | None = None  # in training
 
 
 def parts_of(report: Report) -> dict[str, Part]:
-    """PARTS, in order, less the all-reduce where there is but one rank. In training, backward has what is exposed of it."""
+    """PARTS in order, then BETWEEN them, if there was training, and the WHOLE step. The all-reduce is not there for one rank; in
+    training, backward has what is exposed of it."""
     alone, training, roofline = report.step_parts, report.training_parts, report.roofline
-    floors = [_floors_of_parts(floor) for floor in (roofline.floor_seconds, roofline.floor_seconds_unfused)]
-    return {
-        key: Part(title, getattr(training, key, None), getattr(alone, key, None), *(floor.get(key) for floor in floors))
-        for key, title in PARTS.items()
-        if key != "all_reduce" or report.hardware.ranks > 1
-    }
+    fused, unfused = (_floors_of_parts(floor) for floor in (roofline.floor_seconds, roofline.floor_seconds_unfused))
+    parts = {}
+    for key, title in PARTS.items():
+        if key != "all_reduce" or report.hardware.ranks > 1:
+            spread, single = getattr(training, key, None), getattr(alone, key, None)
+            trained, by_itself = (summary and summary.mean for summary in (spread, single))
+            parts[key] = Part(title, trained, by_itself, fused.get(key), unfused.get(key), spread)
+    whole = None
+    if training:
+        between = training.step.mean - training.forward.mean - training.backward.mean - training.optimizer.mean
+        parts[BETWEEN] = Part("between these", max(0.0, between))
+        whole = training.data_wait.mean + training.step.mean
+    floors = roofline.floor_seconds.total, roofline.floor_seconds_unfused.total
+    return {**parts, WHOLE: Part("whole step", whole, report.stages.step.step_seconds.mean, *floors)}
 
 
 def _floors_of_parts(floor: FloorSeconds) -> dict[str, float]:
@@ -256,37 +299,17 @@ def _floors_of_parts(floor: FloorSeconds) -> dict[str, float]:
     return {**parts, "all_reduce": min(max(0.0, floor.total - sum(parts.values())), floor.all_reduce)}
 
 
-def between_parts(report: Report) -> float | None:
-    """Seconds of a step of training that are in none of its parts, by the mean."""
-    parts = report.training_parts
-    if parts is None:
-        return None
-    return max(0.0, parts.step.mean - parts.forward.mean - parts.backward.mean - parts.optimizer.mean)
-
-
 def part_table(report: Report) -> Table:
     """What a step consists of in training and by itself, and the hardware's floor for each part."""
-    first, trained, alone, fused, unfused = (
-        "part of a step, ms", "in training", "step alone", "floor, fused", "floor, unfused",
-    )  # fmt: skip
-    table, training, roofline = [], report.training_parts, report.roofline
-
-    def mean(summary: Summary | None) -> str:
-        return milliseconds(summary.mean if summary else None)
-
+    table = []
     for key, part in parts_of(report).items():
-        row = {first: part.title, trained: mean(part.training), "p5–p95": spread_of(part.training, 1e3)}
-        if training and key == "all_reduce":
-            row |= {trained: "in backward", "p5–p95": ""}
-        if key != "data_wait":
-            row |= {alone: mean(part.alone), fused: milliseconds(part.floor), unfused: milliseconds(part.floor_unfused)}
+        row = {"part of a step, ms": part.title, "in training": milliseconds(part.training)}
+        if key not in (BETWEEN, WHOLE):
+            row["p5–p95"] = spread_of(part.spread)
+        if report.training_parts and key == "all_reduce":
+            row |= {"in training": "in backward", "p5–p95": ""}
+        if key not in ("data_wait", BETWEEN):
+            floors = {"floor, fused": milliseconds(part.floor), "floor, unfused": milliseconds(part.floor_unfused)}
+            row |= {"step alone": milliseconds(part.alone), **floors}
         table.append(row)
-    if training:
-        table.append({first: "between these", trained: milliseconds(between_parts(report))})
-    whole = {
-        trained: training.data_wait.mean + training.step.mean if training else None,
-        alone: report.stages.step.step_seconds.mean,
-        fused: roofline.floor_seconds.total,
-        unfused: roofline.floor_seconds_unfused.total,
-    }
-    return [*table, {first: "whole step", **{name: milliseconds(seconds) for name, seconds in whole.items()}}]
+    return table

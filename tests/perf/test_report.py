@@ -80,7 +80,7 @@ def test_slow_steps_are_counted_with_the_time_they_took(capsys, monkeypatch):
     slow = sorted(training.series_seconds)[-4:]
     print_report(report)
     shown = capsys.readouterr().out
-    assert f"4 ({100 * sum(slow) / training.seconds:.0f} %)" in shown
+    assert f"4, {100 * sum(slow) / training.seconds:.0f} % of the time" in shown
     assert f"4 took over twice the median: {100 * sum(slow) / training.seconds:.1f} % of the time" in " ".join(
         shown.split()
     )
@@ -349,7 +349,7 @@ def test_folder_that_cannot_be_written_is_said_in_a_sentence(flags, written, cap
     blocked.write_text("in the way")
     assert main([*[str(written)] * flags, "--out", str(blocked)]) == 2
     shown = capsys.readouterr()
-    assert shown.err.splitlines() == [f"error: --out {blocked}: cannot be written (File exists); name another folder"]
+    assert shown.err.splitlines() == [f"error: {blocked}: cannot be written (File exists); choose another --out"]
     assert shown.out == ""
     assert blocked.read_text() == "in the way"
 

@@ -17,8 +17,10 @@ from model.vgg import build
 from perf import peaks as peaks_module
 from perf import roofline as script
 from perf.peaks import measure_peaks
-from perf.report import Links, Peaks
-from perf.roofline import Job, Measured, add_link_flags, links_from, main, roofline
+from perf.report import Links, Peaks, StepParts
+from perf.roofline import Job, main, roofline
+from perf.scaling import add_link_flags, links_from
+from tests.support.made_up_report import summary
 
 CPU = torch.device("cpu")
 H100 = Peaks(name="H100", source="table", flops_per_second=989.4e12, bytes_per_second=3.35e12, watts=700)
@@ -65,17 +67,19 @@ def test_the_all_reduce_counts_as_far_as_it_is_exposed():
 
 
 def test_measured_steps():
-    result = roofline(JOB, peaks=H100, links=LINKS, measured=Measured(step_seconds=0.05, step_joules=30.0))
+    result = roofline(JOB, peaks=H100, links=LINKS, step_seconds=0.05, step_joules=30.0)
     assert result.mfu == pytest.approx(256 * 92.648e9 / 0.05 / 989.4e12, rel=1e-4)
     assert result.images_per_joule == pytest.approx(256 / 30)
     assert result.scaling_from == "measured"
     assert result.scaling[0].plain.images_per_second == pytest.approx(256 / 0.05)
-    parts = Measured(forward_seconds=0.012, backward_seconds=0.025, optimizer_seconds=0.001)
-    result = roofline(Job(**{**vars(JOB), "ranks": 8}), peaks=H100, links=LINKS, measured=parts)
+    parts = StepParts(
+        forward=summary(0.012), backward=summary(0.025), all_reduce=summary(0.004), optimizer=summary(0.001)
+    )
+    result = roofline(Job(**{**vars(JOB), "ranks": 8}), peaks=H100, links=LINKS, parts=parts)
     assert (result.mfu, result.scaling_from) == (None, "measured")
     assert result.scaling[0].plain.images_per_second == pytest.approx(256 / 0.038)
     # of several ranks, a step alone does not say what the all-reduce took
-    alone = roofline(Job(**{**vars(JOB), "ranks": 8}), peaks=H100, links=LINKS, measured=Measured(step_seconds=0.05))
+    alone = roofline(Job(**{**vars(JOB), "ranks": 8}), peaks=H100, links=LINKS, step_seconds=0.05)
     assert alone.scaling_from == "floor"
     assert alone.mfu == pytest.approx(256 * 92.648e9 / 0.05 / 989.4e12, rel=1e-4)
 
@@ -131,7 +135,7 @@ def test_nothing_is_predicted_over_links_that_nobody_named():
     assert links(CPU_PEAKS) is None
     assert links(CPU_PEAKS, "--latency-us", "5", "--gpus-per-node", "2", ranks_a_machine=2) is None
     job = Job(**{**vars(JOB), "ranks": 2})
-    result = roofline(job, peaks=CPU_PEAKS, links=None, measured=Measured(step_seconds=1.0))
+    result = roofline(job, peaks=CPU_PEAKS, links=None, step_seconds=1.0)
     assert (result.links, result.scaling, result.floor_seconds.all_reduce) == (None, [], 0.0)
     named = links(CPU_PEAKS, "--network-gbits-per-second", "10")
     assert named is not None
@@ -272,7 +276,8 @@ def test_command_line(capsys):
         "images/joule",
         "to decode",
         "to read",
-        "all-reduce: best; 8 GPUs a machine at 300",
+        "8 devices a machine, 300 GB/s from each to its peers",
+        "All-reduce: best.",
     ):
         assert word in output
 

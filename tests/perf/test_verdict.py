@@ -275,7 +275,7 @@ def above_the_ceiling(report: Report) -> None:
         ([near_tie, vary(0.1, "step")], "The step alone is known to ±10% only"),
         ([passes(0.3, 0.26), vary(None, "step")], "steps only, too few"),
         ([near_tie, vary(None, "loader")], "steps only, too few"),
-        ([above_the_ceiling], "Training makes 1.08 times the images"),
+        ([above_the_ceiling], "The machine changed"),
     ],
 )
 def test_what_the_figures_do_not_carry_is_inconclusive(device, plants, reason):
@@ -285,6 +285,7 @@ def test_what_the_figures_do_not_carry_is_inconclusive(device, plants, reason):
     assert verdict.bound == "inconclusive"
     assert verdict.sentence.startswith("Inconclusive: ")
     assert any(reason in caution for caution in verdict.cautions)
+    assert not any(caution.rstrip(".") in verdict.sentence for caution in verdict.cautions), "nothing is said twice"
     low, high = (figure.value for figure in verdict.evidence)
     assert low < high or plants[0] is above_the_ceiling
     assert verdict.tries == []
@@ -299,10 +300,35 @@ def test_cores_that_others_took_may_have_made_the_difference():
     assert "compute" in verdict.sentence
     assert "input" in verdict.sentence
     (caution,) = verdict.cautions
-    assert caution.startswith(
-        "The machine changed: other programs kept some of the 2 cores busy (0.7 beside the loader"
+    assert caution == (
+        "The machine changed: other programs kept so many of the 2 cores busy: 0.7 beside the loader alone, 0.0 beside the step "
+        "alone, 0.0 beside training. Measure again on a quiet machine."
     )
-    assert caution.endswith("Measure again on a quiet machine.")
+
+
+@pytest.mark.parametrize(
+    ("relative_ci", "others", "helps"),
+    [
+        (0.1, 0.7, ["on a quiet machine", "more --seconds"]),  # longer would not be quieter
+        (0.1, 0.0, ["more --seconds"]),
+        (None, 0.7, ["more --seconds", "on a quiet machine"]),  # three steps are three steps, on any machine
+    ],
+)
+def test_the_advice_that_fits_the_cause_comes_first(relative_ci, others, helps):
+    cautions = judge(planted("cpu", near_tie, vary(relative_ci, "step"), busy(step=others))).cautions
+    assert len(cautions) == len(helps)
+    for caution, words in zip(cautions, helps, strict=True):
+        assert caution.endswith(f"{words}.")
+
+
+def test_a_machine_that_was_slower_before_training_is_said_once():
+    report = planted("cpu", above_the_ceiling, busy(loader=0.7, step=0.7))
+    verdict = judge(report)
+    assert verdict.sentence == (
+        "Inconclusive: training makes 1.08 times the images that loader and step by themselves allow: the machine was slower "
+        "when those were measured."
+    )
+    assert [caution.endswith("Measure again on a quiet machine.") for caution in verdict.cautions] == [True]
 
 
 def test_what_is_unsure_and_does_not_matter_is_a_caution():
