@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import repository
 from tests.support.repository import ROOT, files
 
 # Who may import whom: the arrows of the design, top to bottom.
@@ -136,6 +137,15 @@ def test_what_is_declared_is_imported():
 def test_what_is_optional_is_imported_where_it_is_used():
     for path in files("*.py", ":!tests"):
         assert not of_others(iter(ast.parse(path.read_text()).body)) & OPTIONAL, path
+
+
+def test_without_git_the_repository_has_the_same_files(monkeypatch):
+    """A release's archive has no .git, and its tests read the sources too."""
+    patterns = [(), ("*.py", ":!tests", ":!docs"), ("docs/*.md",), ("sweeps",)]
+    of_git = [files(*pattern) for pattern in patterns]
+    monkeypatch.setattr(repository, "_of_git", set)
+    assert [files(*pattern) for pattern in patterns] == of_git
+    assert all(of_git)
 
 
 def test_profile_never_shadows_a_module():

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,13 +119,18 @@ def environment() -> dict[str, str]:
 
 
 def wait_for(process: subprocess.Popen, beginning: str) -> None:
-    """Read what a process says until a line begins like that; AssertionError if none does."""
+    """Read what a process says until a line begins like that; AssertionError if none does, or none in time."""
     assert process.stderr
     seen = []
-    for line in process.stderr:
-        seen.append(line)
-        if line.strip().startswith(beginning):
-            return
+    deadline = threading.Timer(_LIMIT_SECONDS, _send_kill, [process])  # which ends the stream
+    deadline.start()
+    try:
+        for line in process.stderr:
+            seen.append(line)
+            if line.strip().startswith(beginning):
+                return
+    finally:
+        deadline.cancel()
     raise AssertionError(f"ended without a line that begins with {beginning}:\n{''.join(seen)}")
 
 
@@ -145,10 +151,14 @@ def workers_of(launcher: subprocess.Popen) -> list[int]:
 def kill_all(launcher: subprocess.Popen) -> None:
     """kill -9 of a torchrun, if it still runs, and of its ranks: nothing is left to say goodbye."""
     if launcher.poll() is None:
-        for process in (*workers_of(launcher), launcher.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        _send_kill(launcher)
         launcher.communicate()
+
+
+def _send_kill(launcher: subprocess.Popen) -> None:
+    for process in (*workers_of(launcher), launcher.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def free_port() -> int:
