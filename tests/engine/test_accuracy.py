@@ -107,3 +107,59 @@ def test_an_answer_that_is_not_finite_is_wrong_and_shows_in_the_loss():
     assert accuracy
     assert (accuracy.top1, accuracy.top5, accuracy.lost) == (0.1, 0.1, 0)
     assert np.isnan(accuracy.loss)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_that_is_not_finite_spoils_an_answer(value):
+    """Though the label's logit is the largest of those that are."""
+    logits = torch.arange(60.0).reshape(6, 10)
+    logits[2, 0] = value
+    accuracy = evaluate(
+        Lookup([logits]),
+        iter([(torch.zeros(6, 1), torch.full((6,), 9))]),
+        1,
+        ranks=RANKS,
+        precision=Precision("fp32", "cpu"),
+    )
+    assert accuracy
+    assert accuracy.top1 == pytest.approx(5 / 6)
+    assert accuracy.top5 == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_a_validation_computes_in_the_format_of_the_training(name, dtype):
+    seen = []
+
+    class Noting(nn.Linear):
+        def forward(self, images):
+            logits = super().forward(images)
+            seen.append(logits.dtype)
+            return logits
+
+    batches = iter([(torch.ones(3, 4), torch.zeros(3, dtype=torch.int64))])
+    assert evaluate(Noting(4, 5), batches, 1, ranks=RANKS, precision=Precision(name, "cpu"))
+    assert seen == [dtype]
+
+
+def test_the_confusion_counts_each_class_against_the_likeliest():
+    generator = np.random.default_rng(1)
+    logits = generator.normal(size=(3, 20, 4)).astype(np.float32)
+    labels = generator.integers(4, size=(3, 20))
+    labels[1, 3], labels[2, 15:] = -2, -1
+    confusion = torch.zeros(4, 4, dtype=torch.int64)
+    batches = ((torch.zeros(20, 1), torch.from_numpy(row)) for row in labels)
+    evaluate(
+        Lookup(torch.from_numpy(logits)),
+        batches,
+        3,
+        ranks=RANKS,
+        precision=Precision("fp32", "cpu"),
+        confusion=confusion,
+    )
+    expected = np.zeros((4, 4), dtype=int)
+    for answer, label in zip(logits.reshape(-1, 4), labels.ravel(), strict=True):
+        if label >= 0:
+            expected[label, answer.argmax()] += 1
+    assert np.array_equal(confusion.numpy(), expected)

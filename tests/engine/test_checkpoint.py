@@ -3,6 +3,7 @@ import errno
 import os
 import pickle
 import random
+import stat
 import tarfile
 import zipfile
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from common.errors import TrainingError, UserError
-from common.files import link_over, replacing
+from common.files import link_over, open_own, replacing
 from engine import checkpoint as checkpoints
 from engine.checkpoint import Checkpoint, load, newest_good, save
 from pipeline.plan.training import IMAGENET_COLOUR_SHIFT
@@ -82,6 +83,35 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     with pytest.raises(TrainingError, match=r"not finite any more; the last good checkpoint is .*last\.pt"):
         save(make(2, weight=float("nan")), tmp_path, is_best=False, keep=2)
     assert load(tmp_path / "last.pt").steps == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_weight_of_one_tensor_that_is_not_finite_is_enough(tmp_path, value):
+    weights = {"a": torch.ones(3, 3), "b": torch.tensor([1.0, value, 1.0]), "c": torch.ones(2)}
+    with pytest.raises(TrainingError, match="not finite any more"):
+        save(dataclasses.replace(make(2), model=weights), tmp_path, is_best=False, keep=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_whose_sum_is_beyond_float32_are_finite(tmp_path):
+    save(make(1, weight=3e38), tmp_path, is_best=False, keep=2)
+    assert load(tmp_path / "last.pt").steps == 1
+
+
+def test_of_many_checkpoints_the_newest_whole_one_is_gone_on_from(tmp_path):
+    """Not the oldest, and best.pt only where none of the numbered ones is whole."""
+    for steps in (1, 2, 3, 4):
+        save(make(steps), tmp_path, is_best=steps == 1, keep=3)
+    assert [path.name for path in checkpoints.all_in(tmp_path)] == [
+        "last.pt", "step-00000004.pt", "step-00000003.pt", "step-00000002.pt", "best.pt"
+    ]  # fmt: skip
+    assert newest_good(tmp_path) == tmp_path / "last.pt"
+    for damaged, expected in (("last.pt", "step-00000003.pt"), ("step-00000003.pt", "step-00000002.pt"),
+                              ("step-00000002.pt", "best.pt")):  # fmt: skip
+        os.truncate(tmp_path / damaged, 100)
+        assert newest_good(tmp_path) == tmp_path / expected
+        with pytest.raises(UserError, match=rf"; {tmp_path / expected} is a good one$"):
+            load(tmp_path / damaged)
 
 
 @pytest.mark.parametrize("moment", ["write", "fsync", "rename"])
@@ -325,3 +355,84 @@ def test_link_over_copies_where_there_are_no_hard_links(tmp_path, monkeypatch):
     link_over(source, target)
     assert target.read_text() == "new"
     assert checkpoints.LAST == "last.pt"
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[str, int | str]]:
+    """The calls that put something on the disk or give it a name, in order: of what inode, or which name."""
+    seen: list[tuple[str, int | str]] = []
+    fsync, rename, link = os.fsync, os.replace, os.link
+
+    def noting_fsync(descriptor):
+        status = os.fstat(descriptor)
+        seen.append((f"fsync of {status.st_size if stat.S_ISREG(status.st_mode) else 'a folder'}", status.st_ino))
+        fsync(descriptor)
+
+    def noting_rename(old, new):
+        seen.append(("rename", Path(new).name))
+        rename(old, new)
+
+    def noting_link(old, new):
+        seen.append(("link", Path(old).name))
+        link(old, new)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "replace", noting_rename)
+    monkeypatch.setattr(os, "link", noting_link)
+    return seen
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, calls):
+    """All of its bytes, also those that Python had buffered; and its folder, without which a power cut takes the name."""
+    with replacing(tmp_path / "file") as file:
+        file.write(b"12345")
+        assert calls == []
+    inode, folder = (tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino
+    assert calls == [("fsync of 5", inode), ("rename", "file"), ("fsync of a folder", folder)]
+
+
+def test_a_second_name_is_on_the_disk_too(tmp_path, calls):
+    (tmp_path / "file").write_text("content")
+    link_over(tmp_path / "file", tmp_path / "other")
+    assert calls == [("link", "file"), ("rename", "other"), ("fsync of a folder", tmp_path.stat().st_ino)]
+
+
+def test_each_name_of_a_checkpoint_is_on_the_disk(tmp_path, calls):
+    save(make(7), tmp_path, is_best=True, keep=2)
+    last = (tmp_path / "last.pt").stat()
+    folder = ("fsync of a folder", tmp_path.stat().st_ino)
+    assert calls == [
+        (f"fsync of {last.st_size}", last.st_ino), ("rename", "last.pt"), folder,
+        ("link", "last.pt"), ("rename", "step-00000007.pt"), folder,
+        ("link", "last.pt"), ("rename", "best.pt"), folder,
+    ]  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refusing(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    with replacing(tmp_path / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / "file").read_text() == "new"
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o022, 0o027, 0o077])
+def test_files_are_as_open_to_others_as_the_umask_says(tmp_path, mask):
+    """Not 0600, as temporary files are: a group shares its runs. The umask itself stays."""
+    before = os.umask(mask)
+    try:
+        with replacing(tmp_path / "file") as file:
+            file.write(b"content")
+        save(make(1), tmp_path, is_best=False, keep=1)
+        os.close(open_own(tmp_path / "own", os.O_RDWR))
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("file", "last.pt", "step-00000001.pt", "own"), 0o666 & ~mask)

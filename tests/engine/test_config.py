@@ -39,6 +39,38 @@ def test_defaults_are_the_papers():
     assert config.out == Path("runs/D-imagenet")
 
 
+IMAGENET = {
+    "out": Path("runs/D-imagenet"), "resume": "auto", "recipe": None, "seed": 0, "epochs": 74, "steps": None,
+    "arch": "D", "batch_norm": False, "dropout": 0.5, "init": "xavier", "init_from": None, "weights": None,
+    "data": "imagenet", "train_scale": "256", "crop": 224, "order": "global", "window_shards": 16, "max_bad_images": None,
+    "allow_changed_data": False, "batch_size": 256, "micro_batch": None, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4,
+    "label_smoothing": 0.0, "ema": 0.0, "schedule": "plateau", "plateau_epochs": 5, "step_epochs": 30, "warmup_epochs": 5.0,
+    "device": "auto", "precision": "auto", "compile": "auto", "compile_mode": "default", "grad_compression": "none",
+    "pad_channels": False, "deterministic": False, "decoder": "auto", "hw_decoder_load": 0.65, "threads": None, "prefetch": 2,
+    "read_threads": None, "read_ahead": 8, "checkpoint_minutes": 30.0, "keep": 2, "log_every": 20, "wandb": False,
+    "inspect": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "others"),
+    [
+        ("imagenet", {}),
+        (
+            "digits",
+            {
+                "train_scale": "36", "crop": 32, "batch_size": 32, "epochs": 14, "schedule": "cosine", "step_epochs": 3,
+                "warmup_epochs": 1.0,
+            },
+        ),
+        ("synthetic", {"lr": 1e-4}),
+    ],
+)  # fmt: skip
+def test_every_default_is_what_recipes_and_readers_count_on(data, others):
+    expected = {**IMAGENET, "data": data, "out": Path(f"runs/D-{data}"), **others}
+    assert dataclasses.asdict(parse_args(["--data", data])) == expected
+
+
 def test_digits_brings_its_own_defaults_and_flags_override_them():
     config = parse_args(["--data", "digits", "--arch", "A"])
     assert (config.crop, config.scale, config.out) == (32, (36, 36), Path("runs/A-digits"))

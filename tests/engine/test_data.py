@@ -1,17 +1,22 @@
 """Where the configuration meets the loaders: batch sizes, and which of DALI's decoders takes part."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from common.errors import TrainingError
 from common.ranks import Ranks
 from engine import data as engine_data
 from engine.config import Config, parse_args
 from engine.data import TrainingData, Viewing, open_data, open_training_data
 from engine.evaluation import prediction
 from engine.evaluation.flags import parse_evaluate
+from engine.lost_images import LostImages
 from engine.networks import Network
 from engine.precision import Precision
 from pipeline.dataset.digits import digits_folder
@@ -106,3 +111,25 @@ def test_small_passes_are_warned_of_with_batches_that_do_better(capsys):
         assert data_of(parse_args([*flags, better]), 8).micro_batch == 32
     assert data_of(parse_args([*flags, "384"]), 8).micro_batch == 24, "more than half"
     assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "images", "limit"),
+    [
+        (None, 1_281_167, 1282),  # a thousandth, rounded up
+        (None, 1000, 1),
+        (None, 1001, 2),
+        (None, 10, 1),
+        (None, 1, 0),  # one is left in any case
+        (0, 5000, 0),
+        (7, 5000, 7),
+        (7, 7, 6),
+    ],
+)
+def test_a_thousandth_of_the_images_may_be_lost_unless_a_flag_says_otherwise(flag, images, limit):
+    manifest: Any = SimpleNamespace(train=range(images), folder=Path("folder"))
+    lost = LostImages(manifest=manifest, split="train", max_bad_images=flag)
+    assert lost.limit == limit
+    lost.check(limit)
+    with pytest.raises(TrainingError, match=rf"^{limit + 1} images .* more than the {limit} that --max-bad-images"):
+        lost.check(limit + 1)

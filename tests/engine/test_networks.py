@@ -391,6 +391,12 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(content, tmp_path, chan
             "its entry optimizer has a momentum that is not finite or does not fit",
         ),
         (
+            lambda content: content["optimizer"]["state"][3].update(
+                momentum_buffer=torch.tensor([*[1.0] * 127, torch.nan])
+            ),
+            "its entry optimizer has a momentum that is not finite or does not fit",
+        ),
+        (
             lambda content: content.update(scaler={"scale": 1.0}),
             "its entry scaler is not the state of a gradient scaler",
         ),

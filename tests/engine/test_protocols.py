@@ -1,5 +1,6 @@
 """Test protocols against PIL and torchvision, and averages against NumPy in float64."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -10,11 +11,15 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional
 
+from common.errors import TrainingError
 from common.ranks import Ranks
 from engine.config import LoadingFlags
 from engine.data import Data, Viewing, open_data
 from engine.evaluation.evaluator import posteriors_of
+from engine.evaluation.inference import answers
+from engine.evaluation.posteriors import LOST, Weighted, count, digest, open_posteriors
 from engine.evaluation.protocols import PROTOCOLS, grid_corners, grid_crops, mean_over_views, whole_image
+from engine.networks import Network
 from engine.precision import Precision
 from model.dense import Dense
 from model.vgg import build
@@ -193,3 +198,115 @@ def test_the_most_pixels_allow_long_images_at_any_scale():
         assert plan.too_large.tolist() == ([] if longest >= 64 else [0, 1, 2])
         assert plan.images(rank=0, world_size=1) == (3 if longest >= 64 else 0)
         assert plan.largest_batch == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_posteriors_are_computed_in_the_format_that_was_asked_for(name, dtype):
+    seen = []
+
+    class Noting(nn.Linear):
+        def forward(self, images):
+            logits = super().forward(images)
+            seen.append(logits.dtype)
+            return logits
+
+    with torch.no_grad():
+        assert posteriors_of(Noting(4, 5), Precision(name, "cpu"))(torch.ones(3, 4)).dtype == torch.float32
+    assert seen == [dtype]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_logit_that_is_not_finite_leaves_an_image_without_posteriors(value):
+    logits = torch.arange(12.0).reshape(3, 4)
+    logits[1, 2] = value
+    found = posteriors_of(lambda images: images, FP32)(logits)
+    assert found[1].isnan().all()
+    assert torch.allclose(found[[0, 2]], logits[[0, 2]].softmax(1))
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_an_answer_with_one_value_that_is_not_finite_ends_the_program(folder, width):
+    """Of one image in a batch of several, and named."""
+    data = data_of(folder)
+    some = network_of(CLASSES)
+
+    def answers_of(batches):
+        return list(answers(some, data, "val", iter(batches), 5, lambda images: images, "answers"))
+
+    good = torch.rand(3, width)
+    blocks = answers_of([(good, torch.tensor([4, -1, 0])), (good[:2], torch.tensor([1, 2]))])
+    assert [block.rows.tolist() for block in blocks] == [[4, 0], [1, 2]]
+    assert np.array_equal(blocks[0].values, good[[0, 2]].numpy())
+    bad = good.clone()
+    bad[1, width - 1] = math.nan
+    assert len(answers_of([(bad, torch.tensor([4, -1, 0]))])) == 1, "of what fills up a batch it does not matter"
+    with pytest.raises(TrainingError, match=r"its answer for .*/val/.* is not finite"):
+        answers_of([(bad, torch.tensor([4, 3, 0]))])
+
+
+def network_of(classes: int) -> Network:
+    names = tuple(str(number) for number in range(classes))
+    return Network(
+        name="some", arch="A", batch_norm=False, crop=CROP, classes=names, mean_rgb=MEAN, train_scale=None, state={}
+    )
+
+
+def test_every_image_is_counted_of_however_many_there_are():
+    """20 000 of them, against a stable sort of each by NumPy; those that are lost, and a second network with half the weight."""
+    generator = np.random.default_rng(0)
+    images, classes = 20_000, 9
+    parts = [generator.integers(0, 40, (images, classes)).astype(np.float16) for _ in range(2)]  # with ties
+    lost = [5, 8191, 8192, 19_999]
+    parts[1][lost] = LOST
+    labels = generator.integers(classes, size=images)
+    hits = count(
+        [Weighted(weight=1.0, posteriors=parts[0]), Weighted(weight=0.5, posteriors=parts[1])], labels, lost_before=3
+    )
+    order = np.argsort(-(parts[0] + 0.5 * parts[1].astype(float)), axis=1, kind="stable")
+    right = order == labels[:, None]
+    right[lost] = False
+    assert (hits.images, hits.lost) == (images + 3, 7)
+    assert (hits.top1, hits.top5) == (right[:, 0].sum(), right[:, :5].sum())
+    assert hits.errors == pytest.approx((100 - 100 * hits.top1 / (images + 3), 100 - 100 * hits.top5 / (images + 3)))
+
+
+@pytest.mark.parametrize("row", [0, 8191, 8192, 19_999])
+@pytest.mark.parametrize("value", [np.nan, -2.0, np.inf, 40_000.0])
+def test_a_file_with_one_number_that_is_no_posterior_is_not_used(tmp_path, row, value):
+    posteriors = np.zeros((20_000, 3), dtype=np.float16)
+    posteriors[7], posteriors[8, 1] = LOST, 2**15
+    np.save(tmp_path / "some.npy", posteriors)
+    found = open_posteriors(tmp_path / "some.npy", (20_000, 3))
+    assert found is not None
+    assert np.array_equal(found, posteriors)
+    posteriors[row, 2] = value
+    np.save(tmp_path / "some.npy", posteriors)
+    assert open_posteriors(tmp_path / "some.npy", (20_000, 3)) is None
+
+
+def test_protocols_are_those_of_the_paper():
+    """Section 3.2: the dense network on whole images, and 5×5 crops of them; of each, the mirror image counts as well."""
+    found = {name: (one.whole, one.dense, one.flip) for name, one in PROTOCOLS.items()}
+    assert found == {
+        "center": (False, False, False), "dense": (True, True, True), "multicrop": (True, False, True)
+    }  # fmt: skip
+
+
+def test_networks_that_compute_something_else_have_another_name():
+    """By their layers, crop, mean, and every weight's name, shape, type and values."""
+    one = dataclasses.replace(network_of(3), state={"a": torch.arange(6.0), "b": torch.ones(2)})
+    others = [
+        dataclasses.replace(one, **change)
+        for change in (
+            {"arch": "B"}, {"batch_norm": True}, {"crop": 64}, {"mean_rgb": (120.0, 110.0, 100.5)},
+            {"state": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}},
+            {"state": {"a": torch.arange(6.0).half(), "b": torch.ones(2)}},
+            {"state": {"a": torch.arange(6.0), "c": torch.ones(2)}},
+            {"state": {"a": torch.arange(6.0), "b": torch.tensor([1.0, 1.0000001])}},
+        )
+    ]  # fmt: skip
+    assert len({digest(network) for network in (one, *others)}) == 9
+    same = dataclasses.replace(one, name="other", state=dict(reversed(one.state.items())))
+    assert digest(same) == digest(one)

@@ -1,15 +1,20 @@
 import copy
+import dataclasses
 import itertools
 import shutil
 
 import pytest
 import torch
+import torch.distributed
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+import engine.training.step
 from common.ranks import Ranks
 from engine.config import Config
 from engine.precision import Precision, choose_precision
 from engine.training.assembly import assemble
+from engine.training.data_parallel import average_over_ranks, data_parallel
 from engine.training.step import TrainStep, compile_model
 from model.vgg import build
 
@@ -186,3 +191,171 @@ def test_auto_precision(monkeypatch, device, has_bf16, expected):
     assert precision.name == expected
     assert precision.half_images == (device == "cuda")
     assert choose_precision("fp32", torch.device(device)).name == "fp32"
+
+
+@pytest.mark.parametrize(("device", "name", "half"), [
+    ("cpu", "fp32", False), ("cpu", "bf16", False), ("cpu", "fp16", False),
+    ("cuda", "fp32", False), ("cuda", "bf16", True), ("cuda", "fp16", True),
+])  # fmt: skip
+def test_images_are_float16_on_a_gpu_whose_network_computes_in_16_bits(device, name, half):
+    assert Precision(name, device).half_images == half
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_a_step_computes_in_the_format_it_is_told_and_scales_the_loss_in_fp16_alone(name, dtype):
+    seen = []
+
+    class Noting(torch.nn.Linear):
+        def forward(self, images):
+            logits = super().forward(images)
+            seen.append(logits.dtype)
+            return logits
+
+    model, precision = Noting(4, 5), Precision(name, "cpu")
+    scaler = precision.grad_scaler()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    step = TrainStep(model, optimizer=optimizer, scaler=scaler, precision=precision, passes=1)
+    loss = step(iter([(torch.ones(3, 4), torch.zeros(3, dtype=torch.int64))]))
+    assert seen == [dtype]
+    assert loss.dtype == torch.float32
+    assert scaler.is_enabled() == (name == "fp16")
+
+
+def test_a_step_is_put_together_as_the_configuration_says():
+    """Two passes of one image; smoothed targets; an average that follows the weights after each step, not each pass."""
+    model = torch.nn.Linear(3, 4, bias=False)
+    before = model.weight.detach().clone()
+    ranks = dataclasses.replace(TWO_RANKS, world_size=1, local_world_size=1)
+    config = Config(
+        data="synthetic", crop=32, train_scale="32", batch_size=2, label_smoothing=0.3, ema=0.15, lr=0.5, momentum=0.8,
+        weight_decay=0.01,
+    )  # fmt: skip
+    parts = assemble(config, ranks=ranks, precision=FP32, micro_batch=1, model=model)
+    assert (parts.passes, parts.compiled) == (2, False)
+    images, labels = torch.randn(2, 3), torch.tensor([3, 1])
+    exact = before.double().requires_grad_()
+    logs = (images.double() @ exact.T).log_softmax(1)
+    expected = -(0.7 * logs[[0, 1], labels] + 0.3 * logs.mean(dim=1)).mean()
+    (gradient,) = torch.autograd.grad(expected, exact)
+    loss = parts.step(iter([(images[:1], labels[:1]), (images[1:], labels[1:])]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    first = before - 0.5 * (gradient.float() + 0.01 * before)
+    assert torch.allclose(model.weight, first, atol=1e-5)
+    assert parts.average
+    average = 0.1 * before + 0.9 * first  # the decay of the first step is 1/10, of the second 0.15, less than 2/11
+    assert torch.allclose(parts.average.model.state_dict()["weight"], average, atol=1e-5)
+    parts.step(iter([(images[:1], labels[:1]), (images[1:], labels[1:])]))
+    assert torch.allclose(
+        parts.average.model.state_dict()["weight"], 0.15 * average + 0.85 * model.weight.detach(), atol=1e-5
+    )
+    assert parts.average.steps == 2
+
+
+# ---- several ranks: a group of one process, which adds up as a larger one does ---------------------------------------
+
+
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+TWO_RANKS = Ranks(rank=0, world_size=2, local_rank=0, local_world_size=2, device=CPU, patient_group=None)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_gradients_travel_once_in_a_step_however_many_passes_it_has(passes):
+    """After the last pass, and as what all of them have added up."""
+    travelled = []
+
+    def hook(_, bucket):
+        travelled.append(bucket.buffer().clone())
+        future: torch.futures.Future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    model = torch.nn.Linear(4, 5)
+    network = data_parallel(model, TWO_RANKS, accumulates=passes > 1, grad_compression="none")
+    assert isinstance(network, DistributedDataParallel)
+    network.register_comm_hook(None, hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    step = TrainStep(network, optimizer=optimizer, scaler=FP32.grad_scaler(), precision=FP32, passes=passes)
+    images, labels = torch.randn(passes, 6, 4), torch.arange(6) % 5
+    alone = copy.deepcopy(model)
+    for number in range(1, 4):
+        alone.load_state_dict(model.state_dict())
+        alone.zero_grad()
+        F.cross_entropy(alone(images.flatten(0, 1)), labels.repeat(passes)).backward()
+        step(zip(images, itertools.repeat(labels)))
+        assert len(travelled) == number, "a bucket a step: the model has one"
+        gradients = torch.cat([weight.grad.flatten() for weight in alone.parameters() if weight.grad is not None])
+        assert torch.allclose(travelled[-1].sort().values, gradients.sort().values, atol=1e-6)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("choice", ["none", "bf16", "fp16"])
+def test_gradients_travel_in_the_format_that_was_asked_for(choice):
+    """They come out rounded to it: bf16 has 8 bits and the range of float32, fp16 has 11, and 6e-8 is its smallest number."""
+    dtype = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[choice]
+    model = torch.nn.Linear(3, 1, bias=False)
+    config = Config(data="synthetic", crop=32, train_scale="32", batch_size=2, grad_compression=choice)
+    parts = assemble(config, ranks=TWO_RANKS, precision=FP32, micro_batch=1, model=model)
+    values = torch.tensor([[1 / 3, 1e-9, 1234.567]])
+    parts.network(values).sum().backward()
+    assert model.weight.grad is not None
+    assert torch.equal(model.weight.grad, values.to(dtype).float())
+
+
+@pytest.mark.usefixtures("group")
+def test_the_mean_over_ranks_divides_by_their_number(monkeypatch):
+    tensors = [torch.arange(6.0).reshape(2, 3), torch.tensor([[5.0]])]
+    expected = [tensor.clone() for tensor in tensors]
+    all_reduce = torch.distributed.all_reduce
+
+    def of_three_alike(tensor):
+        all_reduce(tensor)
+        tensor *= 3
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", of_three_alike)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    average_over_ranks(tensors)
+    for tensor, mean in zip(tensors, expected, strict=True):
+        assert torch.equal(tensor, mean)
+
+
+@pytest.mark.usefixtures("group")
+def test_ranks_send_no_buffers_before_a_pass():
+    """In a forward pass no rank waits for another; statistics are averaged after the step."""
+    network = data_parallel(
+        torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)), TWO_RANKS, accumulates=False,
+        grad_compression="none",
+    )  # fmt: skip
+    assert isinstance(network, DistributedDataParallel)
+    assert not network.will_sync_module_buffers()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("passes", [1, 2])
+def test_statistics_of_all_ranks_are_averaged_once_after_a_step(monkeypatch, passes):
+    """Those of batch normalisation, not its counter; without it there is nothing to send."""
+    sent = []
+    monkeypatch.setattr(
+        engine.training.step, "average_over_ranks", lambda tensors: sent.append([tensor.clone() for tensor in tensors])
+    )
+    batch = torch.randn(6, 4), torch.arange(6) % 4
+    for layers in ([torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)], [torch.nn.Linear(4, 4)]):
+        model = torch.nn.Sequential(*layers)
+        network = data_parallel(model, TWO_RANKS, accumulates=passes > 1, grad_compression="none")
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        step = TrainStep(network, optimizer=optimizer, scaler=FP32.grad_scaler(), precision=FP32, passes=passes)
+        step(itertools.repeat(batch))
+        if len(layers) == 2:
+            ((mean, variance),) = sent
+            assert torch.equal(mean, model.state_dict()["1.running_mean"])
+            assert torch.equal(variance, model.state_dict()["1.running_var"])
+            assert mean.any(), "after the step"
+    assert len(sent) == 1

@@ -1,7 +1,9 @@
 """The loop's ends: what fails in a run, what is saved first, and how it goes on."""
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import time
@@ -10,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed
 from PIL import Image
 from torch import nn
 
+import common.ranks
 import engine.training.assembly
+import engine.training.clock
 import engine.training.resume
 import train
 from common.errors import TrainingError
@@ -26,10 +31,11 @@ from engine.monitoring import dashboards, runlog
 from engine.monitoring.runlog import RunLog
 from engine.training import trainer
 from engine.training.assembly import too_little_memory
-from engine.training.clock import TimedBatches, process_seconds
+from engine.training.clock import Clock, TimedBatches, process_seconds
 from engine.training.resume import claim_out
 from engine.training.trainer import samples_of_other_data
 from pipeline.dali.loader import DaliLoader
+from tests.engine.test_accuracy import RANKS
 from tests.support.launch import SMALL, assert_same_weights, run
 
 
@@ -155,6 +161,110 @@ def test_lines_that_the_disk_refuses_are_written_later(folder, tmp_path, capsys,
     ]  # fmt: skip
     warning = "warning: metrics.jsonl cannot be written (No space left on device); the training goes on"
     assert capsys.readouterr().err.count(warning) == 1
+
+
+# ---- the rate and the random numbers of each step ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def updates(monkeypatch) -> list[dict]:
+    """The optimizer's settings in each of its updates."""
+    seen: list[dict] = []
+    step = torch.optim.SGD.step
+
+    def noting(self, *args, **kwargs):
+        (group,) = self.param_groups
+        seen.append({name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov", "dampening")})
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noting)
+    return seen
+
+
+def half_cosine(step: int) -> float:
+    """Three epochs of three steps, the first of them warm-up; as the middle of each step has it."""
+    epoch = (step + 0.5) / 3
+    return 0.02 * epoch if epoch < 1 else 0.01 * (1 + np.cos(np.pi * (epoch - 1) / 2))
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--schedule", "step", "--step-epochs", "2", "--epochs", "5"], [0.02] * 6 + [0.002] * 6 + [0.0002] * 3),
+        (["--schedule", "cosine", "--warmup-epochs", "1", "--epochs", "3"], [half_cosine(step) for step in range(9)]),
+        # No better top-1 after the second epoch: plateaus after the fourth, sixth and eighth, and the end after the tenth.
+        (
+            ["--schedule", "plateau", "--plateau-epochs", "2"],
+            [0.02] * 12 + [0.002] * 6 + [0.0002] * 6 + [0.00002] * 6,
+        ),
+    ],
+    ids=["step", "cosine", "plateau"],
+)
+def test_every_step_is_taken_at_the_rate_that_the_schedule_says(
+    folder, tmp_path, monkeypatch, updates, flags, expected
+):
+    """Three steps an epoch; a run that is resumed in the middle of one has the rates of one that is not, and the flags it is
+    given now."""
+    results = iter([0.4, 0.5, *[0.5, 0.3] * 10])
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *_, **__: Accuracy(loss=1.0, top1=next(results), top5=1.0, images=4, lost=0)
+    )
+    command = flags_of(folder, tmp_path, "--lr", "0.02", *flags)
+    assert train.main([*command, "--momentum", "0.7", "--weight-decay", "0.002", "--steps", "4"]) == 0
+    assert train.main([*command, "--momentum", "0.8", "--weight-decay", "0.001"]) == 0
+    assert [update["lr"] for update in updates] == pytest.approx(expected)
+    settings = [(update["momentum"], update["weight_decay"]) for update in updates]
+    assert settings == [(0.7, 0.002)] * 4 + [(0.8, 0.001)] * (len(expected) - 4)
+    assert {(update["nesterov"], update["dampening"]) for update in updates} == {(False, 0)}
+    records = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [record["lr"] for record in records if record["kind"] == "train"] == pytest.approx(expected)
+
+
+@pytest.fixture
+def seeds(monkeypatch) -> list[int]:
+    """What torch's generator began with at each forward pass in training."""
+    seen: list[int] = []
+
+    class Noting(nn.Dropout):
+        def forward(self, values):
+            if self.training:
+                seen.append(torch.initial_seed())
+            return super().forward(values)
+
+    def noting_network_of(config, *, classes, device):
+        network = network_of(config, classes=classes, device=device)
+        network[3] = Noting(0.5)
+        return network
+
+    monkeypatch.setattr(engine.training.assembly, "network_of", noting_network_of)
+    return seen
+
+
+@pytest.mark.usefixtures("unseen")
+def test_each_seed_step_and_rank_has_a_dropout_of_its_own(folder, tmp_path, monkeypatch, seeds):
+    """Of seed 1, step 11 and seed 11, step 1, too; and a run that is resumed has those of one that is not."""
+    of_runs: dict[tuple[int, int], list[int]] = {}
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: Accuracy(loss=1.0, top1=0.5, top5=1.0, images=4, lost=0))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for rank, seed in ((0, 1), (1, 1), (0, 11)):
+            ranks = dataclasses.replace(RANKS, rank=rank, local_rank=rank, world_size=2, local_world_size=2)
+            monkeypatch.setattr(common.ranks, "ranks_of_this_run", lambda _, ranks=ranks: contextlib.nullcontext(ranks))
+            out = tmp_path / f"{rank} {seed}"
+            out.mkdir()
+            flags = flags_of(folder, out, "--seed", str(seed))
+            seeds.clear()
+            for steps in ("4", "12"):
+                if rank == 0 or steps == "12":  # rank 0 writes the checkpoints
+                    assert train.main([*flags, "--steps", steps]) == 0
+                    warm_ups = 2  # of several ranks
+                    of_runs.setdefault((rank, seed), []).extend(seeds[warm_ups:])
+                    seeds.clear()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [len(found) for found in of_runs.values()] == [12, 12, 12]
+    assert len({seed for found in of_runs.values() for seed in found}) == 36
 
 
 # ---- what ends a run -------------------------------------------------------------------------------------------------
@@ -305,6 +415,19 @@ def test_data_that_grow_and_shrink_are_validated_after_each_epoch(tmp_path):
 
 
 @pytest.mark.usefixtures("unseen")
+def test_a_resumed_run_goes_on_with_the_scale_of_its_losses(folder, tmp_path):
+    """The scaler counts the steps without an overflow since it last changed its scale."""
+    scalers = []
+    for name, parts in (("whole", ["4"]), ("parts", ["2", "4"])):
+        flags = flags_of(folder, tmp_path / name, "--precision", "fp16")
+        for steps in parts:
+            assert train.main([*flags, "--steps", steps]) == 0
+            scalers.append(load(tmp_path / name / "last.pt").scaler)
+    whole, half_way, resumed = scalers
+    assert resumed == whole != half_way
+
+
+@pytest.mark.usefixtures("unseen")
 def test_best_stays_the_best_when_a_run_goes_back(folder, tmp_path, monkeypatch):
     top1 = iter([0.5, 0.9, 0.7, 0.8, 0.95])
     monkeypatch.setattr(
@@ -416,6 +539,108 @@ def test_on_a_gpu_the_wait_is_what_passes_on_the_gpu():
     on_cpu = TimedBatches(batches())
     next(on_cpu)
     assert on_cpu.take_wait_seconds() >= 0.01
+
+
+def test_training_evaluation_and_checkpoints_each_have_their_own_time(monkeypatch):
+    """A made-up time: two laps with pauses in them, the second after a resume at step 10."""
+    now = [100.0]
+    monkeypatch.setattr(engine.training.clock.time, "perf_counter", lambda: now[0])
+
+    def pass_seconds(seconds: float) -> None:
+        now[0] += seconds
+
+    clock = Clock()
+    pass_seconds(50)  # of start-up
+    clock.start(10)
+    pass_seconds(3)
+    with clock.evaluating():
+        pass_seconds(7)
+    pass_seconds(2)
+    with clock.saving():
+        pass_seconds(20)
+    assert clock.lap(14) == (4, 5.0)
+    with clock.evaluating():
+        pass_seconds(1)
+    pass_seconds(6)
+    with clock.saving():
+        pass_seconds(2)
+    assert clock.lap(16) == (2, 6.0)
+    assert (clock.training_steps, clock.training_seconds) == (6, 11.0)
+    assert (clock.evaluation_seconds, clock.checkpoint_seconds) == (8.0, 22.0)
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_line_has_the_mean_loss_and_the_rate_of_the_steps_since_the_one_before(folder, tmp_path, monkeypatch):
+    """Three steps an epoch, at whose ends there is a line too."""
+    lap = Clock.lap
+    monkeypatch.setattr(Clock, "lap", lambda self, steps_done: (lap(self, steps_done)[0], 2.0))
+    monkeypatch.setattr(TimedBatches, "take_wait_seconds", lambda self: 0.5)
+    lines = {}
+    for every in ("1", "2"):
+        out = tmp_path / every
+        assert train.main([*flags_of(folder, out, "--steps", "7"), "--log-every", every]) == 0
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines[every] = {record["step"]: record for record in records if record["kind"] == "train"}
+    assert list(lines["2"]) == [2, 3, 4, 6, 7]
+    loss = {step: record["loss"] for step, record in lines["1"].items()}
+    for step, of_steps in ((2, (1, 2)), (3, (3,)), (4, (4,)), (6, (5, 6)), (7, (7,))):
+        assert lines["2"][step]["loss"] == pytest.approx(np.mean([loss[one] for one in of_steps]), rel=1e-6)
+        assert lines["2"][step]["images_per_second"] == pytest.approx(len(of_steps) * 4 / 2.0)
+        assert lines["2"][step]["data_wait"] == pytest.approx(0.5 / 2.0)
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_loss_that_is_not_finite_ends_the_run(folder, tmp_path, monkeypatch, capsys):
+    step = engine.training.assembly.TrainStep.__call__
+    for value in (math.nan, math.inf):
+        out = tmp_path / str(value)
+        monkeypatch.setattr(
+            engine.training.assembly.TrainStep,
+            "__call__",
+            lambda *args, value=value, **named: step(*args, **named) + value,
+        )
+        assert train.main(flags_of(folder, out, "--steps", "4")) == 1
+        assert f"the loss is {value} after step 1: the training diverged" in capsys.readouterr().err
+        assert not (out / "last.pt").exists()
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize(("minutes", "saved"), [("2", [2, 3, 4]), ("2.1", [3, 4])])
+def test_checkpoints_within_an_epoch_come_by_the_clock(folder, tmp_path, monkeypatch, minutes, saved):
+    """A step takes a minute; epochs end at the third one and, for the shorter run, at the fourth."""
+    moment = [0.0]
+    advance = RunLog.advance
+
+    def minute_later(self):
+        moment[0] += 60
+        advance(self)
+
+    monkeypatch.setattr(RunLog, "advance", minute_later)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: moment[0])
+    steps, save = [], checkpoints.save
+
+    def noting(checkpoint, *args, **named):
+        steps.append(checkpoint.steps)
+        return save(checkpoint, *args, **named)
+
+    monkeypatch.setattr(checkpoints, "save", noting)
+    assert train.main(flags_of(folder, tmp_path, "--steps", "4", "--checkpoint-minutes", minutes)) == 0
+    assert steps == saved
+
+
+@pytest.mark.usefixtures("unseen")
+def test_the_last_step_of_a_run_may_reach_beyond_its_last_epoch(folder, tmp_path):
+    """Two epochs of twelve images in steps of five: the fifth completes the second epoch."""
+    assert train.main(flags_of(folder, tmp_path, "--batch-size", "5", "--epochs", "2")) == 0
+    last = load(tmp_path / "last.pt")
+    assert (last.steps, last.samples_seen, [entry["epoch"] for entry in last.history]) == (5, 25, [1, 2])
+
+
+@pytest.mark.usefixtures("unseen")
+def test_of_two_epochs_that_are_as_good_the_first_is_the_best(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: Accuracy(loss=1.0, top1=0.5, top5=1.0, images=4, lost=0))
+    assert train.main(flags_of(folder, tmp_path, "--epochs", "2")) == 0
+    assert load(tmp_path / "best.pt").steps == 3
 
 
 def test_start_up_counts_from_the_process_s_start():

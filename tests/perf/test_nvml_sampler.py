@@ -7,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -557,3 +558,19 @@ def test_bad_usage(stub, arguments, says):
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: ")
     assert says in done.stderr
+
+
+# ---- one reading, in this process ------------------------------------------------------------------------------------
+
+
+def test_a_counter_that_falls_has_no_rate_and_counts_from_there(monkeypatch):
+    """As after a driver's reset: the growth would be negative."""
+    from common.nvml import readings
+    from common.nvml.readings import Reader, Reading
+
+    counts, moments = iter([100.0, 300.0, 50.0, 90.0, math.nan, 200.0]), iter([0.0, 2.0, 3.0, 7.0, 8.0])
+    monkeypatch.setattr(readings, "perf_counter", lambda: next(moments))
+    gpu: Any = None
+    reader = Reader(gpu, [Reading("sent", (lambda _: next(counts),), is_counter=True)])
+    found = [reader.read()["sent"] for _ in range(6)]
+    assert found == pytest.approx([math.nan, 100, math.nan, 10, math.nan, 110], nan_ok=True)

@@ -55,6 +55,34 @@ def test_passes_read_the_weights_again():
     assert parts.floor_seconds.optimizer == whole.floor_seconds.optimizer
 
 
+def test_the_floor_of_a_step_in_passes_is_that_of_each_pass_times_their_number():
+    """All but the optimizer's part, which comes once; fused or not, of each layer and of all."""
+    one = roofline(Job(**{**vars(JOB), "batch": 64}), peaks=H100, links=LINKS)
+    four = roofline(Job(**{**vars(JOB), "micro_batch": 64}), peaks=H100, links=LINKS)
+    for name in ("floor_seconds", "floor_seconds_unfused"):
+        of_one, of_four = getattr(one, name), getattr(four, name)
+        assert of_four.forward == pytest.approx(4 * of_one.forward)
+        assert of_four.backward == pytest.approx(4 * of_one.backward)
+        assert of_four.optimizer == of_one.optimizer
+        assert of_four.total == pytest.approx(4 * (of_one.forward + of_one.backward) + of_one.optimizer)
+        of_layers = sum(getattr(layer, name) for layer in four.layers)
+        assert of_layers == pytest.approx(of_four.forward + of_four.backward)
+    for layer, pass_of_layer in zip(four.layers, one.layers, strict=True):
+        for name in ("flops", "bytes", "bytes_unfused", "floor_seconds", "floor_seconds_unfused"):
+            assert getattr(layer, name) == pytest.approx(4 * getattr(pass_of_layer, name)), (layer.name, name)
+    assert four.scaling[0].plain.images_per_second == pytest.approx(256 / four.floor_seconds.total)
+
+
+def test_predictions_from_measured_passes_give_the_measured_step_again():
+    parts = Measured(forward_seconds=0.012, backward_seconds=0.025, optimizer_seconds=0.001)
+    job = Job(**{**vars(JOB), "micro_batch": 64, "ranks": 8})
+    result = roofline(job, peaks=H100, links=LINKS, measured=parts)
+    assert result.scaling[0].plain.images_per_second == pytest.approx(256 / 0.038)
+    measured = Measured(step_seconds=0.05)
+    result = roofline(Job(**{**vars(JOB), "micro_batch": 64}), peaks=H100, links=LINKS, measured=measured)
+    assert result.mfu == pytest.approx(256 * 92.648e9 / 0.05 / 989.4e12, rel=1e-4)
+
+
 def test_the_all_reduce_counts_as_far_as_it_is_exposed():
     slow = Links(peer_bytes_per_second=1e9, network_bytes_per_second=1e9, gpus_per_node=8, latency_seconds=0.0)
     job = Job(**{**vars(JOB), "ranks": 2})

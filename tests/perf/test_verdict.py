@@ -188,6 +188,121 @@ def test_the_planted_bottleneck_is_named_with_its_two_figures(device, plant, bou
     msgspec.json.encode(report)
 
 
+# ---- on either side of each threshold --------------------------------------------------------------------------------
+
+
+def host(share: float) -> Plant:
+    def plant(report: Report) -> None:
+        report.host_seconds_per_step = share * step_seconds(report)
+
+    return plant
+
+
+def both_parts(all_reduce: float, optimizer: float) -> Plant:
+    def plant(report: Report) -> None:
+        slow_part("all_reduce", all_reduce)(report)
+        slow_part("optimizer", optimizer)(report)
+
+    return plant
+
+
+EDGES: list[tuple[str, Callable[[float], Plant], float, str, str]] = [
+    # device, plant, threshold; the verdicts 1 % below it and 1 % above it
+    ("cuda", lambda share: throttle(0.9, sw_thermal=share), 0.1, "compute", "throttled"),
+    ("cuda", lambda share: throttle(0.9, hw_thermal=share), 0.1, "compute", "throttled"),
+    ("cuda", lambda share: throttle(0.9, hw_power_brake=share), 0.1, "compute", "throttled"),
+    ("cuda", lambda share: throttle(0.9, hw_slowdown=share), 0.1, "compute", "throttled"),
+    ("cuda", lambda share: throttle(0.6, sw_power_cap=share), 0.5, "compute", "throttled"),
+    ("cuda", lambda share: throttle(0.9, limit=400, sw_power_cap=share), 0.5, "compute", "throttled"),
+    ("cuda", lambda share: throttle(0.6, applications_clocks_setting=share), 0.5, "compute", "throttled"),
+    ("cuda", lambda clock: throttle(clock, sw_power_cap=1.0), 0.7, "throttled", "compute"),
+    ("cuda", lambda clock: throttle(clock, applications_clocks_setting=1.0), 0.7, "throttled", "compute"),
+    ("cuda", lambda share: throttle(0.9, limit=700 * share, sw_power_cap=1.0), 0.95, "throttled", "compute"),
+    ("cuda", wait_for_images, 0.05, "compute", "input"),
+    ("cuda", host, 0.9, "compute", "launch"),
+    ("cpu", host, 0.5, "compute", "launch"),
+    ("cuda", lambda share: slow_part("all_reduce", share), 1 / 3, "compute", "communication"),
+    ("cuda", lambda share: slow_part("optimizer", share), 1 / 3, "compute", "optimizer"),
+    ("cpu", lambda share: slow_part("optimizer", share), 1 / 3, "compute", "optimizer"),
+    ("cuda", lambda share: both_parts(share, 0.4), 0.4, "optimizer", "communication"),
+    ("cuda", lambda explained: passes(0.3, explained), 0.5, "kernels", "compute"),
+    ("cpu", lambda explained: passes(0.2, explained), 0.25, "kernels", "compute"),
+    ("cuda", lambda explained: passes(0.4, explained), 0.8, "compute", "memory"),
+    ("cpu", lambda explained: passes(0.4, explained), 0.8, "compute", "memory"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "plant", "threshold", "below", "above"), EDGES)
+def test_the_verdict_changes_at_the_threshold_that_the_docs_name(device, plant, threshold, below, above):
+    for value, bound in ((0.99 * threshold, below), (1.01 * threshold, above)):
+        report = healthy(device)
+        plant(value)(report)
+        assert judge(report).bound == bound, value
+
+
+@pytest.mark.parametrize(("times", "bound"), [(0.99, "input"), (1.01, "compute")])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_loader_is_slower_than_the_step_by_however_little(device, times, bound):
+    assert judge(planted(device, lambda report: set_rates(report, loader=6000 * times))).bound == bound
+
+
+@pytest.mark.parametrize("stage", ["loader", "step", "training"])
+def test_a_rate_is_well_known_to_5_percent(stage):
+    for relative_ci, known in ((0.0495, True), (0.0505, False)):
+        cautions = judge(planted("cuda", vary(relative_ci, stage))).cautions
+        assert any("is known to ±5% only" in caution for caution in cautions) != known, relative_ci
+
+
+def test_beyond_5_percent_a_close_call_is_no_verdict():
+    for relative_ci, bound in ((0.0495, "compute"), (0.0505, "inconclusive")):
+        assert judge(planted("cuda", near_tie, vary(relative_ci, "step"), vary(0.04, "loader"))).bound == bound
+
+
+@pytest.mark.parametrize(("device", "cores"), [("cpu", 2), ("cuda", 26)])
+def test_others_are_told_of_from_a_tenth_of_the_cores_on(device, cores):
+    def said(**others: float) -> list[str]:
+        of_cores = {name: share * cores for name, share in others.items()}
+        return [caution for caution in judge(planted(device, busy(**of_cores))).cautions if "programs" in caution]
+
+    assert said(loader=0.099, step=0.099, training=0.099) == []
+    (steady,) = said(loader=0.101, step=0.101, training=0.101)
+    assert steady.startswith("Other programs")
+    (steady,) = said(loader=0.2, step=0.101, training=0.15)
+    assert steady.startswith("Other programs")
+    (changed,) = said(loader=0.2, step=0.099, training=0.15)
+    assert changed.startswith("The machine changed: other programs")
+
+
+def test_cores_that_others_took_from_a_gpu_s_loader_may_have_made_the_difference():
+    loader_is_slower = [lambda report: set_rates(report, loader=5400, decoding=5500)]
+    assert judge(planted("cuda", *loader_is_slower)).bound == "input"
+    assert judge(planted("cuda", *loader_is_slower, busy(loader=9.0))).bound == "inconclusive"
+
+
+def test_what_is_not_known_at_all_is_known_to_a_tenth_at_least():
+    """Where others took nearly all cores, the rate may have been ten times as high, not a thousand times."""
+    report = planted("cpu", near_tie, vary(0.1, "step"), busy(step=1.999))
+    low, high = (figure.value for figure in judge(report).evidence)
+    assert (low, high) == pytest.approx((0.9 * 6000, 10 * 1.1 * 6000))
+
+
+@pytest.mark.parametrize(("gap", "named"), [(0.0495, False), (0.0505, True)])
+def test_a_rank_is_slow_from_5_percent_on(gap, named):
+    report = healthy("cuda")
+    report.hardware.ranks = 4
+    for stage in ("reading", "decoding", "loader", "step", "training"):
+        getattr(report.stages, stage).images_per_second_per_rank = [5000.0] * 4
+    report.stages.step.images_per_second_per_rank = [5000.0, 5000.0 * (1 - gap), 5000.0, 5000.0]
+    assert ("Rank 1 is 5% slower" in judge(report).sentence) == named
+
+
+@pytest.mark.parametrize(("excess", "suspicious"), [(1.095, False), (1.105, True)])
+def test_a_floor_is_suspicious_from_a_tenth_more_than_was_measured(excess, suspicious):
+    assert (
+        any("their floor" in caution for caution in judge(planted("cpu", passes(1.0, excess))).cautions) == suspicious
+    )
+
+
 # ---- throttled --------------------------------------------------------------------------------------------------------
 
 
@@ -628,3 +743,34 @@ def test_without_images_there_is_only_the_step():
     found = ceiling_of(None, stage(200, 0.9), None)
     assert (found.images_per_second, found.set_by) == (200, "step")
     assert found.training_over_ceiling is found.why_not is None
+
+
+def test_the_slowest_rank_of_the_step_counts():
+    step = stage(400, ranks=2)
+    step.images_per_second_per_rank = [250.0, 150.0]
+    assert ceiling_of(None, step, None, ranks=2).images_per_second == 300
+    assert ceiling_of(stage(1000, ranks=2), step, stage(290, ranks=2), ranks=2).set_by == "step"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "says"), [(0.969, "a step of training"), (0.971, None), (1.029, None), (1.031, "too low")]
+)
+def test_near_enough_to_its_ceiling(ratio, says):
+    found = ceiling_of(stage(1000), stage(100), stage(100 * ratio), parts(0.0, 1.0))
+    assert found.training_over_ceiling == pytest.approx(ratio)
+    assert says in found.why_not if says and found.why_not else found.why_not is says
+
+
+def test_reasons_are_told_from_a_hundredth_of_the_step_on():
+    def why(wait: float, work: float, others: float = 0.0) -> str:
+        found = ceiling_of(stage(1000), stage(100), stage(90, others=others), parts(wait, work))
+        assert found.why_not
+        return found.why_not
+
+    assert "waits for images" not in why(0.0099, 1.0)
+    assert "waits for images" in why(0.0101, 1.0)
+    assert "its own work" not in why(0.0, 1.009)
+    assert "its own work" in why(0.0, 1.011)
+    assert "beside the loader's threads" not in why(0.0, 1.1), "the step sets the ceiling, not the cores"
+    assert "other programs" not in why(0.0, 1.0, others=0.099)
+    assert "other programs" in why(0.0, 1.0, others=0.101)

@@ -23,11 +23,11 @@ def table(tmp_path_factory):
     return open_manifest(photo_folder(tmp_path_factory.mktemp("photos"), train=100, val=10)).train
 
 
-def run_graph(samples: Samples, crop: int = CROP) -> np.ndarray:
-    """The loader's images for these samples: float32 [n, crop, crop, 3]."""
+def run_graph(samples: Samples, crop: int | None = CROP, *, half: bool = False) -> np.ndarray:
+    """The loader's images for these samples: float32 or, half, float16 [n, height, width, 3]. crop: None for whole images."""
     loader = DaliLoader(
         lambda skip: iter([samples] * 4),
-        GraphOptions(crop=crop, threads=2, prefetch=1),
+        GraphOptions(crop=crop, half=half, threads=2, prefetch=1),
         lose=lambda *lost: pytest.fail("lost an image"),
         batch_size=len(samples.labels),
     )
@@ -156,6 +156,15 @@ def test_mean_is_subtracted_and_the_image_flipped_as_asked(table):
     difference = np.abs(run_graph(flipped) - (run_graph(plain)[:, :, ::-1] - samples.mean[:, None, None, :]))
     assert difference.max() < 1 + 1e-4, "one level, where the sum of a pixel's weights rounds the other way"
     assert difference.mean() < 1e-3
+
+
+def test_half_images_are_the_others_in_float16(table):
+    """Where they are whole: for crops on a CPU, DALI has no float16."""
+    samples = TrainPlan(table=table, batch_size=8, crop=CROP, scale=(256, 256), seed=0).samples(np.arange(8))
+    images, halves = run_graph(samples, crop=None), run_graph(samples, crop=None, half=True)
+    assert (images.dtype, halves.dtype) == (np.float32, np.float16)
+    assert np.allclose(images.astype(np.float16), halves, atol=0.13), "the last place of numbers up to 256"
+    assert np.abs(images - run_graph(samples)).max() < 1e-3, "whole images and crops go different ways"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (3, 2), (2000, 17)])

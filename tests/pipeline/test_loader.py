@@ -300,3 +300,11 @@ def test_reading_that_fails_in_batches_alone_is_tried_again_and_then_named(photo
     loader._pipeline.run = fail
     with pytest.raises(DataSourceError, match=r"cannot be read in batches \(Too many open files\)"):
         next(loader)
+
+
+@pytest.mark.parametrize(("half", "dtype"), [(False, torch.float32), (True, torch.float16)])
+def test_noise_has_the_format_of_images(half, dtype):
+    images, labels = next(SyntheticLoader(batch_size=2, crop=32, classes=10, device=CPU, half=half))
+    assert images.dtype == dtype
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.dtype == torch.int64

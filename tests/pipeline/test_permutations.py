@@ -98,3 +98,27 @@ def test_the_global_order_is_the_same_bijection_for_lengths_one_by_one():
         GlobalOrder(1000, 9).rows(np.arange(1000), np.zeros(1000, dtype=np.int64)),
         random_numbers.order(np.arange(1000), np.zeros(1000, dtype=np.int64), 1000, seed=9),
     )
+
+
+def test_each_window_and_each_epoch_has_a_permutation_of_its_own():
+    """One shard a window, all of one size: what stands where within each window."""
+    order = WindowOrder(np.full(12, 50), 1, seed=7)
+    permutations = []
+    for epoch in (0, 1):
+        windows = epoch_of(order, 600, epoch).reshape(12, 50)
+        assert (np.ptp(windows // 50, axis=1) == 0).all(), "a window is a shard"
+        permutations += list(windows % 50)
+    for one in range(24):
+        for other in range(one):
+            assert (permutations[one] == permutations[other]).mean() < 0.3, (one, other)
+
+
+def test_the_shards_come_in_another_order_in_every_epoch():
+    order = WindowOrder(np.full(40, 2), 1, seed=7)
+    shards = [epoch_of(order, 80, epoch)[::2] // 2 for epoch in range(4)]
+    for one in range(4):
+        for other in range(one):
+            assert (shards[one] == shards[other]).mean() < 0.3, (one, other)
+    # Forty images of a global order and forty shards are permuted by different random numbers.
+    rows = GlobalOrder(40, 7).rows(np.arange(40), np.zeros(40, dtype=np.int64))
+    assert (rows == shards[0]).mean() < 0.3

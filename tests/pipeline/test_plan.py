@@ -276,3 +276,100 @@ def test_a_sample_whose_window_is_lost_is_replaced_and_its_row_stays_elsewhere()
     assert list(np.flatnonzero(after.rows != before.rows)) == [7, 123]
     plan.lose(after.take([7]), dead=np.array([False]))
     assert plan.samples(np.arange(200)).rows[7] not in (before.rows[7], after.rows[7])
+
+
+def test_the_colour_shift_knows_nothing_of_the_geometry():
+    """The three normals, found again from the means, against scale, corner and flip, in ranks and in squares."""
+    count = 20_000
+    rows = np.zeros(count, dtype=[("path", "u1", (1,)), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")])
+    rows["height"], rows["width"] = 300, 300
+    table = FileTable(Path("/"), rows)
+    plan = TrainPlan(table=table, batch_size=count, crop=224, scale=(256, 512), seed=2, colour_shift=OWN_SHIFT)
+    samples = plan.samples(np.arange(count))
+    shift = np.asarray(IMAGENET_MEAN_RGB) - samples.mean.astype(float)
+    alpha = np.linalg.solve(np.array(OWN_SHIFT), shift.T) / 0.1
+    assert np.allclose(alpha.std(axis=1), 1, atol=0.03)
+    scales = plan.scales(np.arange(count))
+    places = (
+        (samples.start + np.minimum(samples.roi_start, samples.roi_end))
+        / 300
+        * scales[:, None]
+        / (scales[:, None] - 223)
+    )
+    geometry = [scales, places[:, 0], places[:, 1], np.cos(2 * np.pi * places[:, 1]), np.sin(2 * np.pi * places[:, 1])]
+    for normal in alpha:
+        for values in (normal, normal**2):
+            for decided in (*geometry, samples.flipped):
+                assert abs(np.corrcoef(values, decided)[0, 1]) < 0.03, "0 ± 0.007"
+
+
+def test_scale_corner_and_flip_know_nothing_of_each_other():
+    count = 20_000
+    rows = np.zeros(count, dtype=[("path", "u1", (1,)), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")])
+    rows["height"], rows["width"] = 300, 300
+    plan = TrainPlan(table=FileTable(Path("/"), rows), batch_size=count, crop=224, scale=(256, 512), seed=3)
+    samples, scales = plan.samples(np.arange(count)), plan.scales(np.arange(count))
+    places = (
+        (samples.start + np.minimum(samples.roi_start, samples.roi_end))
+        / 300
+        * scales[:, None]
+        / (scales[:, None] - 223)
+    )
+    decided = np.stack((scales, places[:, 0], places[:, 1], samples.flipped.astype(float)))
+    off_diagonal = np.corrcoef(decided)[~np.eye(4, dtype=bool)]
+    assert np.abs(off_diagonal).max() < 0.03, "0 ± 0.007"
+
+
+def test_an_image_flipped_without_a_resize_is_mirrored_and_no_other_is():
+    rows = np.zeros(400, dtype=[("path", "u1", (1,)), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")])
+    rows["height"], rows["width"] = 256, 256 + np.arange(400) % 3
+    plan = TrainPlan(table=FileTable(Path("/"), rows), batch_size=400, crop=224, scale=(256, 257), seed=3)
+    samples, scales = plan.samples(np.arange(400)), plan.scales(np.arange(400))
+    assert np.array_equal(samples.resized, scales == 257)
+    assert np.array_equal(samples.mirrored == 1, samples.flipped & ~samples.resized)
+    assert 50 < samples.mirrored.sum() < 150
+    plain = samples.take(list(np.flatnonzero(~samples.resized)))
+    assert (plain.shape == 224).all(), "the window is the crop"
+    assert (plain.roi_start == 0).all()
+    assert (plain.roi_end == 224).all()
+
+
+def test_substitutes_are_drawn_anew_for_each_epoch_and_row_from_all_the_others():
+    from scipy import stats
+
+    epochs = 300
+    plan = TrainPlan(table=make_table(41), batch_size=8, crop=224, scale=(256, 512), seed=0, lost_rows={3, 17, 18, 40})
+    numbers = np.arange(41 * epochs)
+    _, rows = plan.epochs_and_rows(numbers)
+    shown = plan.samples(numbers).rows
+    substitutes = np.stack([shown[rows == lost] for lost in sorted(plan.lost_rows)])
+    assert substitutes.shape == (4, epochs)
+    counts = np.delete(np.bincount(substitutes.ravel(), minlength=41), sorted(plan.lost_rows))
+    assert counts.sum() == 4 * epochs
+    assert stats.chisquare(counts).pvalue > 1e-4
+    for one in range(4):
+        assert (substitutes[one, 1:] == substitutes[one, :-1]).mean() < 0.1, "another one in the next epoch"
+        for other in range(one):
+            assert (substitutes[one] == substitutes[other]).mean() < 0.1, "another one for another row"
+    other_seed = TrainPlan(table=plan.table, batch_size=8, crop=224, scale=(256, 512), seed=1, lost_rows={3})
+    _, rows_of_other = other_seed.epochs_and_rows(numbers)
+    of_other = other_seed.samples(numbers).rows[rows_of_other == 3]
+    assert (of_other == substitutes[0]).mean() < 0.1
+
+
+def test_the_substitutes_of_a_row_are_one_sequence_however_many_are_lost():
+    """A function of seed, epoch and the row itself: its n-th number is the same whatever the ones before it have hit."""
+    from pipeline.plan import random_numbers
+
+    lost = set(range(1, 30))
+    plan = TrainPlan(table=make_table(41), batch_size=8, crop=224, scale=(256, 512), seed=6, lost_rows=lost)
+    numbers = np.arange(41 * 20)
+    epochs, rows = plan.epochs_and_rows(numbers)
+    for epoch, row, shown in zip(epochs, rows, plan.samples(numbers).rows, strict=True):
+        expected, attempt = row, 0
+        while expected in lost:
+            u = random_numbers.uniforms(
+                6, np.array([epoch]), np.array([row]), random_numbers.PURPOSE_SUBSTITUTE + attempt
+            )[0, 0]
+            expected, attempt = int(u * 41), attempt + 1
+        assert shown == expected

@@ -107,3 +107,49 @@ def test_draws_depend_on_every_coordinate():
         random_numbers.uniforms(1, np.array([2]), np.array([3]), random_numbers.PURPOSE_COLOUR),
     ):
         assert not np.any(one == other)
+
+
+def test_uniforms_are_the_four_words_of_philox_in_units_of_two_to_the_32():
+    """A row beyond 32 bits has its high half in a word of its own, and so has the seed."""
+    seed, row, epoch = 5 + (7 << 32), 3 + (9 << 32), 2
+    words = random_numbers.philox4x32((3, 9, epoch, random_numbers.PURPOSE_COLOUR), (5, 7))
+    found = random_numbers.uniforms(seed, np.array([epoch]), np.array([row]), random_numbers.PURPOSE_COLOUR)
+    assert np.array_equal(found[:, 0], words.astype(float) / 2**32)
+
+
+def test_normals_share_nothing_by_pairs_nor_all_together():
+    """Two that share a radius or an angle are uncorrelated, but their squares are not: with n = 100 000 those of independent
+    normals have a correlation of 0 ± 0.003, of ones with the same radius 1/8 and more."""
+    count = 100_000
+    squares = (
+        random_numbers.normals(11, np.zeros(count, dtype=int), np.arange(count), random_numbers.PURPOSE_COLOUR) ** 2
+    )
+    off_diagonal = np.corrcoef(squares)[~np.eye(3, dtype=bool)]
+    assert np.abs(off_diagonal).max() < 0.02
+    # Of three independent ones, the sum of squares has chi-square's distribution with three degrees of freedom.
+    assert stats.kstest(squares.sum(axis=0), stats.chi2(3).cdf).pvalue > SIGNIFICANCE
+
+
+def test_no_two_purposes_ever_have_a_counter_in_common():
+    """An order takes a counter for each round, substitutes one for each attempt, of which there is no end."""
+    purposes = {name: value for name, value in vars(random_numbers).items() if name.startswith("PURPOSE_")}
+    last = purposes.pop("PURPOSE_SUBSTITUTE")
+    counters: list[int] = []
+    for name, purpose in purposes.items():
+        rounds = random_numbers._FEISTEL_ROUNDS if "ORDER" in name or "PACKING" in name else 1
+        counters += range(purpose, purpose + rounds)
+    assert len(counters) > len(purposes)
+    assert len(set(counters)) == len(counters)
+    assert max(counters) < last
+
+
+@pytest.mark.parametrize("length", [5, 40])
+def test_an_order_depends_on_epoch_seed_stream_and_purpose(length):
+    def order(epoch=1, seed=2, **others):
+        return random_numbers.order(np.arange(length), np.full(length, epoch), length, seed, **others)
+
+    variants = [order(), order(epoch=3), order(seed=3), order(seed=2 + (1 << 32)), order(stream=1)]
+    variants += [order(purpose=random_numbers.PURPOSE_SHARD_ORDER), order(purpose=random_numbers.PURPOSE_PACKING)]
+    for one in range(len(variants)):
+        for other in range(one):
+            assert not np.array_equal(variants[one], variants[other]), (one, other)
