@@ -17,7 +17,7 @@ from model.vgg import build
 from perf import peaks as peaks_module
 from perf import roofline as script
 from perf.peaks import measure_peaks
-from perf.report import Links, Peaks, StepParts
+from perf.report import Links, Peaks, StepParts, Summary
 from perf.roofline import Job, main, roofline
 from perf.scaling import add_link_flags, links_from
 from tests.support.made_up_report import summary
@@ -74,12 +74,14 @@ def test_the_floor_of_a_step_in_passes_is_that_of_each_pass_times_their_number()
 
 
 def test_predictions_from_measured_passes_give_the_measured_step_again():
-    parts = Measured(forward_seconds=0.012, backward_seconds=0.025, optimizer_seconds=0.001)
+    def taking(seconds: float) -> Summary:
+        return Summary(mean=seconds, median=1.0, p5=1.0, p95=1.0, min=1.0, max=1.0)  # means alone count
+
+    parts = StepParts(forward=taking(0.012), backward=taking(0.025), optimizer=taking(0.001), all_reduce=None)
     job = Job(**{**vars(JOB), "micro_batch": 64, "ranks": 8})
-    result = roofline(job, peaks=H100, links=LINKS, measured=parts)
+    result = roofline(job, peaks=H100, links=LINKS, parts=parts)
     assert result.scaling[0].plain.images_per_second == pytest.approx(256 / 0.038)
-    measured = Measured(step_seconds=0.05)
-    result = roofline(Job(**{**vars(JOB), "micro_batch": 64}), peaks=H100, links=LINKS, measured=measured)
+    result = roofline(Job(**{**vars(JOB), "micro_batch": 64}), peaks=H100, links=LINKS, step_seconds=0.05)
     assert result.mfu == pytest.approx(256 * 92.648e9 / 0.05 / 989.4e12, rel=1e-4)
 
 
