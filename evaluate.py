@@ -23,8 +23,8 @@ def evaluate(flags: EvaluateFlags) -> dict:
     # Here, not above: --help and mistyped flags answer without waiting for torch.
     from common.ranks import ranks_of_this_run
     from engine.data import open_data
-    from engine.evaluation.evaluator import Evaluator
     from engine.evaluation.report import fused, table
+    from engine.evaluation.trials import Evaluator
     from engine.networks import for_data, load_network
     from engine.precision import choose_precision, set_numerics
 

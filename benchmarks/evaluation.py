@@ -21,8 +21,8 @@ from common.process import end, usable_cores
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
 from engine.data import TrainingData, open_training_data
-from engine.evaluation.evaluator import posteriors_of
 from engine.evaluation.protocols import GRID, grid_crops, mean_over_views, whole_image
+from engine.evaluation.trials import posteriors_of
 from engine.precision import choose_precision
 from engine.training.assembly import network_of
 from model.dense import Dense

@@ -30,7 +30,7 @@ from pipeline.plan.whole_images import WholePlan
 from pipeline.preparation.statistics import find_statistics
 from pipeline.shards.index import Prepared, is_prepared, open_prepared
 from pipeline.shards.reader import Fetch, ShardReader
-from pipeline.shards.table import ShardTable
+from pipeline.shards.shard_table import ShardTable
 
 Plan = TrainPlan | ValidationPlan | WholePlan
 

@@ -13,7 +13,7 @@ from pipeline.dataset.quarantine import QUARANTINE, add_to_quarantine
 from pipeline.dataset.table import FileTable
 from pipeline.plan.samples import Samples
 from pipeline.shards.index import Prepared
-from pipeline.shards.table import ShardTable
+from pipeline.shards.shard_table import ShardTable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from pipeline.dali.recovery import cause_of, is_about_an_image
 from pipeline.plan.samples import Samples
 from pipeline.shards.index import Prepared
 from pipeline.shards.reader import fetched
-from pipeline.shards.table import ShardTable
+from pipeline.shards.shard_table import ShardTable
 
 _STAGES_WITH_DATA = 4
 READING, DECODING, LOADER, TRAINING = range(_STAGES_WITH_DATA)

@@ -50,7 +50,7 @@ from perf.telemetry import NvmlSampler, mean_watts, telemetry_of
 from perf.timing import Limits, rate_of, step_parts, summarise
 from perf.tuning import print_tuned, result, tune, write_recipe
 from perf.verdict import NO_VERDICT, ceiling, judge
-from pipeline.shards.table import ShardTable
+from pipeline.shards.shard_table import ShardTable
 
 TRACE, RECIPE = "trace.json", "recipe.yaml"
 _SECONDS_A_STAGE, _SECONDS_A_TRIAL, _SECONDS_OF_TUNING = 12.0, 1.0, 120.0

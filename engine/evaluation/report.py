@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from common.errors import UserError
 from common.progress import say
 from engine.evaluation import paper_tables
-from engine.evaluation.evaluator import Evaluator, Trial
 from engine.evaluation.flags import EvaluateFlags
 from engine.evaluation.posteriors import Hits
+from engine.evaluation.trials import Evaluator, Trial
 from engine.networks import Network
 
 _USUAL_SCALE = 256  # of networks that do not say what they were trained at: torchvision tests its own so

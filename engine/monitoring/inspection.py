@@ -20,7 +20,7 @@ from pipeline.dataset.table import FileTable
 from pipeline.plan.samples import LOST_LABEL, Samples
 from pipeline.plan.training import TrainPlan
 from pipeline.plan.validation import ValidationPlan
-from pipeline.shards.table import ShardTable
+from pipeline.shards.shard_table import ShardTable
 
 SHEET = "inspect.png"
 

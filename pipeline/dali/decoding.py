@@ -13,7 +13,7 @@ from pipeline.dali.graph import read_files
 from pipeline.dali.recovery import each_alone, is_about_an_image
 from pipeline.dataset.table import FileTable, Table
 from pipeline.shards.reader import Fetched, ShardReader, fetched
-from pipeline.shards.table import ShardTable
+from pipeline.shards.shard_table import ShardTable
 
 _ROWS_A_BLOCK = 4096  # read out of the table in one go
 # Decoded and resized together: 100 MB. DALI holds a few batches; a larger image has one of its own.

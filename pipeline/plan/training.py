@@ -18,7 +18,7 @@ from pipeline.dataset.table import Table
 from pipeline.plan import random_numbers
 from pipeline.plan.permutations import GlobalOrder, WindowOrder
 from pipeline.plan.samples import IMAGENET_MEAN_RGB, Samples, rescaled_sizes, source_windows
-from pipeline.shards.table import ShardTable
+from pipeline.shards.shard_table import ShardTable
 
 # Eigenvectors (columns) and eigenvalues of ImageNet's RGB values, as MXNet (image.py) and, divided by 255, fb.resnet.torch
 # (datasets/imagenet.lua) publish them.

@@ -45,8 +45,8 @@ from pipeline.dataset.table import TABLE_NAMES, FileTable
 from pipeline.plan import random_numbers
 from pipeline.plan.samples import rescaled_sizes
 from pipeline.shards.index import FORMAT, INDEX, fingerprint_of, is_complete, read_index
+from pipeline.shards.shard_table import SHARD_NAMES, SHARD_ROW, shard_name
 from pipeline.shards.storage import S3_SCHEME, open_storage
-from pipeline.shards.table import SHARD_NAMES, SHARD_ROW, shard_name
 from pipeline.shards.tiles import tiled_jpeg
 
 _UNFINISHED = ".unfinished"  # in DST: what is known of the shards that are done

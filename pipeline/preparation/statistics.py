@@ -27,7 +27,7 @@ from pipeline.dataset.manifest import Manifest, open_manifest
 from pipeline.dataset.table import FileTable
 from pipeline.plan.training import ColourShift
 from pipeline.shards.index import Prepared, is_prepared, open_prepared
-from pipeline.shards.table import ShardTable
+from pipeline.shards.shard_table import ShardTable
 
 STATISTICS = "statistics.json"
 

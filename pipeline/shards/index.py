@@ -28,8 +28,8 @@ from common.errors import UserError
 from common.files import DAMAGED_FILE, cache_folder, remove_own, replacing
 from pipeline.dataset.scan import SPLITS
 from pipeline.dataset.table import TABLE_NAMES
+from pipeline.shards.shard_table import SHARD_ROW, ShardTable, shard_name, what_is_wrong
 from pipeline.shards.storage import S3_SCHEME, Storage, open_storage
-from pipeline.shards.table import SHARD_ROW, ShardTable, shard_name, what_is_wrong
 
 INDEX = "index.json"
 _FORMAT_NAME = "vgg-dali prepared "

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from pipeline.shards.table import ShardTable
+from pipeline.shards.shard_table import ShardTable
 
 
 class _Batch(Protocol):

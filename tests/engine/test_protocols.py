@@ -15,10 +15,10 @@ from common.errors import TrainingError
 from common.ranks import Ranks
 from engine.config import LoadingFlags
 from engine.data import Data, Viewing, open_data
-from engine.evaluation.evaluator import posteriors_of
 from engine.evaluation.inference import answers
 from engine.evaluation.posteriors import LOST, Weighted, count, digest, open_posteriors
 from engine.evaluation.protocols import PROTOCOLS, grid_corners, grid_crops, mean_over_views, whole_image
+from engine.evaluation.trials import posteriors_of
 from engine.networks import Network
 from engine.precision import Precision
 from model.dense import Dense

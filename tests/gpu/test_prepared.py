@@ -10,7 +10,7 @@ from pipeline.plan.training import TrainPlan
 from pipeline.preparation import packing
 from pipeline.shards.index import open_prepared
 from pipeline.shards.reader import ShardReader
-from pipeline.shards.table import ShardTable
+from pipeline.shards.shard_table import ShardTable
 from tests.gpu.device import DECODERS_DIFFER_BY, DECODERS_DIFFER_ON_AVERAGE_BY, DEVICE
 from tests.support.images import photographs
 

@@ -30,8 +30,8 @@ from pipeline.preparation import packing
 from pipeline.shards import storage
 from pipeline.shards.index import is_prepared, open_prepared
 from pipeline.shards.reader import ShardReader
+from pipeline.shards.shard_table import SHARD_ROW, ShardTable
 from pipeline.shards.storage import FolderStorage
-from pipeline.shards.table import SHARD_ROW, ShardTable
 from tests.support.images import photo_folder
 from tests.support.launch import ROOT, assert_same_weights, results_of, run
 

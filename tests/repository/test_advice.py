@@ -20,7 +20,7 @@ from benchmarks import steps as compare_steps
 from common.errors import TrainingError, UserError
 from common.ranks import Ranks
 from engine.config import parse_args
-from engine.evaluation import evaluator
+from engine.evaluation import trials
 from engine.lost_images import LostImages
 from engine.training.resume import check_same_data
 from perf import feeds, sweep
@@ -52,7 +52,7 @@ def test_a_batch_that_the_cpus_decoder_refuses_is_not_sent_to_the_cpus_decoder(d
     ("batch_size", "cure"), [(8, "halve it with --batch-size 4$"), (1, "compute scale 256 with --device cpu$")]
 )
 def test_one_image_is_not_halved(monkeypatch, batch_size, cure):
-    monkeypatch.setattr(evaluator, "write_rows", raising(torch.OutOfMemoryError("full")))
+    monkeypatch.setattr(trials, "write_rows", raising(torch.OutOfMemoryError("full")))
     network: Any = SimpleNamespace(name="a.pt")
     self: Any = SimpleNamespace(
         _data=SimpleNamespace(ranks=RANKS),
@@ -63,7 +63,7 @@ def test_one_image_is_not_halved(monkeypatch, batch_size, cure):
         _blocks=lambda *_: iter(()),
     )
     with pytest.raises(TrainingError, match=cure):
-        evaluator.Evaluator._computed(self, network, "dense", 256, "auto")
+        trials.Evaluator._computed(self, network, "dense", 256, "auto")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 _IMPORTS = (
-    "engine.training.trainer", "engine.evaluation.evaluator", "engine.evaluation.report", "engine.evaluation.features",
+    "engine.training.trainer", "engine.evaluation.trials", "engine.evaluation.report", "engine.evaluation.features",
     "engine.evaluation.prediction", "engine.monitoring.inspection",
     "matplotlib.backends.backend_agg", "nvidia.dali", "sklearn.datasets", "sklearn.model_selection", "tyro", "yaml",
 )  # fmt: skip
