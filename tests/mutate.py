@@ -87,7 +87,7 @@ def mutants_of(module: str) -> Iterator[Mutant]:
     tree = ast.parse((ROOT / module).read_text())
     skipped = set(_not_for_mutation(tree))
     for position, node in enumerate(ast.walk(tree)):
-        for change in range(3):
+        for change in range(2):
             if node in skipped:
                 continue
             changed = copy.deepcopy(tree)
@@ -104,28 +104,19 @@ def _not_for_mutation(tree: ast.Module) -> Iterator[ast.AST]:
     """Types, texts for people, and what only states what holds anyway."""
     for node in ast.walk(tree):
         parts: list[ast.AST | None] = []
-        if isinstance(node, ast.Assert | ast.Raise | ast.Import | ast.ImportFrom | ast.JoinedStr):
-            parts = [node]
-        elif isinstance(node, ast.AnnAssign):
-            parts = [node.annotation]
-        elif isinstance(node, ast.arg):
-            parts = [node.annotation]
-        elif isinstance(node, ast.FunctionDef):
-            parts = [node.returns, *node.decorator_list]
-        elif isinstance(node, ast.ClassDef):
-            parts = list(node.decorator_list)
-        elif (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id in ("say", "cast", "TypeVar")
-        ):
-            parts = [node]
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            parts = [node]
-        elif (
-            isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp) and isinstance(node.value.op, ast.BitOr)
-        ):
-            parts = [node]  # a type
+        match node:
+            case ast.Assert() | ast.Raise() | ast.Import() | ast.ImportFrom() | ast.JoinedStr():
+                parts = [node]
+            case ast.Call(func=ast.Name(id="say" | "cast" | "TypeVar")) | ast.Expr(value=ast.Constant()):
+                parts = [node]
+            case ast.Assign(value=ast.BinOp(op=ast.BitOr())):  # a type
+                parts = [node]
+            case ast.AnnAssign(annotation=kind) | ast.arg(annotation=kind):
+                parts = [kind]
+            case ast.FunctionDef(returns=kind, decorator_list=decorators):
+                parts = [kind, *decorators]
+            case ast.ClassDef(decorator_list=decorators):
+                parts = list(decorators)
         for part in parts:
             yield from ast.walk(part) if part else ()
 
@@ -141,41 +132,34 @@ def _statement_of(tree: ast.AST, wanted: ast.AST) -> ast.AST:
 
 def _change(node: ast.AST, number: int) -> bool:
     """Make the so-manyeth change of a node, if there is one."""
-    if number == 0:
-        if isinstance(node, ast.Compare) and type(node.ops[0]) in _COMPARISONS:
-            node.ops[0] = _COMPARISONS[type(node.ops[0])]()
-        elif isinstance(node, ast.BinOp | ast.AugAssign) and type(node.op) in _ARITHMETIC:
-            node.op = _ARITHMETIC[type(node.op)]()
-        elif isinstance(node, ast.BoolOp):
-            node.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Not):
-            node.op = ast.UAdd() if isinstance(node.op, ast.USub) else ast.Not()
-            if isinstance(node.op, ast.Not):
-                node.operand = ast.UnaryOp(ast.Not(), node.operand)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
-            node.value = not node.value
-        elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-            node.value = node.value + 1
-        elif isinstance(node, ast.Name) and node.id in _NAMES:
-            node.id = _NAMES[node.id]
-        elif isinstance(node, ast.Attribute) and node.attr in _NAMES:
-            node.attr = _NAMES[node.attr]
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+    match number, node:
+        case 0, ast.Compare(ops=[op, *_]) if type(op) in _COMPARISONS:
+            node.ops[0] = _COMPARISONS[type(op)]()
+        case 0, ast.BinOp(op=op) | ast.AugAssign(op=op) if type(op) in _ARITHMETIC:
+            node.op = _ARITHMETIC[type(op)]()
+        case 0, ast.BoolOp(op=op):
+            node.op = ast.Or() if isinstance(op, ast.And) else ast.And()
+        case 0, ast.UnaryOp(op=ast.USub()):
+            node.op = ast.UAdd()
+        case 0, ast.UnaryOp(op=ast.Not(), operand=operand):
+            node.operand = ast.UnaryOp(ast.Not(), operand)
+        case 0, ast.Constant(value=bool(value)):
+            node.value = not value
+        case 0, ast.Constant(value=int() | float() as value):
+            node.value = value + 1
+        case 0, ast.Name(id=name) if name in _NAMES:
+            node.id = _NAMES[name]
+        case 0, ast.Attribute(attr=name) if name in _NAMES:
+            node.attr = _NAMES[name]
+        case 0, ast.Expr(value=ast.Call()) | ast.Return(value=ast.expr()):
             node.value = ast.Constant(None)
-        elif isinstance(node, ast.Return) and node.value and not isinstance(node.value, ast.Constant):
-            node.value = ast.Constant(None)
-        else:
+        case 1, ast.Constant(value=float(value)) if value:
+            node.value = -value
+        case 1, ast.If(test=test) | ast.IfExp(test=test) | ast.While(test=test) if not isinstance(test, ast.Compare):
+            node.test = ast.UnaryOp(ast.Not(), test)
+        case _:
             return False
-        return True
-    if number == 1:
-        if isinstance(node, ast.If | ast.IfExp | ast.While) and not isinstance(node.test, ast.Compare):
-            node.test = ast.UnaryOp(ast.Not(), node.test)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, float) and node.value:
-            node.value = -node.value
-        else:
-            return False
-        return True
-    return False
+    return True
 
 
 def run(mutant: Mutant, folder: Path) -> int:
