@@ -52,7 +52,9 @@ class DaliLoader:
         self._undecodable = functools.partial(
             undecodable, crop=options.crop, fetch=fetch, whole=options.decoder == "gpu"
         )
-        self._delivered = self._attempts = 0
+        self.delivered: Samples | None = None
+        """What the last batch shows; None before the first."""
+        self._batches_delivered = self._attempts = 0
         self._start()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -60,9 +62,9 @@ class DaliLoader:
 
     def __next__(self) -> Batch:
         images, labels = self._run()
-        self._delivered += 1
+        self._batches_delivered += 1
         self._attempts = 0
-        self._in_flight.popleft()
+        self.delivered = self._in_flight.popleft()
         # NHWC memory permuted to NCHW is what torch calls channels_last: no copy.
         return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), torch.from_dlpack(labels.as_tensor())
 
@@ -83,7 +85,7 @@ class DaliLoader:
 
     def _start(self) -> None:
         """Start DALI at the first batch that was not delivered yet."""
-        batches = fetched(self._batches_after(self._delivered), self._fetch)
+        batches = fetched(self._batches_after(self._batches_delivered), self._fetch)
         self._in_flight: collections.deque[Samples] = collections.deque()
 
         def next_inputs() -> tuple:

@@ -50,3 +50,8 @@ def test_every_page_is_in_the_menu(pages):
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     menu = set(re.findall(r"[\w-]+\.md", str(settings["nav"])))
     assert menu == {page.name for page in pages.glob("*.md")}
+
+
+def test_readme_is_short():
+    """What a reader needs once stands in docs/."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200

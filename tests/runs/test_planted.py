@@ -63,7 +63,7 @@ def prepared_digits(folder: Path, *, shard_images: int) -> list[str]:
 def test_a_slow_disk(tmp_path):
     """One thread that waits 0.1 s for each image reads at most 10 a second."""
     flags = [*prepared_digits(tmp_path / "prepared", shard_images=500), "--read-threads", "1"]
-    report = profile(tmp_path / "out", *flags, plant="slow_disk")
+    report = profile(tmp_path / "out", *flags, "--seconds", "8", plant="slow_disk")  # a step takes 0.8 s
     assert report.verdict.bound == "input"
     assert "reading" in report.verdict.sentence
     assert flags_of(report)[0] == "--read-threads 2"
@@ -119,7 +119,8 @@ def test_one_thread_with_large_images(tmp_path):
 
 
 def test_a_slow_host_and_a_tiny_batch(tmp_path):
-    report = profile(tmp_path / "out", "--data", "digits", "--batch-size", "1", plant="slow_host")
+    flags = ["--data", "digits", "--batch-size", "1", "--seconds", "8"]  # a step takes 0.7 s: six make an interval
+    report = profile(tmp_path / "out", *flags, plant="slow_host")
     assert report.verdict.bound == "launch"
     assert flags_of(report) == ["--compile", "--batch-size 2"]
     layers = 8 + 8 + 5 + 3 + 2 + 2  # convolutions and ReLUs, pools; linear layers, ReLUs, dropouts

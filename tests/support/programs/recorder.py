@@ -5,20 +5,20 @@ import os
 import sys
 
 import train
-from pipeline.dali.loader import DaliLoader
+from pipeline.dali.loader import Batch, DaliLoader
 
-_run = DaliLoader._run
+_next = DaliLoader.__next__
 _record = open(f"{os.environ['RECORD']}/{os.environ.get('RANK', '0')}.jsonl", "w", buffering=1)  # noqa: SIM115
 
 
-def run_and_record(self: DaliLoader) -> tuple:
-    outputs = _run(self)
-    samples = self._in_flight[0]
+def next_and_record(self: DaliLoader) -> Batch:
+    batch, samples = _next(self), self.delivered
+    assert samples
     paths = [os.path.normpath(os.fsdecode(path.tobytes())) for path in samples.source]
     delivered = {"numbers": samples.numbers.tolist(), "labels": samples.labels.tolist()}
     _record.write(json.dumps({"paths": paths, **delivered}) + "\n")
-    return outputs
+    return batch
 
 
-DaliLoader._run = run_and_record  # type: ignore[method-assign]
+DaliLoader.__next__ = next_and_record  # type: ignore[method-assign]
 sys.exit(train.main())

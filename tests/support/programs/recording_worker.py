@@ -5,35 +5,29 @@ its number in the plan, the row that it shows, and a checksum of its pixels. A l
 a step whose gradients were added up over all ranks is in the files of all of them, whoever was killed thereafter.
 """
 
-import collections
 import json
 import sys
 import time
-import types
 import zlib
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
-import pipeline.dali.loader
 import train
+from engine.data import TrainingData
 from engine.training.step import TrainStep
 from engine.training.trainer import Trainer
-from pipeline.plan.samples import Samples
 
-_init, _step = Trainer.__init__, TrainStep.__call__
-_delivered: Samples | None = None
+_init, _step, _train_batches = Trainer.__init__, TrainStep.__call__, TrainingData.train_batches
+_loader: Any
 _file: TextIO
 _batch_size: int
 
 
-class _Deque(collections.deque):
-    """The loader's batches in flight; remembers the one that it delivered last."""
-
-    def popleft(self):
-        global _delivered
-        _delivered = super().popleft()
-        return _delivered
+def open_loader(self, start):
+    global _loader
+    _loader = _train_batches(self, start)
+    return _loader
 
 
 def init_and_open_file(self, config, *, ranks, **others) -> None:
@@ -50,15 +44,16 @@ def init_and_open_file(self, config, *, ranks, **others) -> None:
 
 def recorded(batches):
     for images, labels in batches:
-        assert _delivered is not None
+        delivered = _loader.delivered
+        assert delivered
         pixels = [zlib.crc32(image.contiguous().numpy().tobytes()) for image in images]
-        numbers, rows = _delivered.numbers.tolist(), _delivered.rows.tolist()
+        numbers, rows = delivered.numbers.tolist(), delivered.rows.tolist()
         line = {"step": numbers[0] // _batch_size, "numbers": numbers, "rows": rows, "pixels": pixels}
         _file.write(json.dumps(line) + "\n")
         yield images, labels
 
 
-pipeline.dali.loader.collections = types.SimpleNamespace(deque=_Deque)  # type: ignore[assignment]
+TrainingData.train_batches = open_loader  # type: ignore[method-assign]
 Trainer.__init__ = init_and_open_file  # type: ignore[method-assign]
 TrainStep.__call__ = lambda self, batches, **others: _step(self, recorded(batches), **others)  # type: ignore
 sys.exit(train.main())
