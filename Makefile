@@ -4,13 +4,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint format docs pictures gpu-report clean
+QUICK := tests/common tests/model tests/pipeline tests/engine tests/perf
+
+.PHONY: demo quick test test-slow lint format docs pictures gpu-report clean
 
 demo: $(VENV)/installed
 	$(BIN)/python train.py --arch A --data digits --out runs/demo --resume never
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+
+# While you change something: what needs neither another process nor many seconds.
+quick: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not slow and not processes" -n auto --maxprocesses 4 --dist loadfile $(QUICK)
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow

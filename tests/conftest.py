@@ -1,6 +1,11 @@
+import functools
+import inspect
 import os
 import random
 import re
+import subprocess
+import types
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -28,6 +33,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(_SLOW_SECONDS))
+        fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+        functions = [item.function, *(last.func for *_, last in fixtures)]  # type: ignore[attr-defined]
+        if any(_starts_processes(function) for function in functions):
+            item.add_marker(pytest.mark.processes)
+
+
+@functools.cache
+def _starts_processes(function: Callable) -> bool:
+    """Whether a function of the tests uses the module subprocess, or a function of theirs that does."""
+    function = inspect.unwrap(function)
+    if not isinstance(function, types.FunctionType):
+        return False
+    used = [function.__globals__.get(name) for name in _names_in(function.__code__)]
+    return subprocess in used or any(
+        _starts_processes(other)
+        for other in used
+        if isinstance(other, types.FunctionType) and other.__module__.startswith("tests.") and other is not function
+    )
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))
 
 
 @pytest.fixture(scope="session", autouse=True)
