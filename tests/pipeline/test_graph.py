@@ -202,7 +202,8 @@ def inspect_gpu_graph(decoder: str):
         "images, their ROIs and sizes"
     )
     (decoding,) = (op for name, op in operators.items() if name.startswith("Image"))
-    assert decoding._op._init_args["hw_decoder_load"] == 0.25
+    settings = {name: decoding._op._init_args[name] for name in ("hw_decoder_load", "jpeg_fancy_upsampling")}
+    assert settings == {"hw_decoder_load": 0.25, "jpeg_fancy_upsampling": True}
     devices = {name: op._op._device for name, op in operators.items()}
     image_inputs = {name: op.inputs[0].device for name, op in operators.items()}
     return devices, image_inputs, [output.device for output in pipeline._graph_outputs]

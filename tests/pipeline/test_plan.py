@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.dataset.table import FileTable
 from pipeline.plan.samples import IMAGENET_MEAN_RGB, LOST_LABEL, PADDING_LABEL, rescaled_sizes
-from pipeline.plan.training import TrainPlan
+from pipeline.plan.training import IMAGENET_COLOUR_SHIFT, TrainPlan
 from pipeline.plan.validation import ValidationPlan
 
 
@@ -373,3 +373,94 @@ def test_the_substitutes_of_a_row_are_one_sequence_however_many_are_lost():
             )[0, 0]
             expected, attempt = int(u * 41), attempt + 1
         assert shown == expected
+
+
+def test_imagenets_colour_shift_is_what_others_publish():
+    """As fb.resnet.torch and many after it write it, for pixels in 0–1: eigenvectors in columns, eigenvalues."""
+    eigenvectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    eigenvalues = np.array([0.2175, 0.0188, 0.0045])
+    published = eigenvectors * eigenvalues * 255
+    assert np.asarray(IMAGENET_COLOUR_SHIFT) == pytest.approx(published, rel=1e-4, abs=5e-3)
+    assert np.abs(eigenvectors.T @ eigenvectors - np.eye(3)).max() < 1e-3, "of length 1, and at right angles"
+
+
+@pytest.mark.parametrize("skip", [1, 3, 4, 7, 9])
+def test_skipped_validation_batches_are_the_ones_before_in_later_passes_too(skip):
+    plan = ValidationPlan(table=make_table(20), crop=224, scale=256)
+    settings = {"rank": 0, "world_size": 1, "batch_size": 5}
+    whole, rest = plan.batches(**settings), plan.batches(**settings, skip=skip)
+    numbers = [next(whole).numbers.tolist() for _ in range(12)]
+    assert [next(rest).numbers.tolist() for _ in range(12 - skip)] == numbers[skip:]
+
+
+def test_of_validation_images_that_are_all_lost_but_one_that_one_is_shown():
+    plan = ValidationPlan(table=make_table(4), crop=224, scale=256, lost_rows={0, 1, 2})
+    samples = plan.samples(np.arange(4))
+    assert samples.rows.tolist() == [3, 3, 3, 3]
+    assert samples.labels.tolist() == [LOST_LABEL, LOST_LABEL, LOST_LABEL, 3]
+
+
+def test_a_files_first_pixel_is_what_says_whether_it_is_lost_altogether():
+    samples = make_plan(30, batch_size=6).samples(np.arange(6))
+    first = samples.first_pixels()
+    assert (first.start == 0).all()
+    assert (first.shape == 1).all()
+    assert (first.roi_start == 0).all()
+    assert (first.roi_end == 1).all()
+    assert first.resized.all()
+    for name in ("source", "size", "mean", "labels", "numbers", "rows"):
+        assert np.array_equal(getattr(first, name), getattr(samples, name)), name
+    assert [values.dtype for values in first.inputs()] == [values.dtype for values in samples.inputs()]
+
+
+def test_a_plan_is_the_same_in_every_version():
+    """Else a run that goes on with a newer version would show other images than the epoch that it is in has promised."""
+    plan = make_plan(1000, batch_size=8, seed=3, lost_rows={7, 8, 9})
+    samples = plan.samples(np.arange(990, 1010))
+    assert samples.rows.tolist() == [
+        499,
+        990,
+        526,
+        704,
+        951,
+        684,
+        616,
+        415,
+        601,
+        117,
+        671,
+        536,
+        457,
+        790,
+        638,
+        473,
+        731,
+        379,
+        336,
+        547,
+    ]
+    assert samples.start[:, 0].tolist() == [
+        9,
+        915,
+        444,
+        24,
+        66,
+        77,
+        346,
+        43,
+        278,
+        136,
+        378,
+        447,
+        13,
+        53,
+        604,
+        128,
+        0,
+        162,
+        323,
+        325,
+    ]
+    assert samples.flipped.astype(int).tolist() == [1, 1, 0, 0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 1, 1, 0, 1, 0, 1]
+    lost = plan.samples(np.flatnonzero(np.isin(plan.epochs_and_rows(np.arange(1000))[1], [7, 8, 9])))
+    assert lost.rows.tolist() == [588, 415, 466]

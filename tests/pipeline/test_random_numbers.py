@@ -153,3 +153,14 @@ def test_an_order_depends_on_epoch_seed_stream_and_purpose(length):
     for one in range(len(variants)):
         for other in range(one):
             assert not np.array_equal(variants[one], variants[other]), (one, other)
+
+
+@pytest.mark.parametrize("word", [0, 2**32 - 1])
+def test_the_rarest_words_give_numbers_too(monkeypatch, word):
+    """Once in four billion draws: a logarithm of 0, or of more than 1, would be no number."""
+    monkeypatch.setattr(random_numbers, "_words", lambda *_: np.full((4, 1), word, dtype=np.uint64))
+    where = 0, np.array([0]), np.array([0]), random_numbers.PURPOSE_GEOMETRY
+    assert np.isfinite(random_numbers.normals(*where)).all()
+    u = random_numbers.uniforms(*where)
+    assert (u >= 0).all()
+    assert (u < 1).all()
