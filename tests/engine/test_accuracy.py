@@ -163,3 +163,15 @@ def test_the_confusion_counts_each_class_against_the_likeliest():
         if label >= 0:
             expected[label, answer.argmax()] += 1
     assert np.array_equal(confusion.numpy(), expected)
+
+
+def test_sums_and_confusion_are_those_of_all_ranks(monkeypatch):
+    """Of three that have the same images."""
+    monkeypatch.setattr("engine.evaluation.accuracy.sum_over_ranks", lambda values, ranks: values.mul_(3))
+    logits = torch.eye(4)[None, [0, 1, 2, 2]]  # the last is wrong
+    confusion = torch.zeros(4, 4, dtype=torch.int64)
+    batches = iter([(torch.zeros(4, 1), torch.arange(4))])
+    result = evaluate(Lookup(logits), batches, 1, ranks=RANKS, precision=Precision("fp32", "cpu"), confusion=confusion)
+    assert result
+    assert (result.images, result.top1) == (12, 0.75)
+    assert confusion.tolist() == [[3, 0, 0, 0], [0, 3, 0, 0], [0, 0, 3, 0], [0, 0, 3, 0]]

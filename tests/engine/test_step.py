@@ -297,6 +297,20 @@ def test_gradients_travel_once_in_a_step_however_many_passes_it_has(passes):
 
 
 @pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("parallel", [False, True])
+def test_warm_up_makes_the_backward_passes_after_which_ddp_keeps_its_buckets(parallel):
+    """One to compile; inside DDP two, or the first step would add up in another order than those after it."""
+    model = torch.nn.Linear(4, 5)
+    backward = []
+    model.weight.register_post_accumulate_grad_hook(lambda _: backward.append(1))
+    network = data_parallel(model, TWO_RANKS, accumulates=False, grad_compression="none") if parallel else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    step = TrainStep(network, optimizer=optimizer, scaler=FP32.grad_scaler(), precision=FP32, passes=1)
+    step.warm_up(torch.randn(6, 4), torch.arange(6) % 5)
+    assert len(backward) == (2 if parallel else 1)
+
+
+@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("choice", ["none", "bf16", "fp16"])
 def test_gradients_travel_in_the_format_that_was_asked_for(choice):
     """They come out rounded to it: bf16 has 8 bits and the range of float32, fp16 has 11, and 6e-8 is its smallest number."""
