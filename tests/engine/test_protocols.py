@@ -17,7 +17,7 @@ from engine.config import LoadingFlags
 from engine.data import Data, Viewing, open_data
 from engine.evaluation.inference import answers
 from engine.evaluation.posteriors import LOST, Weighted, count, digest, open_posteriors
-from engine.evaluation.protocols import PROTOCOLS, grid_corners, grid_crops, mean_over_views, whole_image
+from engine.evaluation.protocols import PROTOCOLS, grid_corners, grid_crops, mean_over_views, parts_of, whole_image
 from engine.evaluation.trials import posteriors_of
 from engine.networks import Network
 from engine.precision import Precision
@@ -310,3 +310,8 @@ def test_networks_that_compute_something_else_have_another_name():
     assert len({digest(network) for network in (one, *others)}) == 9
     same = dataclasses.replace(one, name="other", state=dict(reversed(one.state.items())))
     assert digest(same) == digest(one)
+
+
+def test_a_protocol_is_itself_or_the_mean_of_two():
+    assert {name: parts_of(name) for name in PROTOCOLS} == {name: [name] for name in PROTOCOLS}
+    assert parts_of("multicrop+dense") == ["multicrop", "dense"]
