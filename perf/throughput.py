@@ -104,11 +104,9 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     )
     prices = parser.add_mutually_exclusive_group()
     prices.add_argument(
-        "--price-per-hour", type=above_zero, help="price of all machines together: gives the cost of an epoch"
+        "--price-per-hour", type=above_zero, help="of all machines together: gives the cost of an epoch"
     )
-    prices.add_argument(
-        "--price-per-kwh", type=above_zero, help="price of the GPUs' energy: gives the cost of an epoch"
-    )
+    prices.add_argument("--price-per-kwh", type=above_zero, help="of the GPUs' energy: gives the cost of an epoch")
     add_link_flags(parser)
     parser.add_argument("--out", type=Path, help="folder for the report; default: a new one in runs/profile")
     options, flags = parser.parse_known_args(argv)
