@@ -96,12 +96,8 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--trace", action="store_true", help="also write the torch.profiler trace of a few steps")
     either.add_argument("--tune", action="store_true", help=f"search for faster settings, and write them into {RECIPE}")
-    parser.add_argument(
-        "--tune-seconds",
-        type=above_zero,
-        default=_SECONDS_OF_TUNING,
-        help="time limit of the search in seconds (%(default)g)",
-    )
+    limit = "time limit of the search in seconds (%(default)g)"
+    parser.add_argument("--tune-seconds", type=above_zero, default=_SECONDS_OF_TUNING, help=limit)
     prices = parser.add_mutually_exclusive_group()
     prices.add_argument(
         "--price-per-hour", type=above_zero, help="of all machines together: gives the cost of an epoch"
