@@ -6,6 +6,7 @@ from torch import nn
 from common.ranks import Ranks
 from engine.evaluation.accuracy import evaluate
 from engine.precision import Precision
+from tests.support.networks import Noting
 
 RANKS = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=torch.device("cpu"), patient_group=None)
 
@@ -130,17 +131,9 @@ def test_one_value_that_is_not_finite_spoils_an_answer(value):
     ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
 def test_a_validation_computes_in_the_format_of_the_training(name, dtype):
-    seen = []
-
-    class Noting(nn.Linear):
-        def forward(self, images):
-            logits = super().forward(images)
-            seen.append(logits.dtype)
-            return logits
-
-    batches = iter([(torch.ones(3, 4), torch.zeros(3, dtype=torch.int64))])
-    assert evaluate(Noting(4, 5), batches, 1, ranks=RANKS, precision=Precision(name, "cpu"))
-    assert seen == [dtype]
+    network, batches = Noting(), iter([(torch.ones(3, 4), torch.zeros(3, dtype=torch.int64))])
+    assert evaluate(network, batches, 1, ranks=RANKS, precision=Precision(name, "cpu"))
+    assert network.dtypes == [dtype]
 
 
 def test_the_confusion_counts_each_class_against_the_likeliest():

@@ -29,6 +29,7 @@ from pipeline.dataset.table import FileTable
 from pipeline.plan.samples import IMAGENET_MEAN_RGB
 from pipeline.plan.whole_images import WholePlan
 from tests.support.images import photographs
+from tests.support.networks import Noting
 
 CPU = torch.device("cpu")
 RANKS = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU, patient_group=None)
@@ -204,17 +205,10 @@ def test_the_most_pixels_allow_long_images_at_any_scale():
     ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
 def test_posteriors_are_computed_in_the_format_that_was_asked_for(name, dtype):
-    seen = []
-
-    class Noting(nn.Linear):
-        def forward(self, images):
-            logits = super().forward(images)
-            seen.append(logits.dtype)
-            return logits
-
+    network = Noting()
     with torch.no_grad():
-        assert posteriors_of(Noting(4, 5), Precision(name, "cpu"))(torch.ones(3, 4)).dtype == torch.float32
-    assert seen == [dtype]
+        assert posteriors_of(network, Precision(name, "cpu"))(torch.ones(3, 4)).dtype == torch.float32
+    assert network.dtypes == [dtype]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -17,6 +17,7 @@ from engine.training.assembly import assemble
 from engine.training.data_parallel import average_over_ranks, data_parallel
 from engine.training.step import TrainStep, compile_model
 from model.vgg import build
+from tests.support.networks import Noting
 
 CPU = torch.device("cpu")
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
@@ -205,20 +206,12 @@ def test_images_are_float16_on_a_gpu_whose_network_computes_in_16_bits(device, n
     ("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
 def test_a_step_computes_in_the_format_it_is_told_and_scales_the_loss_in_fp16_alone(name, dtype):
-    seen = []
-
-    class Noting(torch.nn.Linear):
-        def forward(self, images):
-            logits = super().forward(images)
-            seen.append(logits.dtype)
-            return logits
-
-    model, precision = Noting(4, 5), Precision(name, "cpu")
+    model, precision = Noting(), Precision(name, "cpu")
     scaler = precision.grad_scaler()
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     step = TrainStep(model, optimizer=optimizer, scaler=scaler, precision=precision, passes=1)
     loss = step(iter([(torch.ones(3, 4), torch.zeros(3, dtype=torch.int64))]))
-    assert seen == [dtype]
+    assert model.dtypes == [dtype]
     assert loss.dtype == torch.float32
     assert scaler.is_enabled() == (name == "fp16")
 

@@ -8,18 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.repository import main_elsewhere, programs
+
 LISTED = dict(line.split(": ") for line in Path(__file__).with_name("flags.txt").read_text().splitlines())
 """Command → its flags, with blanks between them."""
 
 
-def module_of(command: str) -> str:
-    """The module with the command's main: of python -m NAME, of NAME.py, of profile/NAME.py."""
-    if command.startswith("-m "):
-        return command.removeprefix("-m ")
-    name = Path(command).stem
-    source = Path(__file__).parents[2].joinpath(command).read_text()
-    found = re.search(r"^ *from ([\w.]+) import main$", source, re.M)
-    return found[1] if found else name
+def command_of(program: Path) -> str:
+    """As a user types it after python."""
+    is_module = len(program.parts) > 1 and program.parts[0] != "profile"
+    return f"-m {'.'.join(program.with_suffix('').parts)}" if is_module else str(program)
+
+
+PROGRAMS = {command_of(program): program for program in programs()}
+
+
+def test_every_program_is_listed():
+    assert set(LISTED) == set(PROGRAMS)
 
 
 def flags_in(text: str) -> list[str]:
@@ -31,7 +36,8 @@ def flags_in(text: str) -> list[str]:
 @pytest.mark.parametrize("command", LISTED)
 def test_flags_are_those_that_users_know(monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")  # wider, frames stand side by side
-    shown = io.StringIO()
+    shown, program = io.StringIO(), PROGRAMS[command]
+    module = main_elsewhere(program) or ".".join(program.with_suffix("").parts)
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        importlib.import_module(module_of(command)).main(["--help"])
+        importlib.import_module(module).main(["--help"])
     assert flags_in(shown.getvalue()) == LISTED[command].split()

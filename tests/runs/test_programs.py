@@ -20,14 +20,10 @@ from common.process import read_launch, run_program, usable_cores, visible
 from common.progress import say, show
 from tests.support.images import photo_folder
 from tests.support.launch import SMALL, environment, free_port, start, wait_for
-from tests.support.repository import ROOT
+from tests.support.repository import ROOT, main_elsewhere, programs
 from tests.support.repository import files as sources
 
-PROGRAMS = sorted(
-    path.relative_to(ROOT)
-    for path in sources("*.py", ":!tests", ":!deploy")
-    if '\nif __name__ == "__main__":\n' in path.read_text() and "\n    end(" in path.read_text()
-)
+PROGRAMS = programs()
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -67,8 +63,8 @@ def test_every_program_begins_and_ends_as_all_do():
         first = Path("benchmarks/__init__.py") if program.parts[0] == "benchmarks" else program
         source = (ROOT / first).read_text()
         assert "from common.start import begin\n\n    begin()" in source, program
-        main = re.search(r"^ *from ([\w.]+) import main$", source, re.M)  # of thin programs
-        body = (ROOT / f"{main[1].replace('.', '/')}.py").read_text() if main else source
+        main = main_elsewhere(program)
+        body = (ROOT / f"{main.replace('.', '/')}.py").read_text() if main else source
         assert "run_program(" in body, program
         assert first == program or re.search("^@program$|run_program", (ROOT / program).read_text(), re.M), program
         head = source[: source.index("    begin()")]

@@ -1,6 +1,7 @@
 """The repository's files, as git sees them, or all but what .gitignore names where there is no git."""
 
 import fnmatch
+import re
 import subprocess
 from pathlib import Path
 
@@ -19,6 +20,22 @@ def files(*patterns: str) -> list[Path]:
         and not any(_matches(name, pattern) for pattern in unwanted)
         and (ROOT / name).is_file()  # not, where it was removed and git was not told
     ]
+
+
+def programs() -> list[Path]:
+    """The files that are run, by their paths in the repository."""
+    sources = {path: path.read_text() for path in files("*.py", ":!tests", ":!deploy")}
+    return sorted(
+        path.relative_to(ROOT)
+        for path, source in sources.items()
+        if '\nif __name__ == "__main__":\n' in source and "\n    end(" in source
+    )
+
+
+def main_elsewhere(program: Path) -> str | None:
+    """The module from which a thin program takes its main; None where it has one of its own."""
+    found = re.search(r"^ *from ([\w.]+) import main$", (ROOT / program).read_text(), re.M)
+    return found and found[1]
 
 
 def _matches(name: str, pattern: str) -> bool:
