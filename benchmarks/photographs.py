@@ -56,6 +56,8 @@ def photograph_folder(folder: Path, *, train: int = 2048, val: int = 128) -> Pat
                     _piece(originals[number % 2], generator).save(place / f"{number:05}.jpg", "JPEG", quality=quality)
             os.rename(unfinished, folder)
     except OSError as error:
+        if folder.is_dir():
+            return folder  # another process was faster
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give --data DIR") from error
     return folder
 
