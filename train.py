@@ -35,6 +35,7 @@ def train(config: Config, requests: StopRequests) -> dict:
     from engine.training.assembly import network_of
     from engine.training.resume import check_same_data, claim_out, open_checkpoint
     from engine.training.trainer import Trainer
+    from perf.hybrid import choose_parallel
 
     with ranks_of_this_run(config.device) as ranks, FolderLock(config.out) as lock:
         set_numerics(deterministic=config.deterministic)
@@ -44,6 +45,13 @@ def train(config: Config, requests: StopRequests) -> dict:
         data = open_training_data(config, ranks, precision, checkpoint=checkpoint, initial=initial)
         if checkpoint:
             check_same_data(checkpoint, data, config)
+        config = choose_parallel(
+            config,
+            ranks,
+            precision=precision.name,
+            classes=len(data.classes),
+            micro_batch=data.micro_batch,
+        )
         model = network_of(config, classes=len(data.classes), device=ranks.device)
         if initial:
             done = start_from(initial, model, config, data.classes)

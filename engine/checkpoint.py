@@ -2,8 +2,8 @@
 
 All are names of the same files: last.pt is also the newest of the numbered ones, so that it costs no disk of its own.
 A file appears under its name only when it is complete and on the disk, so a crash at any moment leaves the last good one.
-There are no states of random generators in a checkpoint: order, augmentation and dropout are functions of (seed, samples
-or steps done, rank), so the two counters say it all, for any number of ranks.
+There are no states of random generators in a checkpoint: order, augmentation and dropout are functions of (seed, sample), so the
+two counters say it all, for any number of ranks.
 """
 
 import argparse

@@ -141,6 +141,13 @@ class ComputingFlags:
     """Whether to use torch.compile; --compile and --no-compile are short for on and off. auto: on for CUDA."""
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
     """Mode of torch.compile."""
+    parallel: Literal["auto", "data", "hybrid"] = "auto"
+    """How ranks divide the work. data: each has all weights, and sends all gradients. hybrid: ranks share FC6 and FC7, each
+    having a part of their weights, and send activations instead; it computes the same. auto: hybrid where the model of
+    docs/performance.md predicts a step that is shorter by a tenth or more; data on CPUs and on GPUs that it does not know."""
+    fc_ranks: int | None = None
+    """With --parallel hybrid, how many ranks share FC6 and FC7; it must divide the number of ranks and 4096, else each rank has
+    its own. Default: the ranks of one machine, or all where each machine has one."""
     grad_compression: Literal["none", "bf16", "fp16"] = "none"
     """Precision in which gradients are sent between ranks."""
     pad_channels: bool = False
@@ -340,6 +347,7 @@ def check(config: Config) -> None:
         f"--dropout {config.dropout}: must be in [0, 1)": 0 <= config.dropout < 1,
         f"--label-smoothing {config.label_smoothing}: must be in [0, 1)": 0 <= config.label_smoothing < 1,
         f"--ema {config.ema}: must be in [0, 1)": 0 <= config.ema < 1,
+        f"--fc-ranks {config.fc_ranks}: must be at least 1": config.fc_ranks is None or config.fc_ranks >= 1,
         "--weights and --init-from: give one of them": not (config.weights and config.init_from),
         f"--plateau-epochs {config.plateau_epochs}: must be at least 1": config.plateau_epochs >= 1,
         f"--step-epochs {config.step_epochs}: must be at least 1": config.step_epochs >= 1,

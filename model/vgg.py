@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.dropout import Dropout
+
 # Table 1 of the paper, block by block; a max-pool ends each block. An integer is a 3×3 convolution's width,
 # (1, width) is a 1×1 convolution, "LRN" follows the ReLU before it.
 Layer = int | tuple[int, int] | str
@@ -21,6 +23,9 @@ CONFIGURATIONS: dict[str, tuple[tuple[Layer, ...], ...]] = {
 
 STRIDE = 32
 """Five poolings halve the image: a crop is a multiple of this."""
+
+FC_WIDTH = 4096
+"""Outputs of FC6 and of FC7."""
 
 
 class VGG(nn.Module):
@@ -48,13 +53,13 @@ class VGG(nn.Module):
         self.crop = crop
         self.features = _features(CONFIGURATIONS[arch], batch_norm=batch_norm)
         self.classifier = nn.Sequential(
-            nn.Linear(512 * (crop // STRIDE) ** 2, 4096),
+            nn.Linear(512 * (crop // STRIDE) ** 2, FC_WIDTH),
             nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(4096, 4096),
+            Dropout(dropout),
+            nn.Linear(FC_WIDTH, FC_WIDTH),
             nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(4096, classes),
+            Dropout(dropout),
+            nn.Linear(FC_WIDTH, classes),
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -40,9 +40,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.training.shared_layers import FC6, FC7
 from model.vgg import VGG, LocalResponseNorm
 from pipeline.plan.samples import rescaled_sizes, source_windows
 
+SHARED_LAYERS = (FC6, FC7)
 _FLOAT32_BYTES = 4
 _FUSED_INDEX_BYTES, _INDEX_BYTES = 1, 8
 _MASK_BYTES = 1
@@ -80,6 +82,7 @@ class LayerCost:
     backward: Work
     forward_kernels: tuple[Work, ...]  # unfused
     backward_kernels: tuple[Work, ...]
+    is_shared: bool = False  # a part of a layer: other ranks have the others, and no gradient of it is sent
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -88,12 +91,13 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def layer_costs(
-    arch: str, *, classes: int, crop: int, batch: int, bytes_per_value: int, batch_norm: bool = False
+    arch: str, *, classes: int, crop: int, batch: int, bytes_per_value: int, batch_norm: bool = False, sharing: int = 1
 ) -> list[LayerCost]:
     """The layers of a configuration in the order in which they run, for one pass forward and one backward.
 
     arch, classes, crop, batch_norm: as VGG takes them. batch: images in the pass. bytes_per_value: 4 for float32, 2 for
-    autocast to bfloat16 or float16. Raises ValueError as VGG does.
+    autocast to bfloat16 or float16. sharing: ranks among which FC6 and FC7 are divided; their images are all ranks', their
+    weights a rank's part. Raises ValueError as VGG does.
     """
     with torch.device("meta"):
         model = VGG(arch, classes=classes, crop=crop, batch_norm=batch_norm)
@@ -102,7 +106,11 @@ def layer_costs(
 
     def record(name: str, kind: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            layers.append(_layer_cost(name, kind, module, inputs[0], output, bytes_per_value, is_first=not layers))
+            x, is_shared = inputs[0], sharing > 1 and name in SHARED_LAYERS
+            if is_shared:
+                module, x, output = _part(name, x, output, sharing)
+            cost = _layer_cost(name, kind, module, x, output, bytes_per_value, is_first=not layers)
+            layers.append(replace(cost, is_shared=is_shared))
 
         return hook
 
@@ -131,6 +139,17 @@ def layer_costs(
     with torch.no_grad():
         model(images)
     return layers
+
+
+def _part(name: str, x: Tensor, y: Tensor, sharing: int) -> tuple[nn.Linear, Tensor, Tensor]:
+    """A rank's part of FC6 or FC7, its input and its output: FC6 is divided by outputs, FC7 by inputs."""
+    inputs, outputs = x.shape[1], y.shape[1]
+    if name == SHARED_LAYERS[0]:
+        outputs //= sharing
+    else:
+        inputs //= sharing
+    rows = sharing * len(x)
+    return nn.Linear(inputs, outputs, device="meta"), x.new_empty(rows, inputs), y.new_empty(rows, outputs)
 
 
 def _layer_cost(
@@ -194,6 +213,7 @@ class Job:
     grad_compression: str = "none"  # none, bf16 or fp16
     ranks: int = 1  # GPUs that train together
     batch_norm: bool = False
+    sharing: int = 1  # ranks that share FC6 and FC7 (--parallel hybrid)
 
     @property
     def passes(self) -> int:
@@ -208,6 +228,7 @@ class Job:
             batch=self.batch // self.passes,
             bytes_per_value=4 if self.precision == "fp32" else 2,
             batch_norm=self.batch_norm,
+            sharing=self.sharing,
         )
 
 

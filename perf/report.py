@@ -190,12 +190,14 @@ class Scaled(Record):
 
 
 class Prediction(Record):
-    """For so many devices, each with the same batch; with gradients in float32 (plain) and in 16 bits (compressed)."""
+    """For so many devices, each with the same batch; with gradients in float32 (plain), in 16 bits (compressed), and in float32
+    where devices share FC6 and FC7 (hybrid; None where these do not divide among them)."""
 
     ranks: int
     algorithm: str  # ring, tree or in-switch
     plain: Scaled
     compressed: Scaled
+    hybrid: Scaled | None = None
 
 
 class Links(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

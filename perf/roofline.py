@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import msgspec
 import torch
@@ -13,13 +13,13 @@ from common.process import run_program
 from engine.precision import choose_precision, set_numerics
 from model.vgg import CONFIGURATIONS
 from perf.costs import Job, LayerCost, decoded_pixels, gradient_bytes, optimizer_bytes
+from perf.hybrid import communication_seconds, predict_hybrid, usual_sharing
 from perf.page import layer_table, links_sentence, prediction_table
 from perf.peaks import CARDS, find_card, measure_peaks, peaks_here, peaks_of
 from perf.report import FloorSeconds, Layer, Links, Peaks, Roofline, StepParts
 from perf.scaling import (
     ComputeTimes,
     add_link_flags,
-    all_reduce_beside,
     floor_seconds,
     floor_times,
     links_from,
@@ -55,7 +55,20 @@ def roofline(
         for is_fused in (True, False)
     )
     flops = job.passes * sum(layer.forward.flops + layer.backward.flops for layer in layers)
-    times = _measured_times(job, fused, step_seconds, parts)
+    slower = _slower_than_floor(job, fused, step_seconds, parts)
+    scaling = []
+    if links:
+
+        def times_of(sharing: int) -> ComputeTimes:
+            layers = replace(job, sharing=sharing).layers()
+            floor = floor_times(layers, peaks, batch=job.batch, passes=job.passes, precision=job.precision)
+            return floor.stretched(**slower) if slower else floor
+
+        scaling = predict(times_of(1), links=links, algorithm=algorithm)
+        for row in scaling:
+            if (sharing := usual_sharing(row.ranks, links.gpus_per_node)) > 1:
+                plain = replace(job, ranks=row.ranks, grad_compression="none")
+                row.hybrid = predict_hybrid(plain, times_of, links=links, algorithm=algorithm, sharing=sharing)
     return Roofline(
         peaks=peaks,
         floor_seconds=_floor(job, fused, links, algorithm),
@@ -67,18 +80,15 @@ def roofline(
         images_per_joule=job.batch / step_joules if step_joules else None,
         layers=[_layer(layer, job.passes, peaks, (layer_seconds or {}).get(layer.name)) for layer in layers],
         links=links,
-        scaling_from="measured" if times else "floor",
-        scaling=predict(times or fused, links=links, algorithm=algorithm) if links else [],
+        scaling_from="measured" if slower else "floor",
+        scaling=scaling,
     )
 
 
 def _floor(job: Job, times: ComputeTimes, links: Links | None, algorithm: str) -> FloorSeconds:
     seconds = exposed = 0.0
     if links:
-        size = gradient_bytes(1, job.grad_compression)
-        seconds, exposed = all_reduce_beside(
-            times.backward, ranks=job.ranks, links=links, algorithm=algorithm, bytes_per_gradient=size
-        )
+        seconds, exposed = communication_seconds(job, times, sharing=job.sharing, links=links, algorithm=algorithm)
     return FloorSeconds(
         forward=job.passes * times.forward_seconds,
         backward=job.passes * times.backward_seconds,
@@ -103,19 +113,18 @@ def _layer(layer: LayerCost, passes: int, peaks: Peaks, measured_seconds: float 
     )
 
 
-def _measured_times(
+def _slower_than_floor(
     job: Job, floor: ComputeTimes, step_seconds: float | None, parts: StepParts | None
-) -> ComputeTimes | None:
-    """The floor's times, stretched to what was measured; None where that does not say enough."""
+) -> dict[str, float] | None:
+    """How many times as long as the floor each part was measured to take; None where that does not say enough."""
     if parts:
-        return floor.stretched(
-            forward=parts.forward.mean / (job.passes * floor.forward_seconds),
-            backward=parts.backward.mean / (job.passes * floor.backward_seconds),
-            optimizer=parts.optimizer.mean / floor.optimizer_seconds,
-        )
+        return {
+            "forward": parts.forward.mean / (job.passes * floor.forward_seconds),
+            "backward": parts.backward.mean / (job.passes * floor.backward_seconds),
+            "optimizer": parts.optimizer.mean / floor.optimizer_seconds,
+        }
     if step_seconds and job.ranks == 1:
-        times = step_seconds / floor.seconds
-        return floor.stretched(forward=times, backward=times, optimizer=times)
+        return dict.fromkeys(("forward", "backward", "optimizer"), step_seconds / floor.seconds)
     return None
 
 

@@ -51,7 +51,7 @@ _LATENCY_MICROSECONDS = 10.0
 
 
 class LayerBackward(NamedTuple):
-    """The backward pass of one layer, and the elements of its weight and its bias."""
+    """The backward pass of one layer, and the elements of its weight and its bias whose gradients are sent."""
 
     seconds: float
     parameters: tuple[int, ...] = ()
@@ -66,6 +66,7 @@ class ComputeTimes:
     forward_seconds: float  # of one pass
     backward: Sequence[LayerBackward]  # of one pass, from the last layer to the first
     optimizer_seconds: float
+    shared_parameters: int = 0  # of this rank's parts of layers that ranks share
 
     @property
     def backward_seconds(self) -> float:
@@ -92,13 +93,15 @@ def floor_times(
     """The least time of a step of one GPU. layers: of one pass. fused: as costs.py has it; False: each operation a kernel."""
     forward = [floor_seconds([layer.forward] if fused else layer.forward_kernels, peaks) for layer in layers]
     backward = [floor_seconds([layer.backward] if fused else layer.backward_kernels, peaks) for layer in layers]
-    parameters = [layer.parameters for layer in layers]
+    sent = [() if layer.is_shared else layer.parameters for layer in layers]
+    of_each = [sum(layer.parameters) for layer in layers]
     return ComputeTimes(
         batch=batch,
         passes=passes,
         forward_seconds=sum(forward),
-        backward=list(map(LayerBackward, reversed(backward), reversed(parameters))),
-        optimizer_seconds=optimizer_bytes(sum(map(sum, parameters)), precision) / peaks.bytes_per_second,
+        backward=list(map(LayerBackward, reversed(backward), reversed(sent))),
+        optimizer_seconds=optimizer_bytes(sum(of_each), precision) / peaks.bytes_per_second,
+        shared_parameters=sum(count for count, layer in zip(of_each, layers, strict=True) if layer.is_shared),
     )
 
 
@@ -116,7 +119,7 @@ def all_reduce_seconds(size_bytes: float, *, ranks: int, links: Links, algorithm
     Ranks fill machines: all on one, or gpus_per_node on each. Raises UserError where they do not; in-switch without such a
     switch.
     """
-    if not _fill_machines(ranks, links):
+    if not fills_machines(ranks, links):
         raise UserError(
             f"{ranks} GPUs do not fill machines of {links.gpus_per_node}; give --gpus-per-node a divisor of {ranks}"
         )
@@ -136,7 +139,7 @@ def all_reduce_seconds(size_bytes: float, *, ranks: int, links: Links, algorithm
     return _ring(size_bytes, *peers) + flat(size_bytes, *between)
 
 
-def _fill_machines(ranks: int, links: Links) -> bool:
+def fills_machines(ranks: int, links: Links) -> bool:
     """Whether so many devices are all on one machine, or all of those on each."""
     return ranks <= links.gpus_per_node or ranks % links.gpus_per_node == 0
 
@@ -185,13 +188,19 @@ def buckets(backward: Sequence[LayerBackward]) -> list[Bucket]:
 
 
 def all_reduce_beside(
-    backward: Sequence[LayerBackward], *, ranks: int, links: Links, algorithm: str, bytes_per_gradient: int
+    backward: Sequence[LayerBackward],
+    *,
+    ranks: int,
+    links: Links,
+    algorithm: str,
+    bytes_per_gradient: int,
+    busy_until: float = 0.0,
 ) -> tuple[float, float]:
-    """Send each bucket when it is ready and the one before has been sent.
+    """Send each bucket when it is ready and the one before has been sent. busy_until: when the links are free for the first.
 
     Returns the seconds of all buckets together, and those after the end of the backward pass that they run beside.
     """
-    sent, total = 0.0, 0.0
+    sent, total = busy_until, 0.0
     for bucket in buckets(backward):
         size = bucket.parameters * bytes_per_gradient
         seconds = all_reduce_seconds(size, ranks=ranks, links=links, algorithm=algorithm)
@@ -225,7 +234,7 @@ def predict(times: ComputeTimes, *, links: Links, algorithm: str, ranks: Sequenc
             compressed=scaled(count, 2),
         )
         for count in ranks
-        if _fill_machines(count, links)
+        if fills_machines(count, links)
     ]
 
 
@@ -245,6 +254,13 @@ def add_link_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--network-gbits-per-second", type=above_zero, help=network)
     add("--latency-us", type=above_zero, help="latency of one message in microseconds; default: 10")
+
+
+def no_link_flags() -> argparse.Namespace:
+    """As of a command line that has none of them."""
+    parser = argparse.ArgumentParser()
+    add_link_flags(parser)
+    return parser.parse_args([])
 
 
 def links_from(

@@ -25,9 +25,11 @@ from engine.config import Config
 from engine.data import TrainingData, open_training_data
 from engine.precision import Precision, choose_precision, set_numerics
 from engine.training.assembly import Assembly, assemble, network_of
+from engine.training.data_parallel import GRADIENT_DTYPES
 from engine.training.step import TrainStep
 from model.vgg import VGG
 from perf.feeds import DECODING, LOADER, NO_FEED, READING, TRAINING, Feed, decoding_alone, feed_of, reading_alone
+from perf.hybrid import choose_parallel
 from perf.laps import Laps, MarkedBatches, MarkedPrecision
 from perf.layers import layer_seconds
 from perf.report import Trace
@@ -37,7 +39,6 @@ from pipeline.dali.loader import Batch, SyntheticLoader
 
 ALL_REDUCE, WITHOUT_ALL_REDUCE = "the all-reduce", "the step without its all-reduce"
 _HOST_STEPS, _TRACED_STEPS = 5, 3
-_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,8 @@ class Findings:
     reserved_bytes: int = 0
     """Of the GPU's memory, by torch, at most."""
     trace: Trace | None = None
+    sharing: int = 1
+    """Ranks that shared FC6 and FC7; 1: each had its own."""
 
 
 def run_stages(bench: Bench, trace: Path | None) -> Findings:
@@ -121,6 +124,7 @@ def run_stages(bench: Bench, trace: Path | None) -> Findings:
     begin("the step")
     assembly, first_pass_seconds = assemble_step(bench, model)
     found.compile_seconds = first_pass_seconds if assembly.compiled else None
+    found.sharing = assembly.shared.sharing if assembly.shared else 1
     step = training_step(bench, assembly, bench.data.resident_batches())
     timings["step"] = bench.time(step)
     found.host_seconds = host_seconds(bench, assembly, step)
@@ -178,6 +182,9 @@ def open_bench(config: Config, ranks: Ranks, limits: Limits) -> Bench:
     precision = MarkedPrecision(plain.name, plain.device_type, laps)
     config = replace(config, lr=0.0)
     data = open_training_data(config, ranks, precision)
+    config = choose_parallel(
+        config, ranks, precision=precision.name, classes=len(data.classes), micro_batch=data.micro_batch
+    )
     return Bench(config=config, ranks=ranks, precision=precision, data=data, laps=laps, limits=limits)
 
 
@@ -223,7 +230,7 @@ def assemble_step(bench: Bench, model: VGG) -> tuple[Assembly, float]:
 
 def time_step_without_all_reduce(bench: Bench, model: VGG) -> Timing:
     """The step as if each rank were alone, all at the same time. To be called before DDP has the model."""
-    config = replace(bench.config, batch_size=bench.share)
+    config = replace(bench.config, batch_size=bench.share, parallel="data")
     alone = replace(bench, config=config, ranks=replace(bench.ranks, world_size=1))
     assembly, _ = assemble_step(alone, model)
     timing = bench.time(training_step(bench, assembly, bench.data.resident_batches()))
@@ -298,7 +305,8 @@ def all_reduce_alone(network: nn.Module, grad_compression: str) -> tuple[Callabl
     sizes = [int(size) for size in network._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(",")]
     device = next(network.parameters()).device
     buckets = [
-        torch.zeros(size // torch.float32.itemsize, dtype=_DTYPES[grad_compression], device=device) for size in sizes
+        torch.zeros(size // torch.float32.itemsize, dtype=GRADIENT_DTYPES[grad_compression], device=device)
+        for size in sizes
     ]
 
     def reduce() -> None:

@@ -200,6 +200,7 @@ def _report(
             precision=bench.precision.name,
             grad_compression=config.grad_compression,
             ranks=ranks.world_size,
+            sharing=found.sharing,
         ),
         peaks=peaks,
         links=links,

@@ -45,11 +45,11 @@ _PATIENCE_SECONDS = 240.0  # without a step, the run is taken to hang
 class Run:
     """A training that is started again whenever it ends early."""
 
-    def __init__(self, folder: Path, *, epochs: int, batch_size: int, world_size: int) -> None:
+    def __init__(self, folder: Path, *, epochs: int, batch_size: int, world_size: int, parallel: str) -> None:
         self.out, self.log, self.world_size = folder / "out", folder / "log", world_size
         self.starts, self.unasked_ends = 0, 0
         self._flags = ["--arch", "A", "--data", str(folder / "digits"), "--crop", "32", "--train-scale", "36"]
-        self._flags += ["--batch-size", str(batch_size), "--epochs", str(epochs)]
+        self._flags += ["--batch-size", str(batch_size), "--epochs", str(epochs), "--parallel", parallel]
         self._flags += ["--schedule", "cosine", "--warmup-epochs", "1"]
         self._flags += ["--max-bad-images", "1000", "--log-every", "1", "--checkpoint-minutes", "0.05"]
         self.start()
@@ -156,6 +156,9 @@ def _run(argv: list[str] | None) -> int:
     parser.add_argument("--kinds", nargs="+", default=FAULTS, choices=FAULTS, help="taken in turns, in random order")
     parser.add_argument("--seed", type=int, default=0, help="of the faults, their order and their moments")
     parser.add_argument("--epochs", type=int, default=4, help="must last longer than the faults")
+    parser.add_argument(
+        "--parallel", choices=("data", "hybrid"), default="data", help="of three ranks, data in any case"
+    )
     parser.add_argument("--batch-size", type=int, default=12, help="a multiple of 6, for 1 to 3 ranks")
     args = parser.parse_args(argv)
     began, dice = time.monotonic(), random.Random(args.seed)
@@ -166,7 +169,7 @@ def _run(argv: list[str] | None) -> int:
     faults = [args.kinds[number % len(args.kinds)] for number in range(args.faults)]
     dice.shuffle(faults)
     say(f"in {folder}")
-    run = Run(folder, epochs=args.epochs, batch_size=args.batch_size, world_size=2)
+    run = Run(folder, epochs=args.epochs, batch_size=args.batch_size, world_size=2, parallel=args.parallel)
     for number, fault in enumerate(faults, start=1):
         # One in four at any moment after the last one: while ranks start, or save; the others while steps are made.
         if dice.random() < 0.75 and run.wait(for_a_step=True):

@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from common.errors import TrainingError
+from common.progress import say
 from common.ranks import Ranks
 from engine.config import Config
 from engine.precision import Precision
 from engine.training.data_parallel import data_parallel
+from engine.training.shared_layers import SharedLayers, number_dropout
 from engine.training.step import TrainStep, compile_model
 from engine.training.weight_average import WeightAverage
-from model.vgg import VGG, build
+from model.vgg import FC_WIDTH, VGG, build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +32,22 @@ class Assembly:
     compiled: bool
     passes: int
     """Micro-batches that each rank takes in one step."""
+    shared: SharedLayers | None
+    """The layers that ranks share with --parallel hybrid."""
 
 
 def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch: int, model: nn.Module) -> Assembly:
     """Compile the model in place, if that is asked for, and put the step together around it; every rank must call this.
 
-    micro_batch: a divisor of the rank's share of the batch, as engine.data finds it.
+    micro_batch: a divisor of the rank's share of the batch, as engine.data finds it. Raises TrainingError as SharedLayers does.
     """
+    sharing = ranks_that_share(config, ranks)
+    shared = None
+    if sharing > 1:
+        assert isinstance(model, VGG)
+        shared = SharedLayers(model, ranks, sharing=sharing, grad_compression=config.grad_compression)
+    share = config.batch_size // ranks.world_size
+    dropout = number_dropout(model.modules(), seed=config.seed, device=ranks.device, shared=shared, share=share)
     average = WeightAverage(model, config.ema) if config.ema else None
     compile_as_asked = functools.partial(
         compile_model, choice=config.compile, mode=config.compile_mode, device=ranks.device, is_main=ranks.is_main
@@ -44,7 +55,7 @@ def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch:
     compiled = compile_as_asked(model)
     if average and compiled:
         compile_as_asked(average.model)  # for the validation
-    passes = config.batch_size // ranks.world_size // micro_batch
+    passes = share // micro_batch
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
     )
@@ -63,6 +74,8 @@ def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch:
         passes=passes,
         label_smoothing=config.label_smoothing,
         average=average,
+        shared=shared,
+        dropout=dropout,
     )
     return Assembly(
         step=step,
@@ -72,7 +85,30 @@ def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch:
         average=average,
         compiled=compiled,
         passes=passes,
+        shared=shared,
     )
+
+
+def ranks_that_share(config: Config, ranks: Ranks) -> int:
+    """How many ranks share one set of FC6 and FC7; 1: each has its own.
+
+    Those of one machine, where there are several machines of several ranks each; else all. But where 4096 or the ranks do not
+    divide by them, nothing is shared.
+    """
+    if config.parallel != "hybrid":
+        return 1
+    machine, world_size = ranks.local_world_size, ranks.world_size
+    usual = machine if machine > 1 and world_size % machine == 0 else world_size
+    sharing = config.fc_ranks or usual
+    if world_size % sharing == 0 and FC_WIDTH % sharing == 0:
+        return sharing
+    if ranks.is_main:
+        say(
+            f"--parallel hybrid: {FC_WIDTH} units do not divide among {sharing} ranks: each rank has all of FC6 and FC7"
+            if world_size % sharing == 0
+            else f"--fc-ranks {sharing}: {world_size} ranks are no multiple of it: each rank has all of FC6 and FC7"
+        )
+    return 1
 
 
 def network_of(config: Config, *, classes: int, device: torch.device) -> VGG:

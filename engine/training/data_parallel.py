@@ -8,6 +8,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.ranks import Ranks
 
+GRADIENT_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What --grad-compression has gradients sent as."""
+
 
 def data_parallel(model: nn.Module, ranks: Ranks, *, accumulates: bool, grad_compression: str) -> nn.Module:
     """Wrap a model (already compiled, so that its backward overlaps with the all-reduce) in DDP; alone, leave it be.

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,10 @@ class StopRequests:
         self._ranks: Ranks | None = None
         self._asked, self._agreed = False, False
         self._failure: Exception | None = None
-        # Under way: int32 [2], how many ranks were asked for a stop, and how many have failed.
+        self.save_is_due: Callable[[], bool] = lambda: False
+        """Asked whether a checkpoint is due; of several ranks rank 0's answer counts, since clocks differ."""
+        self._save_agreed = False
+        # Under way: int32 [3], how many ranks were asked for a stop, how many have failed, and whether rank 0 wants to save.
         self._message: tuple[Work, Tensor] | None = None
         self._interrupted_at: float | None = None
         self._writing, self._interrupted_again = False, False
@@ -112,6 +115,11 @@ class StopRequests:
         self.hear_others()
         return self._agreed if self._ranks and self._ranks.patient_group else self._asked
 
+    @property
+    def agreed_to_save(self) -> bool:
+        """Whether a checkpoint is due: the same answer on all ranks, as of the last tell_others()."""
+        return self._save_agreed if self._ranks and self._ranks.patient_group else self.save_is_due()
+
     def tell_others(self, failure: Exception | None) -> None:
         """Begin to tell the other ranks whether this one cannot go on; every rank must call this equally often, and then
         hear_others(). What lies between the two hides the time that the message takes.
@@ -121,7 +129,8 @@ class StopRequests:
             import torch
             import torch.distributed as dist
 
-            counts = torch.tensor([self._asked, failure is not None], dtype=torch.int32)
+            save = self._ranks.is_main and self.save_is_due()
+            counts = torch.tensor([self._asked, failure is not None, save], dtype=torch.int32)
             self._message = dist.all_reduce(counts, group=self._ranks.patient_group, async_op=True), counts
 
     def hear_others(self) -> None:
@@ -133,8 +142,8 @@ class StopRequests:
         if self._message:
             work, counts = self._message
             work.wait()
-            asked, failed = counts.tolist()
-            self._message, self._agreed = None, asked > 0
+            asked, failed, save = counts.tolist()
+            self._message, self._agreed, self._save_agreed = None, asked > 0, save > 0
         if not failed:
             return
         if self._ranks and self._ranks.patient_group:
@@ -177,9 +186,13 @@ class StopRequests:
 class SharedBatches:
     """An iterator of batches that all ranks get or none: where one cannot have its next, all of them raise in hear_others()."""
 
-    def __init__(self, batches: Iterator["Batch"], requests: StopRequests, *, passes: int) -> None:
-        """passes: batches that make a step; the ranks talk to each other at the last of them."""
-        self._batches, self._requests, self._passes = batches, requests, passes
+    def __init__(
+        self, batches: Iterator["Batch"], requests: StopRequests, *, passes: int, hear_at_once: bool = False
+    ) -> None:
+        """passes: batches that make a step; the ranks talk to each other at the last of them. hear_at_once: for a forward pass in
+        which ranks wait for each other.
+        """
+        self._batches, self._requests, self._passes, self._hear_at_once = batches, requests, passes, hear_at_once
         self._taken = 0
 
     def __iter__(self) -> Iterator["Batch"]:
@@ -195,6 +208,8 @@ class SharedBatches:
         self._taken += 1
         if self._taken % self._passes == 0:
             self._requests.tell_others(None)
+            if self._hear_at_once:
+                self._requests.hear_others()
         return batch
 
 

@@ -25,7 +25,7 @@ from pipeline.dataset.scan import SPLITS
 _FREE_SETTINGS = {
     "data", "out", "resume", "device", "micro_batch", "epochs", "steps", "threads", "prefetch", "decoder",
     "read_threads", "read_ahead", "log_every", "checkpoint_minutes", "keep", "max_bad_images", "allow_changed_data",
-    "compile", "compile_mode", "pad_channels", "weights", "init_from", "wandb", "inspect",
+    "compile", "compile_mode", "pad_channels", "parallel", "fc_ranks", "weights", "init_from", "wandb", "inspect",
 }  # fmt: skip
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 # What a run writes into OUT, and nothing else is touched there; .lock, which stays, left out.
@@ -64,7 +64,7 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoin
         if checkpoint.world_size != ranks.world_size:
             say(
                 f"  note: ranks were {checkpoint.world_size} until now and are {ranks.world_size} from here on; the batches "
-                "stay the same, dropout and rounding do not"
+                "and dropout stay the same, rounding does not"
             )
     return checkpoint
 

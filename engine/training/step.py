@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,7 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from common.progress import say
 from engine.precision import Precision
 from engine.training.data_parallel import average_over_ranks
+from engine.training.shared_layers import SharedLayers
 from engine.training.weight_average import WeightAverage
+from model.dropout import Dropout
 from pipeline.dali.loader import Batch
 
 _BETWEEN_STEPS, _COMPUTING, _UPDATING = range(3)
@@ -32,10 +34,13 @@ class TrainStep:
         passes: int,
         label_smoothing: float = 0.0,
         average: WeightAverage | None = None,
+        shared: SharedLayers | None = None,
+        dropout: Sequence[Dropout] = (),
     ) -> None:
         """model: the DDP module, or the bare one on a single rank. passes: micro-batches whose gradients are accumulated.
 
-        label_smoothing: share of the target that goes to all classes alike. average: follows the weights.
+        label_smoothing: share of the target that goes to all classes alike. average: follows the weights. shared: the layers of
+        the model that other ranks have parts of. dropout: the layers of the model that draw masks by the samples' numbers.
         """
         self._model = model
         self._optimizer = optimizer
@@ -44,19 +49,28 @@ class TrainStep:
         self._passes = passes
         self._label_smoothing = label_smoothing
         self._average = average
+        self._shared = shared
+        self._dropout = dropout
         # Each rank's batch normalisation sees its own images: its statistics are averaged, so that they are those of all
         # images, and the ranks agree on them whenever they validate or save.
         self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         self._parallel = model if isinstance(model, DistributedDataParallel) else None
-        counters = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]
+        counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
         # Of one type each, so that one kernel copies all of them.
         self._buffers = [buffers for buffers in (self._statistics, counters) if buffers]
         self._buffers_before = [[buffer.clone() for buffer in buffers] for buffers in self._buffers]
         self._phase = _BETWEEN_STEPS
 
-    def __call__(self, batches: Iterator[Batch], *, before_gradients: Callable[[], None] = lambda: None) -> Tensor:
+    def __call__(
+        self,
+        batches: Iterator[Batch],
+        *,
+        first_sample: int = 0,
+        before_gradients: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """Take `passes` micro-batches and update the weights. Returns this rank's mean loss, a scalar on the device.
 
+        first_sample: the number of the first image in the training, of which dropout is a function; the others follow.
         before_gradients: called before the gradients travel to the other ranks; it raises where the step is to be given up.
         """
         losses = []
@@ -65,6 +79,11 @@ class TrainStep:
         self._phase = _COMPUTING
         for number in range(1, self._passes + 1):
             images, labels = next(batches)
+            for dropout in self._dropout:
+                dropout.at_sample(first_sample)
+            first_sample += len(images)
+            if self._shared:
+                self._shared.last_pass = number == self._passes
             with self._all_reduce(now=number == self._passes):
                 loss = self._loss(images, labels) / self._passes
                 if number == self._passes:
@@ -75,6 +94,8 @@ class TrainStep:
                 self._scaler.scale(loss).backward()
             losses.append(loss.detach())
         self._phase = _UPDATING
+        if self._shared:
+            self._shared.finish_gradients(scaled=self._scaler.is_enabled())
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
@@ -105,6 +126,8 @@ class TrainStep:
         before = [buffer.clone() for buffer in self._model.buffers()]
         for _ in range(2 if self._parallel else 1):
             self._loss(images, labels).backward()
+            if self._shared:
+                self._shared.finish_gradients(scaled=False)
         for buffer, value in zip(self._model.buffers(), before, strict=True):
             buffer.copy_(value)
         self._optimizer.zero_grad(set_to_none=True)

@@ -6,7 +6,6 @@ a validation pass, and where a checkpoint is written.
 
 import contextlib
 import functools
-import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -60,16 +59,19 @@ class Trainer:
         parts = assemble(config, ranks=ranks, precision=precision, micro_batch=data.micro_batch, model=model)
         self._step, self._optimizer, self._scaler = parts.step, parts.optimizer, parts.scaler
         self._average, self._compiled, self._passes = parts.average, parts.compiled, parts.passes
+        self._shared = parts.shared
         self._steps, self._samples_seen, self._history = 0, 0, []
         self._resumed = checkpoint is not None
         if checkpoint:
-            self._optimizer.load_state_dict(checkpoint.optimizer)
+            optimizer = checkpoint.optimizer
+            self._optimizer.load_state_dict(self._shared.own_optimizer(optimizer) if self._shared else optimizer)
             for group in self._optimizer.param_groups:  # the flags of this run, not those of the checkpoint
                 group.update(momentum=config.momentum, weight_decay=config.weight_decay)
             if checkpoint.scaler:  # empty where the checkpoint's precision needed no scaling
                 self._scaler.load_state_dict(checkpoint.scaler)
             if checkpoint.ema and self._average:
-                self._average.model.load_state_dict(checkpoint.ema)
+                average = checkpoint.ema
+                self._average.model.load_state_dict(self._shared.own(average) if self._shared else average)
             self._steps, self._samples_seen = checkpoint.steps, checkpoint.samples_seen
             self._history = list(checkpoint.history)
             if checkpoint.fingerprint != data.fingerprint:
@@ -113,8 +115,10 @@ class Trainer:
 
     def _train(self, log: RunLog | None) -> None:
         config, requests = self._config, self._requests
+        share = config.batch_size // self._ranks.world_size
         timed = self._timed_batches(images_to_keep=IMAGES_SHOWN if log else 0)
-        batches = SharedBatches(timed, requests, passes=self._passes)
+        batches = self._shared_batches(timed, passes=self._passes)
+        requests.save_is_due = lambda: self._minutes_since_save() >= config.checkpoint_minutes
         self._step.warm_up(*self._blank_batch())
         self._clock.start(self._steps)
         self._last_save = time.monotonic()
@@ -123,8 +127,8 @@ class Trainer:
                 self._end_epoch(log)
             while not (self._done() or self._stopped):
                 self._set_learning_rate()
-                torch.manual_seed(_step_seed(config.seed, self._steps, self._ranks.rank))  # of dropout
-                self._loss_sum += self._step(batches, before_gradients=requests.hear_others)
+                first = self._samples_seen + self._ranks.rank * share
+                self._loss_sum += self._step(batches, first_sample=first, before_gradients=requests.hear_others)
                 self._steps += 1
                 self._samples_seen += config.batch_size
                 if log:
@@ -135,7 +139,7 @@ class Trainer:
                     self._log_training(log, timed)
                 if ends_epoch and not self._stopped:
                     self._end_epoch(log)
-                elif self._done() or self._stopped or self._minutes_since_save() >= config.checkpoint_minutes:
+                elif self._done() or self._stopped or requests.agreed_to_save:
                     self._save(is_best=False)
             if self._stopped:
                 # Until rank 0 has written: torchrun ends the others when the first one leaves.
@@ -153,11 +157,16 @@ class Trainer:
             log.validation(step=self._steps, epoch=self._validated_epoch, accuracy=accuracy, confusion=confusion)
 
     def _save_what_is_whole(self) -> None:
-        """In an error: save the state after the last whole step, if it is not saved yet, and if it is not what is at fault."""
-        if self._step.give_up() and self._steps > self._saved_steps and self._ranks.is_main:
+        """In an error: save the state after the last whole step, if it is not saved yet, and if it is not what is at fault.
+
+        Of layers that ranks share, this takes all of them: where only this rank has failed, the last checkpoint stays the last.
+        """
+        at_hand = self._requests.failed_together if self._shared else self._ranks.is_main
+        if self._step.give_up() and self._steps > self._saved_steps and at_hand:
             with contextlib.suppress(Exception):  # the error that ends the run is the one to tell
                 self._save(is_best=False)
-                say(f"saved the state after step {self._steps:,}")
+                if self._ranks.is_main:
+                    say(f"saved the state after step {self._steps:,}")
         if self._requests.failed_together:
             with contextlib.suppress(RuntimeError):
                 wait_for_all(self._ranks)  # torchrun ends rank 0 when another one leaves
@@ -277,7 +286,7 @@ class Trainer:
     def _validation(self) -> tuple[Iterator[Batch], int] | None:
         """The batches of the validation, opened when the first one is due, and how many make one pass."""
         opened = self._data.validation_batches(self._data.viewing)
-        return opened and (SharedBatches(opened[0], self._requests, passes=1), opened[1])
+        return opened and (self._shared_batches(opened[0], passes=1), opened[1])
 
     def _results(self) -> dict:
         last, clock = self._history[-1] if self._history else {}, self._clock
@@ -308,8 +317,21 @@ class Trainer:
 
     # ---- the rest ------------------------------------------------------------------------------------------------
 
+    def _shared_batches(self, batches: Iterator[Batch], *, passes: int) -> SharedBatches:
+        """passes: of a step. With shared layers, the forward pass waits for the other ranks: they have to be heard before it."""
+        if self._shared:
+            return SharedBatches(batches, self._requests, passes=1, hear_at_once=True)
+        return SharedBatches(batches, self._requests, passes=passes)
+
     def _save(self, *, is_best: bool) -> None:
+        """Every rank must call this."""
         self._last_save, self._saved_steps = time.monotonic(), self._steps
+        model, optimizer = self._model.state_dict(), self._optimizer.state_dict()
+        average = self._average.model.state_dict() if self._average else None
+        if self._shared:
+            with self._clock.saving():
+                model, optimizer = self._shared.whole(model), self._shared.whole_optimizer(optimizer)
+                average = self._shared.whole(average) if average else None
         if not self._ranks.is_main:
             return
         checkpoint = Checkpoint(
@@ -317,8 +339,8 @@ class Trainer:
             crop=self._config.crop,
             classes=list(self._data.classes),
             mean_rgb=list(self._data.mean_rgb),
-            model=self._model.state_dict(),
-            optimizer=self._optimizer.state_dict(),
+            model=model,
+            optimizer=optimizer,
             scaler=self._scaler.state_dict(),
             steps=self._steps,
             samples_seen=self._samples_seen,
@@ -328,7 +350,7 @@ class Trainer:
             world_size=self._ranks.world_size,
             batch_norm=self._config.batch_norm,
             colour_shift=[list(row) for row in self._data.colour_shift],
-            ema=self._average.model.state_dict() if self._average else None,
+            ema=average,
         )
         with self._clock.saving(), self._requests.writing():
             checkpoints.save(checkpoint, self._config.out, is_best=is_best, keep=self._config.keep)
@@ -373,13 +395,17 @@ class Trainer:
     def _describe(self) -> str:
         config, ranks, data = self._config, self._ranks, self._data
         parameters = sum(weight.numel() for weight in self._model.parameters())
+        shared = ""
+        if self._shared:
+            parameters += self._shared.parameters_elsewhere
+            shared = f", FC6 and FC7 shared by {self._shared.sharing}"
         place = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
         network = f"{config.arch} with batch norm" if config.batch_norm else config.arch
         return (
             f"{network} ({parameters / 1e6:.1f} M parameters) on {printable(config.data)}: {data.train_images:,} images, "
             f"{len(data.classes)} classes, crop {config.crop}, scale {config.train_scale}\n"
             f"{place}, {self._precision.name}, {'compiled' if self._compiled else 'eager'}; batch {config.batch_size} = "
-            f"{ranks.world_size} ranks × {self._passes} passes × {data.micro_batch} images; "
+            f"{ranks.world_size} ranks × {self._passes} passes × {data.micro_batch} images{shared}; "
             f"{self._total_steps:,} steps; {printable(str(config.out))}"
         )
 
@@ -402,9 +428,3 @@ def _top1_of_the_best(path: Path) -> float:
         return max(entry["top1"] for entry in content["history"])
     except (ValueError, LookupError, TypeError):
         return -1.0
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed for each step and rank, so that a resumed run draws what the uninterrupted one would have drawn."""
-    digest = hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -34,6 +34,7 @@ from engine.training.assembly import too_little_memory
 from engine.training.clock import Clock, TimedBatches, process_seconds
 from engine.training.resume import claim_out
 from engine.training.trainer import samples_of_other_data
+from model.dropout import Dropout
 from pipeline.dali.loader import DaliLoader
 from tests.engine.test_accuracy import RANKS
 from tests.support.launch import SMALL, assert_same_weights, run
@@ -42,7 +43,7 @@ from tests.support.launch import SMALL, assert_same_weights, run
 def network_of(config, *, classes, device):
     """A network with all kinds of state whose steps take milliseconds."""
     torch.manual_seed(config.seed)
-    layers = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, classes)
+    layers = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(12), Dropout(0.5), nn.Linear(12, classes)
     return nn.Sequential(*layers).to(device)
 
 
@@ -222,15 +223,15 @@ def test_every_step_is_taken_at_the_rate_that_the_schedule_says(
 
 
 @pytest.fixture
-def seeds(monkeypatch) -> list[int]:
-    """What torch's generator began with at each forward pass in training."""
+def samples(monkeypatch) -> list[int]:
+    """The number of the first sample at each forward pass in training, as dropout has it."""
     seen: list[int] = []
 
-    class Noting(nn.Dropout):
-        def forward(self, values):
+    class Noting(Dropout):
+        def forward(self, x):
             if self.training:
-                seen.append(torch.initial_seed())
-            return super().forward(values)
+                seen.append(int(self.first_sample))
+            return super().forward(x)
 
     def noting_network_of(config, *, classes, device):
         network = network_of(config, classes=classes, device=device)
@@ -242,29 +243,29 @@ def seeds(monkeypatch) -> list[int]:
 
 
 @pytest.mark.usefixtures("unseen")
-def test_each_seed_step_and_rank_has_a_dropout_of_its_own(folder, tmp_path, monkeypatch, seeds):
-    """Of seed 1, step 11 and seed 11, step 1, too; and a run that is resumed has those of one that is not."""
-    of_runs: dict[tuple[int, int], list[int]] = {}
+def test_dropout_hears_the_number_of_each_sample(folder, tmp_path, monkeypatch, samples):
+    """On each rank and in each pass of a step, in a run that is resumed too."""
     monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: Accuracy(loss=1.0, top1=0.5, top5=1.0, images=4, lost=0))
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        for rank, seed in ((0, 1), (1, 1), (0, 11)):
+        for rank in (0, 1):
             ranks = dataclasses.replace(RANKS, rank=rank, local_rank=rank, world_size=2, local_world_size=2)
             monkeypatch.setattr(common.ranks, "ranks_of_this_run", lambda _, ranks=ranks: contextlib.nullcontext(ranks))
-            out = tmp_path / f"{rank} {seed}"
+            out = tmp_path / f"{rank}"
             out.mkdir()
-            flags = flags_of(folder, out, "--seed", str(seed))
-            seeds.clear()
+            found = []
             for steps in ("4", "12"):
                 if rank == 0 or steps == "12":  # rank 0 writes the checkpoints
-                    assert train.main([*flags, "--steps", steps]) == 0
+                    samples.clear()
+                    assert (
+                        train.main(flags_of(folder, out, "--batch-size", "8", "--micro-batch", "2", "--steps", steps))
+                        == 0
+                    )
                     warm_ups = 2  # of several ranks
-                    of_runs.setdefault((rank, seed), []).extend(seeds[warm_ups:])
-                    seeds.clear()
+                    found += samples[warm_ups:]
+            assert found == [8 * step + 4 * rank + number for step in range(12) for number in (0, 2)]
     finally:
         torch.distributed.destroy_process_group()
-    assert [len(found) for found in of_runs.values()] == [12, 12, 12]
-    assert len({seed for found in of_runs.values() for seed in found}) == 36
 
 
 # ---- what ends a run -------------------------------------------------------------------------------------------------
@@ -662,6 +663,7 @@ import os
 from common.errors import DataSourceError
 from common.process import end
 import engine.training.assembly, engine.training.resume, train
+from model.dropout import Dropout
 from pipeline.dali.loader import DaliLoader
 from tests.engine.test_trainer import network_of
 

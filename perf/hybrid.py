@@ -1,0 +1,159 @@
+"""The step in which ranks share FC6 and FC7 (--parallel hybrid): what travels, how long that takes, and whether it is worth it.
+
+In each pass of n ranks that share the layers, with m images each:
+- forward, FC6's inputs of all n · m images are gathered, and FC7's outputs are added up, each rank getting its own images';
+- backward, the gradient of FC7's outputs is gathered, and that of FC6's inputs is added up.
+Nothing runs beside these four: the layer before has to be done, and the next one waits. A gather of S bytes in all, or a sum of
+as many, is one half of a ring's all-reduce: n − 1 messages of S / n. Between machines, each rank first has it with the same GPU
+of the others, all through the machine's one connection, then within the machine. A switch that adds up saves nothing here that
+counts: each rank has to receive, or to send, nearly all S bytes.
+
+The other gradients are all-reduced beside the convolutions' backward pass, as those of all layers are without sharing. Where the
+ranks of one machine share, the gradients of FC6 and FC7 are added up over the machines first, each rank its part.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import msgspec
+import torch
+
+from common.progress import say
+from common.ranks import Ranks
+from engine.config import Config
+from model.vgg import FC_WIDTH, STRIDE
+from perf.costs import Job, gradient_bytes
+from perf.peaks import peaks_of
+from perf.report import Links, Scaled
+from perf.scaling import (
+    ComputeTimes,
+    all_reduce_beside,
+    all_reduce_seconds,
+    floor_times,
+    links_from,
+    no_link_flags,
+)
+
+_WORTH_IT = 1.1
+"""By how much hybrid must be faster for --parallel auto to take it: the prediction is a model."""
+
+
+def usual_sharing(ranks: int, gpus_per_node: int) -> int:
+    """How many of so many ranks share the layers by default; 1 where their units do not divide."""
+    sharing = gpus_per_node if gpus_per_node > 1 and ranks % gpus_per_node == 0 else ranks
+    return sharing if FC_WIDTH % sharing == 0 else 1
+
+
+def gather_seconds(size_bytes: float, *, ranks: int, links: Links) -> float:
+    """Of so many bytes in all, of which each rank has its part before; adding up and scattering them takes as long."""
+    local = min(ranks, links.gpus_per_node)
+    machines = ranks // local
+
+    def ring(count: int, bytes_per_second: float) -> float:
+        return (count - 1) * (links.latency_seconds + size_bytes / count / bytes_per_second)
+
+    return ring(local, links.peer_bytes_per_second) + ring(machines, links.network_bytes_per_second)
+
+
+def activation_bytes(job: Job, sharing: int) -> tuple[int, int]:
+    """FC6's inputs and FC7's outputs of one pass of all ranks that share them."""
+    rows = sharing * job.batch // job.passes
+    bytes_per_value = 4 if job.precision == "fp32" else 2
+    return rows * 512 * (job.crop // STRIDE) ** 2 * bytes_per_value, rows * FC_WIDTH * bytes_per_value
+
+
+def communication_seconds(
+    job: Job, times: ComputeTimes, *, sharing: int, links: Links, algorithm: str
+) -> tuple[float, float]:
+    """Of everything that travels in a step, and of what nothing hides. job.ranks: of all. times: with the layers shared by so
+    many ranks; 1: data parallel.
+    """
+    per_gradient = gradient_bytes(1, job.grad_compression)
+    waiting, busy = 0.0, 0.0
+    if sharing > 1:
+        of_a_pass = [gather_seconds(size, ranks=sharing, links=links) for size in activation_bytes(job, sharing)]
+        waiting = 2 * job.passes * sum(of_a_pass)  # forward and backward
+        if job.ranks > sharing:
+            # All parts of a machine go through its one connection.
+            size = sharing * times.shared_parameters * per_gradient
+            between = msgspec.structs.replace(links, gpus_per_node=1, in_switch=False)
+            busy = all_reduce_seconds(size, ranks=job.ranks // sharing, links=between, algorithm="ring")
+    total, exposed = all_reduce_beside(
+        times.backward,
+        ranks=job.ranks,
+        links=links,
+        algorithm=algorithm,
+        bytes_per_gradient=per_gradient,
+        busy_until=busy,
+    )
+    return waiting + busy + total, waiting + exposed
+
+
+def predict_hybrid(
+    job: Job, times_of: Callable[[int], ComputeTimes], *, links: Links, algorithm: str, sharing: int
+) -> Scaled:
+    """A step of job.ranks ranks, of which so many share the layers. times_of: the computing of a rank when so many share."""
+    alone, times = times_of(1), times_of(sharing)
+    total, exposed = communication_seconds(job, times, sharing=sharing, links=links, algorithm=algorithm)
+    images = job.ranks * job.batch
+    return Scaled(
+        images_per_second=images / (times.seconds + exposed),
+        efficiency=alone.seconds / (times.seconds + exposed),
+        all_reduce_seconds=total,
+        exposed_seconds=exposed,
+        images_per_second_without_overlap=images / (times.seconds + total),
+    )
+
+
+def choose_parallel(config: Config, ranks: Ranks, *, precision: str, classes: int, micro_batch: int) -> Config:
+    """The configuration with --parallel auto replaced by what it comes to here; rank 0 says so. Every rank comes to the same.
+
+    Computing is taken to run at the rates of the table of cards, which no step reaches: the slower it is, the more of the
+    all-reduce it hides, and the less there is to gain.
+    """
+    if config.parallel != "auto":
+        return config
+    if ranks.world_size == 1:
+        return replace(config, parallel="data")
+    is_hybrid, reason = _is_worth_it(config, ranks, precision=precision, classes=classes, micro_batch=micro_batch)
+    if ranks.is_main:
+        choice, other = ("hybrid", "data") if is_hybrid else ("data", "hybrid")
+        say(f"--parallel auto is {choice} here: {reason}; --parallel {other} is the other way")
+    return replace(config, parallel="hybrid" if is_hybrid else "data")
+
+
+def _is_worth_it(config: Config, ranks: Ranks, *, precision: str, classes: int, micro_batch: int) -> tuple[bool, str]:
+    """Whether to share the layers, and why, or why not."""
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    peaks = peaks_of(name, precision)
+    if peaks is None:
+        return False, f"the rates of this device ({name}) are not known"
+    machine = ranks.local_world_size if ranks.world_size % ranks.local_world_size == 0 else 1
+    links = links_from(no_link_flags(), peaks, ranks_a_machine=machine, ranks=ranks.world_size)
+    sharing = config.fc_ranks or usual_sharing(ranks.world_size, machine)
+    if links is None or ranks.world_size % sharing or FC_WIDTH % sharing or sharing == 1:
+        return False, f"{FC_WIDTH} units do not divide among {ranks.world_size} ranks"
+    job = Job(
+        arch=config.arch,
+        classes=classes,
+        crop=config.crop,
+        batch=config.batch_size // ranks.world_size,
+        micro_batch=micro_batch,
+        precision=precision,
+        grad_compression=config.grad_compression,
+        ranks=ranks.world_size,
+        batch_norm=config.batch_norm,
+    )
+
+    def times_of(count: int) -> ComputeTimes:
+        shared = replace(job, sharing=count)
+        return floor_times(shared.layers(), peaks, batch=job.batch, passes=job.passes, precision=precision)
+
+    seconds = {}
+    for mode, count in (("data", 1), ("hybrid", sharing)):
+        times = times_of(count)
+        _, exposed = communication_seconds(job, times, sharing=count, links=links, algorithm="best")
+        seconds[mode] = times.seconds + exposed
+    of_each = ", ".join(f"{mode} {1e3 * value:.2f}" for mode, value in seconds.items())
+    is_worth_it = seconds["data"] >= _WORTH_IT * seconds["hybrid"]
+    return is_worth_it, f"predicted at the hardware's rates, ms a step: {of_each} ({links.source})"
