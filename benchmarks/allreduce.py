@@ -16,25 +16,25 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from benchmarks import flag_parser, program
 from common.errors import TrainingError, UserError
-from common.process import end
+from common.process import end, usable_cores
 from perf.report import Links
 from perf.scaling import all_reduce_seconds
 
 _FLOAT_BYTES = 4
 _PORT = 29400  # any: no one else is in the namespace
 _TIMES, _TIMES_SMALL = 5, 20
-_PATIENCE_SECONDS = 240
-_INTERFACE = "uplink"
+_PATIENCE_SECONDS = 900
+INTERFACE = "uplink"
 # Of each 1514 bytes that Ethernet carries: 14 are its own header, 20 IP's, 32 TCP's with time stamps.
-_PAYLOAD_SHARE = 1448 / 1514
-_BURST = f"burst {32 << 10} latency 50ms"  # what passes at once after a pause: little against the messages
+PAYLOAD_SHARE = 1448 / 1514
+_BURST_BYTES, _BURST_SECONDS = 32 << 10, 1e-3  # what passes at once after a pause: little against the messages
 
 
 class Machine(NamedTuple):
@@ -66,8 +66,9 @@ def check(ranks: int, arguments: argparse.Namespace) -> list[dict]:
     """Predicted and measured seconds of each size; a line is printed for each."""
     sizes = [int(megabytes * 1e6) // _FLOAT_BYTES * _FLOAT_BYTES for megabytes in arguments.megabytes]
     with limited_machines(ranks, mbits_per_second=arguments.mbits_per_second) as machines:
-        smallest_seconds, *measured = measure(machines, [_FLOAT_BYTES, *sizes])
-    rate, latency = arguments.mbits_per_second * 1e6 / 8 * _PAYLOAD_SHARE, smallest_seconds / (2 * (ranks - 1))
+        code = f"from benchmarks import allreduce; allreduce.rank({[_FLOAT_BYTES, *sizes]})"
+        smallest_seconds, *measured = run_ranks(machines, code)
+    rate, latency = arguments.mbits_per_second * 1e6 / 8 * PAYLOAD_SHARE, smallest_seconds / (2 * (ranks - 1))
     links = Links(peer_bytes_per_second=rate, network_bytes_per_second=rate, gpus_per_node=1, latency_seconds=latency)
     rows = []
     for size, seconds in zip(sizes, measured, strict=True):
@@ -80,11 +81,14 @@ def check(ranks: int, arguments: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def measure(machines: list[Machine], sizes: list[int]) -> list[float]:
-    """Median seconds of an all-reduce of each size (bytes), one rank on each machine. Raises TrainingError: a rank failed."""
-    variables = {**os.environ, "WORLD_SIZE": str(len(machines)), "GLOO_SOCKET_IFNAME": _INTERFACE}
-    variables |= {"MASTER_ADDR": machines[0].address, "MASTER_PORT": str(_PORT)}
-    code = f"from benchmarks import allreduce; allreduce.rank({sizes})"
+def run_ranks(machines: list[Machine], code: str) -> Any:
+    """Run Python's code as one rank on each machine, with an equal share of the cores. Returns what rank 0 prints last, as JSON.
+
+    Raises TrainingError: a rank failed, or all of them take too long.
+    """
+    variables = {**os.environ, "WORLD_SIZE": str(len(machines)), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    variables |= {"MASTER_ADDR": machines[0].address, "MASTER_PORT": str(_PORT), "GLOO_SOCKET_IFNAME": INTERFACE}
+    variables["OMP_NUM_THREADS"] = str(max(1, usable_cores() // len(machines)))
     workers = [
         subprocess.Popen(
             machine.command(sys.executable, "-c", code),
@@ -129,8 +133,8 @@ def rank(sizes: list[int]) -> None:
 
 
 @contextmanager
-def limited_machines(count: int, *, mbits_per_second: float) -> Iterator[list[Machine]]:
-    """So many machines, each of which sends at most so much, headers included; tc's token bucket filter limits it.
+def limited_machines(count: int, *, mbits_per_second: float | None) -> Iterator[list[Machine]]:
+    """So many machines, each of which sends at most so much, headers included (None: no limit), by tc's token bucket filter.
 
     Raises UserError: no right to make namespaces, no ip or tc.
     """
@@ -146,12 +150,15 @@ def limited_machines(count: int, *, mbits_per_second: float) -> Iterator[list[Ma
         for number, machine in enumerate(machines):
             name, port = machine.namespace, f"port{number}"
             _commands(f"""ip netns add {name}
-                ip -n {name} link add {_INTERFACE} type veth peer name {port} netns {switch}
+                ip -n {name} link add {INTERFACE} type veth peer name {port} netns {switch}
                 ip -n {switch} link set {port} master switch up
-                ip -n {name} address add {machine.address}/24 dev {_INTERFACE}
-                ip -n {name} link set {_INTERFACE} up
-                ip -n {name} link set lo up
-                ip netns exec {name} tc qdisc add dev {_INTERFACE} root tbf rate {mbits_per_second}mbit {_BURST}""")
+                ip -n {name} address add {machine.address}/24 dev {INTERFACE}
+                ip -n {name} link set {INTERFACE} up
+                ip -n {name} link set lo up""")
+            if mbits_per_second:
+                burst = max(_BURST_BYTES, round(mbits_per_second * 1e6 / 8 * _BURST_SECONDS))
+                limit = f"tbf rate {mbits_per_second}mbit burst {burst} latency 50ms"
+                _commands(f"ip netns exec {name} tc qdisc add dev {INTERFACE} root {limit}")
         yield machines
     finally:
         for namespace in (switch, *(machine.namespace for machine in machines)):

@@ -38,10 +38,14 @@ _WORTH_IT = 1.1
 """By how much hybrid must be faster for --parallel auto to take it: the prediction is a model."""
 
 
-def usual_sharing(ranks: int, gpus_per_node: int) -> int:
-    """How many of so many ranks share the layers by default; 1 where their units do not divide."""
-    sharing = gpus_per_node if gpus_per_node > 1 and ranks % gpus_per_node == 0 else ranks
-    return sharing if FC_WIDTH % sharing == 0 else 1
+def possible_sharing(ranks: int, gpus_per_node: int) -> list[int]:
+    """By how many of so many ranks the layers may be shared: by those of a machine, and by all; nothing where they do not divide.
+
+    Within a machine the activations take the fast links, but each part's gradient has to go over the network; over all machines
+    it is the other way round, and better for small batches.
+    """
+    machine = gpus_per_node if ranks % gpus_per_node == 0 else ranks
+    return [count for count in sorted({machine, ranks}) if count > 1 and FC_WIDTH % count == 0]
 
 
 def gather_seconds(size_bytes: float, *, ranks: int, links: Links) -> float:
@@ -89,20 +93,25 @@ def communication_seconds(
     return waiting + busy + total, waiting + exposed
 
 
-def predict_hybrid(
-    job: Job, times_of: Callable[[int], ComputeTimes], *, links: Links, algorithm: str, sharing: int
-) -> Scaled:
-    """A step of job.ranks ranks, of which so many share the layers. times_of: the computing of a rank when so many share."""
-    alone, times = times_of(1), times_of(sharing)
-    total, exposed = communication_seconds(job, times, sharing=sharing, links=links, algorithm=algorithm)
-    images = job.ranks * job.batch
-    return Scaled(
-        images_per_second=images / (times.seconds + exposed),
-        efficiency=alone.seconds / (times.seconds + exposed),
-        all_reduce_seconds=total,
-        exposed_seconds=exposed,
-        images_per_second_without_overlap=images / (times.seconds + total),
-    )
+def predict_hybrid(job: Job, times_of: Callable[[int], ComputeTimes], *, links: Links, algorithm: str) -> Scaled | None:
+    """The fastest step of job.ranks ranks that share the layers; None where these do not divide among them. times_of: the
+    computing of a rank when so many share."""
+    alone, images = times_of(1), job.ranks * job.batch
+    found = []
+    for sharing in possible_sharing(job.ranks, links.gpus_per_node):
+        times = times_of(sharing)
+        total, exposed = communication_seconds(job, times, sharing=sharing, links=links, algorithm=algorithm)
+        found.append(
+            Scaled(
+                images_per_second=images / (times.seconds + exposed),
+                efficiency=alone.seconds / (times.seconds + exposed),
+                all_reduce_seconds=total,
+                exposed_seconds=exposed,
+                images_per_second_without_overlap=images / (times.seconds + total),
+                sharing=sharing,
+            )
+        )
+    return max(found, key=lambda scaled: scaled.images_per_second, default=None)
 
 
 def choose_parallel(config: Config, ranks: Ranks, *, precision: str, classes: int, micro_batch: int) -> Config:
@@ -115,24 +124,28 @@ def choose_parallel(config: Config, ranks: Ranks, *, precision: str, classes: in
         return config
     if ranks.world_size == 1:
         return replace(config, parallel="data")
-    is_hybrid, reason = _is_worth_it(config, ranks, precision=precision, classes=classes, micro_batch=micro_batch)
+    sharing, reason = _sharing(config, ranks, precision=precision, classes=classes, micro_batch=micro_batch)
     if ranks.is_main:
-        choice, other = ("hybrid", "data") if is_hybrid else ("data", "hybrid")
+        choice, other = (f"hybrid over {sharing} ranks", "data") if sharing > 1 else ("data", "hybrid")
         say(f"--parallel auto is {choice} here: {reason}; --parallel {other} is the other way")
-    return replace(config, parallel="hybrid" if is_hybrid else "data")
+    if sharing == 1:
+        return replace(config, parallel="data")
+    return replace(config, parallel="hybrid", fc_ranks=sharing)
 
 
-def _is_worth_it(config: Config, ranks: Ranks, *, precision: str, classes: int, micro_batch: int) -> tuple[bool, str]:
-    """Whether to share the layers, and why, or why not."""
+def _sharing(config: Config, ranks: Ranks, *, precision: str, classes: int, micro_batch: int) -> tuple[int, str]:
+    """How many ranks are to share the layers, 1 for none, and why."""
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     peaks = peaks_of(name, precision)
     if peaks is None:
-        return False, f"the rates of this device ({name}) are not known"
+        return 1, f"the rates of this device ({name}) are not known"
     machine = ranks.local_world_size if ranks.world_size % ranks.local_world_size == 0 else 1
     links = links_from(no_link_flags(), peaks, ranks_a_machine=machine, ranks=ranks.world_size)
-    sharing = config.fc_ranks or usual_sharing(ranks.world_size, machine)
-    if links is None or ranks.world_size % sharing or FC_WIDTH % sharing or sharing == 1:
-        return False, f"{FC_WIDTH} units do not divide among {ranks.world_size} ranks"
+    possible = possible_sharing(ranks.world_size, machine)
+    if config.fc_ranks:
+        possible = [config.fc_ranks] if ranks.world_size % config.fc_ranks == FC_WIDTH % config.fc_ranks == 0 else []
+    if links is None or not possible:
+        return 1, f"{FC_WIDTH} units do not divide among {config.fc_ranks or ranks.world_size} ranks"
     job = Job(
         arch=config.arch,
         classes=classes,
@@ -144,16 +157,15 @@ def _is_worth_it(config: Config, ranks: Ranks, *, precision: str, classes: int, 
         ranks=ranks.world_size,
         batch_norm=config.batch_norm,
     )
-
-    def times_of(count: int) -> ComputeTimes:
-        shared = replace(job, sharing=count)
-        return floor_times(shared.layers(), peaks, batch=job.batch, passes=job.passes, precision=precision)
-
     seconds = {}
-    for mode, count in (("data", 1), ("hybrid", sharing)):
-        times = times_of(count)
-        _, exposed = communication_seconds(job, times, sharing=count, links=links, algorithm="best")
-        seconds[mode] = times.seconds + exposed
-    of_each = ", ".join(f"{mode} {1e3 * value:.2f}" for mode, value in seconds.items())
-    is_worth_it = seconds["data"] >= _WORTH_IT * seconds["hybrid"]
-    return is_worth_it, f"predicted at the hardware's rates, ms a step: {of_each} ({links.source})"
+    for sharing in (1, *possible):
+        layers = replace(job, sharing=sharing).layers()
+        times = floor_times(layers, peaks, batch=job.batch, passes=job.passes, precision=precision)
+        _, exposed = communication_seconds(job, times, sharing=sharing, links=links, algorithm="best")
+        seconds[sharing] = times.seconds + exposed
+    best = min(possible, key=seconds.__getitem__)
+    of_each = ", ".join(
+        f"{f'hybrid over {count}' if count > 1 else 'data'} {1e3 * value:.2f}" for count, value in seconds.items()
+    )
+    why = f"predicted at the hardware's rates, ms a step: {of_each} ({links.source})"
+    return (best if seconds[1] >= _WORTH_IT * seconds[best] else 1), why

@@ -102,7 +102,7 @@ def prediction_table(roofline: Roofline) -> Table:
             "by": row.algorithm if row.ranks > 1 else "",
         }
         for row in roofline.scaling
-        for gradients, scaled in (("float32", row.plain), ("16 bits", row.compressed), ("hybrid", row.hybrid))
+        for gradients, scaled in (("float32", row.plain), ("16 bits", row.compressed), ("float32, hybrid", row.hybrid))
         if scaled
     ]
 

@@ -187,6 +187,7 @@ class Scaled(Record):
     all_reduce_seconds: float
     exposed_seconds: float  # of the all-reduce: what the backward pass does not hide
     images_per_second_without_overlap: float
+    sharing: int = 1  # devices that share FC6 and FC7; 1: each has its own
 
 
 class Prediction(Record):

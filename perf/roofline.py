@@ -13,7 +13,7 @@ from common.process import run_program
 from engine.precision import choose_precision, set_numerics
 from model.vgg import CONFIGURATIONS
 from perf.costs import Job, LayerCost, decoded_pixels, gradient_bytes, optimizer_bytes
-from perf.hybrid import communication_seconds, predict_hybrid, usual_sharing
+from perf.hybrid import communication_seconds, predict_hybrid
 from perf.page import layer_table, links_sentence, prediction_table
 from perf.peaks import CARDS, find_card, measure_peaks, peaks_here, peaks_of
 from perf.report import FloorSeconds, Layer, Links, Peaks, Roofline, StepParts
@@ -66,9 +66,8 @@ def roofline(
 
         scaling = predict(times_of(1), links=links, algorithm=algorithm)
         for row in scaling:
-            if (sharing := usual_sharing(row.ranks, links.gpus_per_node)) > 1:
-                plain = replace(job, ranks=row.ranks, grad_compression="none")
-                row.hybrid = predict_hybrid(plain, times_of, links=links, algorithm=algorithm, sharing=sharing)
+            plain = replace(job, ranks=row.ranks, grad_compression="none")
+            row.hybrid = predict_hybrid(plain, times_of, links=links, algorithm=algorithm)
     return Roofline(
         peaks=peaks,
         floor_seconds=_floor(job, fused, links, algorithm),

@@ -10,7 +10,14 @@ import perf.hybrid
 from common.ranks import Ranks
 from engine.config import parse_args
 from perf.costs import Job, layer_costs
-from perf.hybrid import activation_bytes, choose_parallel, communication_seconds, gather_seconds, usual_sharing
+from perf.hybrid import (
+    activation_bytes,
+    choose_parallel,
+    communication_seconds,
+    gather_seconds,
+    possible_sharing,
+    predict_hybrid,
+)
 from perf.peaks import peaks_of
 from perf.report import Links, Peaks
 from perf.roofline import roofline
@@ -100,10 +107,20 @@ def test_parts_are_added_up_over_machines():
 
 @pytest.mark.parametrize(
     ("ranks", "gpus_per_node", "sharing"),
-    [(1, 8, 1), (2, 1, 2), (8, 8, 8), (64, 8, 8), (4, 1, 4), (3, 1, 1), (6, 3, 1)],
+    [
+        (1, 8, []),
+        (2, 1, [2]),
+        (2, 8, [2]),
+        (8, 8, [8]),
+        (64, 8, [8, 64]),
+        (4, 1, [4]),
+        (3, 1, []),
+        (6, 3, []),
+        (24, 8, [8]),
+    ],
 )
 def test_the_ranks_of_a_machine_share_or_all(ranks, gpus_per_node, sharing):
-    assert usual_sharing(ranks, min(ranks, gpus_per_node)) == sharing
+    assert possible_sharing(ranks, gpus_per_node) == sharing
 
 
 def test_predictions_have_it_where_the_layers_divide():
@@ -116,6 +133,20 @@ def test_predictions_have_it_where_the_layers_divide():
     shared = times(D, 8)
     _, exposed = communication_seconds(D, shared, sharing=8, links=LINKS, algorithm="best")
     assert of_eight.hybrid.images_per_second == pytest.approx(256 / (shared.seconds + exposed))
+    assert of_eight.hybrid.sharing == 8
+
+
+def test_small_batches_are_shared_over_machines_and_large_ones_within():
+    """16 GPUs: 478 MB of gradients over the network, or the activations of all images."""
+    found = {}
+    for images in (4, 2048):
+        of_sixteen = dataclasses.replace(D, ranks=16, batch=images)
+
+        def times_of(sharing: int, job: Job = of_sixteen):
+            return times(job, sharing)
+
+        found[images] = predict_hybrid(of_sixteen, times_of, links=LINKS, algorithm="best")
+    assert {images: scaled and scaled.sharing for images, scaled in found.items()} == {4: 16, 2048: 8}
 
 
 RANKS = Ranks(
@@ -138,13 +169,13 @@ def test_auto_shares_where_it_is_faster_by_a_tenth(monkeypatch, capsys, card, ba
     ranks = dataclasses.replace(RANKS, world_size=world_size, local_world_size=world_size)
     config = parse_args(["--data", "synthetic", "--batch-size", str(batch_size)])
     chosen = choose_parallel(config, ranks, precision="bf16", classes=1000, micro_batch=batch_size // world_size)
-    assert chosen == dataclasses.replace(config, parallel=choice)
+    assert chosen == dataclasses.replace(config, parallel=choice, fc_ranks=8 if choice == "hybrid" else None)
     said = capsys.readouterr().err
     if world_size == 1:
         assert not said
     else:
         other = {"data": "hybrid", "hybrid": "data"}[choice]
-        assert said.startswith(f"--parallel auto is {choice} here: ")
+        assert said.startswith(f"--parallel auto is {choice}{' over 8 ranks' * (choice == 'hybrid')} here: ")
         assert said.endswith(f"; --parallel {other} is the other way\n")
     if peaks_of(card, "bf16") and world_size == 8:
         assert "NVLink" in said
