@@ -37,7 +37,8 @@ def train(config: Config, requests: StopRequests) -> dict:
     from engine.training.trainer import Trainer
     from perf.hybrid import choose_parallel
 
-    with ranks_of_this_run(config.device) as ranks, FolderLock(config.out) as lock:
+    limits = {"collective_minutes": config.collective_minutes, "lost_seconds": config.lost_seconds}
+    with ranks_of_this_run(config.device, **limits) as ranks, FolderLock(config.out) as lock:
         set_numerics(deterministic=config.deterministic)
         precision = choose_precision(config.precision, ranks.device)
         checkpoint = open_checkpoint(config, ranks, lock)

@@ -32,7 +32,7 @@ from engine.training.assembly import assemble, network_of
 from perf.costs import Job
 from perf.hybrid import activation_bytes, communication_seconds, predict_hybrid
 from perf.laps import BACKWARD, FORWARD, OPTIMIZER, Laps, MarkedBatches, MarkedPrecision
-from perf.peaks import peaks_of
+from perf.peaks import CARDS, peaks_of
 from perf.plot_style import BLUE, GREEN, VERMILION, new_figure, png
 from perf.report import Links, Peaks
 from perf.scaling import ComputeTimes, floor_times, links_from, no_link_flags
@@ -190,7 +190,9 @@ def predictions(gpu: str, out: Path | None) -> list[dict]:
     peaks = peaks_of(gpu, "bf16")
     links = links_from(no_link_flags(), peaks, ranks_a_machine=8, ranks=8) if peaks else None
     if peaks is None or links is None:
-        raise UserError(f"--gpu {gpu}: not in the table, or without bf16")
+        raise UserError(
+            f"--gpu {gpu}: not in the table, which has {', '.join(card.name for card in CARDS if card.bf16_tflops)}"
+        )
     print(
         f"{peaks.name}: {links.source}\n\n"
         "| images a batch | GPUs | data, images/s | hybrid, images/s | shared by | hybrid / data |"

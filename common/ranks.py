@@ -14,17 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import LostRankError, TrainingError, UserError
+from common.lost_peers import LostPeers, own_addresses
 from common.process import ignored_of_launch, read_launch, usable_cores
 from common.progress import say
 
 T = TypeVar("T")
 
-COLLECTIVE_MINUTES = 15
+COLLECTIVE_MINUTES = 15.0
 """How long a rank waits for the others inside a collective operation, over gloo or NCCL, before it gives the run up. Rank 0 may
 write a checkpoint meanwhile, or compile."""
+LOST_SECONDS = 60.0
+"""After which a machine that answers nothing is taken to be lost (common/lost_peers.py)."""
 # How long ranks wait for the one that scans a data set for the first time: hours, for a large one on a slow disk.
 _PATIENCE = timedelta(days=2)
-_PATIENCE_IN_COLLECTIVES = timedelta(minutes=COLLECTIVE_MINUTES)
 # And for all ranks to be there, once torchrun has started them on every machine.
 _PATIENCE_TO_START = timedelta(minutes=10)
 # For torchrun's own store, which it has before it starts any rank: without an answer, torchrun is gone.
@@ -55,10 +57,13 @@ class Ranks:
 
 
 @contextmanager
-def ranks_of_this_run(device: str) -> Iterator[Ranks]:
+def ranks_of_this_run(
+    device: str, *, collective_minutes: float = COLLECTIVE_MINUTES, lost_seconds: float = LOST_SECONDS
+) -> Iterator[Ranks]:
     """Join the process group that torchrun describes in the environment; without torchrun, one rank and no group.
 
-    device: "auto", "cuda" or "cpu". Raises UserError: cuda without a GPU, fewer GPUs than processes on this machine, half of
+    device: "auto", "cuda" or "cpu". collective_minutes, lost_seconds: see the constants.
+    Raises UserError: cuda without a GPU, fewer GPUs than processes on this machine, half of
     what a launcher says. TrainingError: the ranks do not find each other. LostRankError: another rank has left while this one
     waited for it.
 
@@ -71,6 +76,7 @@ def ranks_of_this_run(device: str) -> Iterator[Ranks]:
     rank, world_size, local_rank, local_world_size = launch or (0, 1, 0, 1)
     own_device = _own_device(device, local_rank, local_world_size)
     patient_group: dist.ProcessGroup | None = None
+    patience = timedelta(minutes=collective_minutes)
     if launch:
         on_gpu = own_device.type == "cuda"
         if local_world_size == world_size:  # one machine: nobody else needs to reach gloo's ports
@@ -78,10 +84,10 @@ def ranks_of_this_run(device: str) -> Iterator[Ranks]:
         try:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                store=_store_of_this_start(rank, world_size),
+                store=_store_of_this_start(rank, world_size, patience),
                 rank=rank,
                 world_size=world_size,
-                timeout=_PATIENCE_IN_COLLECTIVES,
+                timeout=patience,
                 device_id=own_device if on_gpu else None,
             )
             patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]  # not for members
@@ -90,15 +96,21 @@ def ranks_of_this_run(device: str) -> Iterator[Ranks]:
                 f"the ranks cannot connect to each other ({_in_a_line(error)}); check GLOO_SOCKET_IFNAME and "
                 "NCCL_SOCKET_IFNAME, and that no firewall stands between the machines"
             ) from error
+    ranks = Ranks(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        device=own_device,
+        patient_group=patient_group,
+    )
     try:
-        yield Ranks(
-            rank=rank,
-            world_size=world_size,
-            local_rank=local_rank,
-            local_world_size=local_world_size,
-            device=own_device,
-            patient_group=patient_group,
-        )
+        if world_size == local_world_size:  # what kills another rank leaves its kernel, which closes the connections
+            yield ranks
+        else:
+            addresses = set().union(*gather(own_addresses(), ranks))
+            with LostPeers(addresses, lost_seconds):
+                yield ranks
     except RuntimeError as error:
         if launch and _is_of_a_lost_rank(error):
             raise LostRankError(
@@ -118,7 +130,9 @@ def _is_of_a_lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
-def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
+def _store_of_this_start(
+    rank: int, world_size: int, patience: timedelta = timedelta(minutes=COLLECTIVE_MINUTES)
+) -> dist.Store:
     """torchrun's key-value store, with keys of our own for each start of the ranks. Raises TrainingError: one never comes,
     or torchrun died before this process could ask the kernel to tell it (common/parent_death.py).
 
@@ -141,7 +155,7 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
         raise TrainingError(
             f"the ranks cannot meet at {address} ({_in_a_line(error)}); check MASTER_ADDR and MASTER_PORT"
         ) from error
-    store.set_timeout(_PATIENCE_IN_COLLECTIVES)  # of what is asked later
+    store.set_timeout(patience)  # of what is asked later
     name = uuid.uuid4().hex
     if rank > 0:
         store.set(f"asks/{rank}", name)

@@ -148,6 +148,10 @@ class ComputingFlags:
     fc_ranks: int | None = None
     """With --parallel hybrid, how many ranks share FC6 and FC7; it must divide the number of ranks and 4096, else each rank has
     its own. Default: the ranks of one machine, or all where each machine has one."""
+    collective_minutes: float = 15.0
+    """How long a rank waits for the others in one operation before it gives the run up. Another one may be saving."""
+    lost_seconds: float = 60.0
+    """After how long without any answer another machine is taken to be lost, which ends the run; a busy one answers."""
     grad_compression: Literal["none", "bf16", "fp16"] = "none"
     """Precision in which gradients are sent between ranks."""
     pad_channels: bool = False
@@ -348,6 +352,8 @@ def check(config: Config) -> None:
         f"--label-smoothing {config.label_smoothing}: must be in [0, 1)": 0 <= config.label_smoothing < 1,
         f"--ema {config.ema}: must be in [0, 1)": 0 <= config.ema < 1,
         f"--fc-ranks {config.fc_ranks}: must be at least 1": config.fc_ranks is None or config.fc_ranks >= 1,
+        f"--collective-minutes {config.collective_minutes}: must be above 0": config.collective_minutes > 0,
+        f"--lost-seconds {config.lost_seconds}: must be at least 1": config.lost_seconds >= 1,
         "--weights and --init-from: give one of them": not (config.weights and config.init_from),
         f"--plateau-epochs {config.plateau_epochs}: must be at least 1": config.plateau_epochs >= 1,
         f"--step-epochs {config.step_epochs}: must be at least 1": config.step_epochs >= 1,

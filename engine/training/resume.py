@@ -25,7 +25,8 @@ from pipeline.dataset.scan import SPLITS
 _FREE_SETTINGS = {
     "data", "out", "resume", "device", "micro_batch", "epochs", "steps", "threads", "prefetch", "decoder",
     "read_threads", "read_ahead", "log_every", "checkpoint_minutes", "keep", "max_bad_images", "allow_changed_data",
-    "compile", "compile_mode", "pad_channels", "parallel", "fc_ranks", "weights", "init_from", "wandb", "inspect",
+    "compile", "compile_mode", "pad_channels", "parallel", "fc_ranks", "collective_minutes",
+    "lost_seconds", "weights", "init_from", "wandb", "inspect",
 }  # fmt: skip
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 # What a run writes into OUT, and nothing else is touched there; .lock, which stays, left out.

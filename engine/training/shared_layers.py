@@ -27,6 +27,8 @@ from model.dropout import Dropout
 from model.vgg import FC_WIDTH, VGG
 
 FC6, FC7 = "classifier.0", "classifier.3"
+_GROUPS: dict[str, dist.ProcessGroup] = {}
+"""By name: layers keep no group, which could not be copied with them."""
 # Of each tensor that is shared, the dimension along which it is: FC6 by outputs, FC7 by inputs. FC7's bias is not.
 _DIMENSIONS = {f"{FC6}.weight": 0, f"{FC6}.bias": 0, f"{FC7}.weight": 1}
 
@@ -47,6 +49,7 @@ class SharedLayers:
             ranks.device.type, (ranks.world_size // sharing, sharing), mesh_dim_names=("machines", "parts")
         )
         self._group, self._replicas = mesh.get_group("parts"), mesh.get_group("machines")
+        _GROUPS[self._group.group_name] = self._group
         self.rank = ranks.rank % sharing
         self._check_links(ranks.device)
         own = self.own(model.state_dict())
@@ -132,9 +135,16 @@ class SharedLayers:
     def _whole(self, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or name not in _DIMENSIONS or self._is_of_another_machine:
             return value
-        parts = [torch.empty_like(value) for _ in range(self.sharing)] if self.rank == 0 else None
-        dist.gather(value, parts, group=self._group, group_dst=0)
-        return torch.cat([part.cpu() for part in parts], _DIMENSIONS[name]) if parts else value
+        # One message after the other: gloo's gather does not hear that a connection was closed.
+        if self.rank > 0:
+            dist.send(value, group=self._group, group_dst=0)
+            return value
+        parts = [value.cpu()]
+        for rank in range(1, self.sharing):
+            part = torch.empty_like(value)
+            dist.recv(part, group=self._group, group_src=rank)
+            parts.append(part.cpu())
+        return torch.cat(parts, _DIMENSIONS[name])
 
     @property
     def _is_of_another_machine(self) -> bool:
@@ -168,7 +178,7 @@ class GatheringLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor, *, ranks: int, group: str) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-        self._ranks, self._group = ranks, group  # by its name: a process group cannot be copied with a model
+        self._ranks, self._group = ranks, group
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [n, inputs] of this rank → [ranks · n, outputs / ranks], each rank's images together, in the ranks' order."""
@@ -215,16 +225,26 @@ class _SumAndScatter(torch.autograd.Function):
         return _gathered(gradients[0], ctx.ranks, ctx.group), None, None
 
 
-# torch's functional collectives, which torch.compile takes into its graph. Their own autograd has had other names in each
-# version of torch.
+# Compiled, they are torch's functional collectives, which torch.compile takes into its graph; their autograd has had another name
+# in each version of torch. Called one by one, they wait for other ranks with Python's lock in hand: no signal would be heard.
 def _gathered(rows: Tensor, ranks: int, group: str) -> Tensor:
-    operators = torch.ops._c10d_functional
-    return operators.wait_tensor(operators.all_gather_into_tensor(rows.contiguous(), ranks, group))
+    rows = rows.contiguous()
+    if torch.compiler.is_compiling():
+        operators = torch.ops._c10d_functional
+        return operators.wait_tensor(operators.all_gather_into_tensor(rows, ranks, group))
+    everyones = rows.new_empty(ranks * len(rows), *rows.shape[1:])
+    dist.all_gather(list(everyones.chunk(ranks)), rows, group=_GROUPS[group])
+    return everyones
 
 
 def _summed(rows: Tensor, ranks: int, group: str) -> Tensor:
-    operators = torch.ops._c10d_functional
-    return operators.wait_tensor(operators.reduce_scatter_tensor(rows.contiguous(), "sum", ranks, group))
+    rows = rows.contiguous()
+    if torch.compiler.is_compiling():
+        operators = torch.ops._c10d_functional
+        return operators.wait_tensor(operators.reduce_scatter_tensor(rows, "sum", ranks, group))
+    own = rows.new_empty(len(rows) // ranks, *rows.shape[1:])
+    dist.reduce_scatter(own, list(rows.chunk(ranks)), group=_GROUPS[group])
+    return own
 
 
 def number_dropout(
