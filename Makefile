@@ -14,9 +14,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
-# While you change something: what needs neither another process nor many seconds.
+# While you change something: what needs neither another process nor many seconds. One thread for each of its processes.
 quick: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow and not processes" -n auto --maxprocesses 4 --dist loadfile $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not processes and not seconds" -n auto --maxprocesses 4 --dist loadfile $(QUICK)
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow

@@ -4,7 +4,8 @@ collective operation waits until its time limit, which has to be long, since a r
 What tells the two apart is the other machine's kernel: it acknowledges what it gets, however busy the process is. So a thread
 looks at the TCP connections to other ranks, as the kernel sees them (tcp(7), TCP_INFO), and has those probed in which nothing is
 under way (keepalive). Where one had no answer for too long, all connections to that machine are closed. The operation that waits
-then fails, as if the other process had been killed.
+then fails, as if the other process had been killed. gloo does not always hear of it in the middle of a message: where the main
+thread stays where it is for half of the time again, the process ends.
 
 TCP's own limits do not serve. TCP_USER_TIMEOUT also ends connections to a rank that is alive and reads nothing for a while.
 Keepalive's probes do not count where this machine's own link is down, and stop where data are under way.
@@ -18,14 +19,17 @@ import struct
 import sys
 import termios
 import threading
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 
+from common.errors import LostRankError
 from common.progress import say
 
 _TCP_INFO = struct.Struct("8B13I")  # as far as it is of use: linux/tcp.h
 _RETRANSMITS, _LAST_ANSWER = 2, 8 + 12  # how often in a row; milliseconds since the last acknowledgement
-_PROBES = 4
+_PROBES = 12
+"""More than there is time for: the kernel is to ask, and not to close."""
 
 
 class LostPeers:
@@ -47,13 +51,22 @@ class LostPeers:
         self._thread.join()
 
     def _watch(self) -> None:
+        place, since = _place_of_main_thread(), time.monotonic()
         while not self._done.wait(self._seconds / 12):
             for connection in _connections():
                 with suppress(OSError):  # closed meanwhile
                     self._look_at(connection)
+            now = _place_of_main_thread()
+            if not self._lost or now != place:
+                place, since = now, time.monotonic()
+            elif time.monotonic() - since > self._seconds / 2:
+                say(
+                    f"error: the ranks have lost each other ({', '.join(sorted(self._lost))}); start the same command again"
+                )
+                os._exit(LostRankError.exit_code)
 
     def _look_at(self, connection: socket.socket) -> None:
-        peer = connection.getpeername()[0]
+        peer = _plain(connection.getpeername())
         if peer not in self._addresses:
             return
         was_probed = self._have_probed(connection)
@@ -82,13 +95,23 @@ def _waiting_bytes(connection: socket.socket) -> int:
     return int.from_bytes(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
+def _place_of_main_thread() -> tuple[int, int]:
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return id(frame), frame.f_lasti
+
+
 def own_addresses() -> list[str]:
     """Those under which this process is connected to others."""
     found = set()
     for connection in _connections():
         with suppress(OSError):
-            found.add(connection.getsockname()[0])
+            found.add(_plain(connection.getsockname()))
     return sorted(found)
+
+
+def _plain(address: tuple) -> str:
+    """One and the same for IPv4, whichever kind of socket it has."""
+    return address[0].removeprefix("::ffff:")
 
 
 def _connections() -> Iterator[socket.socket]:

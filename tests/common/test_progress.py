@@ -102,6 +102,7 @@ def test_narrow_terminals(columns):
     assert all(len(line) <= columns for line in screen(written))
 
 
+@pytest.mark.seconds
 def test_a_terminal_that_goes_ends_nothing(tmp_path):
     """Its writes fail from then on. What was drawn before is drawn no more."""
     body = (
@@ -137,6 +138,7 @@ def test_a_process_that_was_forked_draws_nothing():
     assert "7/10" not in written
 
 
+@pytest.mark.seconds
 def test_drawing_costs_little():
     body = (
         "bar = Bar(total=10**9, unit='steps')\nbar.tell(label='epoch 1.00', beside='ETA 01:00', below='loss 2' * 9)\n"

@@ -81,6 +81,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("place", ["first", "middle"])
+@pytest.mark.seconds
 def test_damaged_lines_are_left_out_with_one_warning(tmp_path, capsys, place):
     run = write_run(tmp_path / "run", losses=[2.0, 1.0], top1=[0.5])
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)

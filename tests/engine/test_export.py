@@ -83,6 +83,7 @@ def check_equal(run_theirs, model, crop=32):
             )
 
 
+@pytest.mark.seconds
 def test_torchvision_runs_what_was_written_for_it(tmp_path, capsys):
     model, checkpoint = trained(tmp_path, "B", batch_norm=True)
     file = tmp_path / "vgg13_bn.pth"
@@ -113,6 +114,7 @@ def test_what_was_written_for_torchvision_is_read_again_with_its_names_and_its_m
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.seconds
 def test_a_file_in_16_bits_goes_through(tmp_path, capsys, dtype):
     """Its own first convolution, divided and multiplied again in float32, rounds back to itself."""
     model, _ = trained(tmp_path, "A")
@@ -126,6 +128,7 @@ def test_a_file_in_16_bits_goes_through(tmp_path, capsys, dtype):
         assert torch.equal(again[name].to(dtype), value), name
 
 
+@pytest.mark.seconds
 def test_torch_export_runs_what_was_written_for_it(tmp_path, capsys, with_lrn):
     model, checkpoint = with_lrn
     file = tmp_path / "a_lrn.pt2"

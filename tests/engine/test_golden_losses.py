@@ -55,6 +55,7 @@ def losses(arch: str, out: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("arch", ["A", "D"])
+@pytest.mark.seconds
 def test_losses_are_what_they_were(tmp_path, arch):
     found, golden = losses(arch, tmp_path), json.loads(GOLDEN.read_text())[arch]
     assert len(golden) == 30

@@ -50,6 +50,7 @@ def photo_run(photos, tmp_path_factory) -> Path:
     return out / "last.pt"
 
 
+@pytest.mark.seconds
 def test_a_run_takes_the_data_sets_statistics_and_its_checkpoint_keeps_them(photos, photo_run):
     own, checkpoint = find_statistics(open_manifest(photos)), load(photo_run)
     assert own
@@ -87,6 +88,7 @@ def test_the_mean_of_the_initial_network_is_what_the_loader_subtracts(photos, ph
             assert torch.allclose(shifted - own, difference.view(1, 3, 1, 1).expand_as(own), atol=1e-4)
 
 
+@pytest.mark.seconds
 def test_weights_for_other_classes_replace_the_last_layer_and_begin_at_step_0(photo_run, tmp_path, capsys):
     flags = [*SMALL, "--weights", str(photo_run), "--lr", "1e-9", "--out", str(tmp_path / "run")]
     assert train.main([*flags, "--steps", "1"]) == 0
@@ -295,6 +297,7 @@ def test_classes_that_are_others_or_could_be_misread_are_refused(theirs, ours, s
         ),
     ],
 )
+@pytest.mark.seconds
 def test_the_last_layer_is_kept_only_for_the_same_classes(small, config, theirs, ours, kept, said):
     model = build("A", classes=3, crop=32, dropout=0.5, init="xavier", device=CPU, seed=1)
     fresh = model.state_dict()["classifier.6.weight"].clone()

@@ -107,6 +107,7 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 
 # At the images' own short side nothing is resized. PIL's antialiased resize and DALI's differ by a few grey levels.
 @pytest.mark.parametrize(("scale", "tolerance"), [(48, 1e-3), (40, 2e-2)])
+@pytest.mark.seconds
 def test_multicrop_equals_fifty_crops_made_with_pil_and_torchvision(network, folder, scale, tolerance):
     images, _, data = whole_images(folder, scale)
     compute = posteriors_of(network, FP32)

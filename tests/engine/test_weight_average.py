@@ -18,6 +18,7 @@ from tests.support.images import photo_folder
 CPU = torch.device("cpu")
 
 
+@pytest.mark.seconds
 def test_the_average_is_the_sum_over_all_weights_before():
     """In float64, batch normalisation's statistics included, with the decays 0.1, 2/11, 3/12 … up to the one asked for."""
     model = build("A", classes=2, crop=32, dropout=0.0, init="xavier", device=CPU, batch_norm=True)
@@ -52,6 +53,7 @@ def test_the_initial_weights_are_soon_forgotten():
     assert 0 < float(average.model.state_dict()["weight"]) < 1e-12
 
 
+@pytest.mark.seconds
 def test_the_average_is_validated_and_what_others_take_from_a_checkpoint(tmp_path):
     """Its loss on the validation images is the one in the history, and the plain weights' is another."""
     data = photo_folder(tmp_path / "photos", train=6, val=5)

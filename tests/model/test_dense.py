@@ -68,6 +68,7 @@ def reference(state, image, side):
         (32, 40, 100, 3),  # FC6 is 1×1
     ],
 )
+@pytest.mark.seconds
 def test_is_the_classifier_at_every_place_averaged(crop, height, width, places):
     model = network("A", crop).double()
     dense, x = Dense(model), images(2, height, width, torch.float64)
@@ -83,6 +84,7 @@ def test_is_the_classifier_at_every_place_averaged(crop, height, width, places):
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("arch", CONFIGURATIONS)
+@pytest.mark.seconds
 def test_is_a_fully_convolutional_network(arch, batch_norm):
     """The construction of section 3.2, layer by layer: FC6, FC7 and FC8 as convolutions, the score map averaged."""
     model = network(arch, 64, batch_norm=batch_norm)
@@ -100,6 +102,7 @@ def test_is_a_fully_convolutional_network(arch, batch_norm):
 
 
 @pytest.mark.parametrize("crop", [32, 96, 224])
+@pytest.mark.seconds
 def test_equals_the_network_on_an_image_of_the_crops_size(crop):
     model, x = network("A", crop), images(2, crop, crop)
     with torch.no_grad():

@@ -97,6 +97,7 @@ def test_without_numbers_it_is_torchs_and_in_evaluation_it_does_nothing():
     assert torch.equal(mask(copy.deepcopy(dropout()), 5), mask(dropout(), 5))
 
 
+@pytest.mark.seconds
 def test_compiled_it_draws_the_same():
     layer = dropout()
     x = torch.randn(8, UNITS)

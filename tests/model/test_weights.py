@@ -52,6 +52,7 @@ def torchvision_network(arch, batch_norm):
 
 
 @pytest.mark.parametrize(("arch", "batch_norm"), ALL_TORCHVISION)
+@pytest.mark.seconds
 def test_torchvisions_networks_in_and_out_give_equal_logits(arch, batch_norm):
     """Seen through torchvision's own Normalize: the mean and the division by 255·std, borders included."""
     reference = torchvision_network(arch, batch_norm)
@@ -136,6 +137,7 @@ def test_weights_of_something_else_are_refused(what):
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("arch", CONFIGURATIONS)
+@pytest.mark.seconds
 def test_pre_initialisation_copies_four_convolutions_and_the_classifier(arch, batch_norm):
     """Against the paper's table counted by hand: conv1_1, conv2_1, conv3_1 and conv3_2 in torchvision's numbering."""
     source = small("A", batch_norm=batch_norm)

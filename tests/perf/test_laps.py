@@ -50,6 +50,7 @@ def make_step(laps: Laps, passes: int, name: str = "fp32"):
 
 
 @pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.seconds
 def test_each_part_gets_its_own_time(passes):
     laps = Laps(CPU)
     _, step = make_step(laps, passes)

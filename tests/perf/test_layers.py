@@ -23,6 +23,7 @@ def network_and_batch(arch: str, *, crop: int, batch: int, batch_norm: bool = Fa
 
 
 @pytest.mark.parametrize(("arch", "batch_norm"), [("A-LRN", False), ("B", True)])
+@pytest.mark.seconds
 def test_layers_are_those_of_the_floor(arch, batch_norm):
     network, batch = network_and_batch(arch, crop=32, batch=2, batch_norm=batch_norm)
     measured = layer_seconds(network, batch, precision=FP32, device=CPU)
@@ -48,6 +49,7 @@ def one_thread(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.seconds
 def test_layers_add_up_to_a_pass(one_thread):
     """Convolutions and FC7 both count here. The shortest of a few, in turns: memory is shared with other programs."""
     network, (images, labels) = network_and_batch("A", crop=32, batch=2)
@@ -84,6 +86,7 @@ class Slow(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("name", ["features.0", "features.8", "features.10", "classifier.6"])
+@pytest.mark.seconds
 def test_a_slow_layer_shows(one_thread, monkeypatch, name):
     """The first one, one in the middle, a pooling, and the last one."""
     network, batch = network_and_batch("A", crop=32, batch=1)

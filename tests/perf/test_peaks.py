@@ -142,6 +142,7 @@ def best_rate(call, work: float) -> float:
     return work / min(seconds)
 
 
+@pytest.mark.seconds
 def test_measured_peaks_are_not_below_what_was_measured_beside_them(monkeypatch):
     monkeypatch.setattr(peaks, "_MEASURE_SECONDS", 0.2)
     matrix, values = torch.randn(1024, 1024), torch.ones(64 << 20)

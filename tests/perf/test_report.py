@@ -46,6 +46,7 @@ def test_a_report_comes_back_as_it_was(written):
     assert read_report(written) == cpu_report()
 
 
+@pytest.mark.seconds
 def test_report_writes_a_page_and_pictures(written, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
     assert main([str(written)]) == 0
@@ -126,6 +127,7 @@ def test_terminal_shows_cautions_and_how_sure_the_figure_is(capsys, monkeypatch)
     assert "confidence:" not in shown
 
 
+@pytest.mark.seconds
 def test_report_of_a_cpu_run_leaves_no_picture_of_an_earlier_one(written, capsys):
     write_report(gpu_report(), written.parent)
     assert (written.parent / "telemetry.png").exists()
@@ -344,6 +346,7 @@ def test_values_that_nothing_can_be_divided_by_are_refused(place, value, words, 
 
 
 @pytest.mark.parametrize("flags", [1, 2])
+@pytest.mark.seconds
 def test_folder_that_cannot_be_written_is_said_in_a_sentence(flags, written, capsys):
     blocked = written.parent / "file"
     blocked.write_text("in the way")
@@ -354,6 +357,7 @@ def test_folder_that_cannot_be_written_is_said_in_a_sentence(flags, written, cap
     assert blocked.read_text() == "in the way"
 
 
+@pytest.mark.seconds
 def test_disk_that_is_full_leaves_the_earlier_files_whole(written, capsys, monkeypatch):
     write_report(cpu_report(), written.parent)
     before = {path: path.read_bytes() for path in written.parent.iterdir()}

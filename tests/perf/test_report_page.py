@@ -137,6 +137,7 @@ def test_page_tells_settings_that_were_changed_from_the_rest():
     assert "Nothing differs from the defaults." in page_of(report).text
 
 
+@pytest.mark.seconds
 def test_page_without_telemetry_links_trace_memory_and_costs():
     report = cpu_report()
     report.roofline.links = report.costs = None
@@ -237,6 +238,7 @@ def optional_fields(value: object) -> Iterator[tuple[msgspec.Struct, str]]:
             yield from optional_fields(item)
 
 
+@pytest.mark.seconds
 def test_whatever_may_be_none_can_be():
     """Each such field by itself, and at the end all of them together."""
     report = gpu_report()
@@ -263,6 +265,7 @@ def test_whatever_may_be_none_can_be():
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 @pytest.mark.parametrize("make", [cpu_report, gpu_report])
+@pytest.mark.seconds
 def test_no_page_is_wider_than_a_phone(make, tmp_path: Path):
     """In an iframe of 390 pixels, since a browser's own window is never that narrow; tables scroll by themselves."""
     report = make()

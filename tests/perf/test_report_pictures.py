@@ -270,6 +270,7 @@ def crowded_report() -> Report:
 
 @pytest.mark.parametrize("make", [cpu_report, gpu_report, crowded_report])
 @pytest.mark.parametrize("name", [*PICTURES, "comparison"])
+@pytest.mark.seconds
 def test_no_text_overlaps_another_or_leaves_the_picture(make, name, monkeypatch):
     if name == "comparison":
         figure = comparison(compare(cpu_report(), make()), ["a/report.json", "b/" * 90])

@@ -173,6 +173,7 @@ def images_per_second(bench: Bench, timing: Timing) -> float:
 
 
 @pytest.mark.parametrize("flags", [(), ("--read-ahead", "40"), ("--order", "window", "--window-shards", "4")])
+@pytest.mark.seconds
 def test_reading_and_loader_are_as_fast_as_the_storage_however_much_lies_ready(digits, flags, monkeypatch):
     """Windows of 40 images, 10 steps, of which each comes at once; or up to 42 batches that lie ready."""
     bench = bench_of(digits, *flags, seconds=1)
@@ -210,6 +211,7 @@ def test_training_waits_for_slow_storage_as_long_as_it_waits(digits, flags, monk
         (144, 4, 359, 1),  # one
     ],
 )
+@pytest.mark.seconds
 def test_a_stage_begins_a_step_before_a_windows_end_and_lasts_whole_windows(digits, shards, batch, period, windows):
     flags = ["--order", "window", "--window-shards", str(shards), "--batch-size", str(batch)]
     bench = bench_of(digits, *flags, seconds=1)
@@ -224,6 +226,7 @@ def test_a_stage_begins_a_step_before_a_windows_end_and_lasts_whole_windows(digi
     assert len({feed.start for feed in feeds}) == min(4, -(-144 // shards))
 
 
+@pytest.mark.seconds
 def test_without_windows_a_stage_begins_at_a_quarter_of_the_epoch(digits):
     bench = bench_of(digits, "--batch-size", "8", "--micro-batch", "4", seconds=1)
     assert [feed_of(bench.data, stage).start for stage in range(4)] == [0, 359, 718, 1077]

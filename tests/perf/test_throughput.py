@@ -34,6 +34,7 @@ def profiled(tmp_path_factory):
     return out, code, read_report(out / "report.json"), json.loads(lines[-1])
 
 
+@pytest.mark.seconds
 def test_a_run_leaves_a_report_and_a_line_of_json(profiled):
     out, code, report, line = profiled
     assert code == 0

@@ -61,6 +61,7 @@ def interval_of(values) -> tuple[float, float]:
 
 @pytest.mark.parametrize("correlation", [0, 0.5, 0.9])
 @pytest.mark.parametrize("spread", [0.002, 0.01, 0.03])
+@pytest.mark.seconds
 def test_the_interval_holds_the_mean_when_it_is_what_stops_the_measuring(correlation, spread):
     """At least 90 % of the intervals, of 500 stages of an autoregressive series, stopped by the function that stops a stage."""
     generator, limits = (

@@ -241,6 +241,7 @@ def _emptied(folder: Path) -> None:
         (_images_by_links, shutil.rmtree),
     ],
 )
+@pytest.mark.seconds
 def test_a_disk_that_holds_a_part_of_the_data_may_leave_too(photos, monkeypatch, place, leave):
     """A split's own disk, a class's, or one to which links lead: gone, or an empty folder where it was mounted."""
     folder, plan = photos
@@ -253,6 +254,7 @@ def test_a_disk_that_holds_a_part_of_the_data_may_leave_too(photos, monkeypatch,
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
+@pytest.mark.seconds
 def test_a_file_that_the_disk_does_not_give_is_not_lost(photos, monkeypatch, error):
     """DALI says only that it failed; read again, the file says why: first by this errno, then it is there."""
     folder, plan = photos

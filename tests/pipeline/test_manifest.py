@@ -315,6 +315,7 @@ KEYS = ("version", "classes", "fingerprint", "val_lost", "quarantined", "tables"
 
 
 @pytest.mark.parametrize("damage", [*DAMAGE, *KEYS])
+@pytest.mark.seconds
 def test_a_damaged_manifest_is_made_anew_with_a_word(folder, capsys, monkeypatch, damage):
     monkeypatch.setattr(manifests, "_SECONDS_TO_WRITE", 0.0)
     (folder / "train/class0/bad.jpg").write_bytes(b"")
@@ -392,6 +393,7 @@ def test_nobodys_files_are_touched_through_a_link(folder, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE])
+@pytest.mark.seconds
 def test_a_storage_that_fails_makes_no_image_bad(folder, monkeypatch, capsys, number):
     """For a moment it is waited for; for longer, it ends the scan with a sentence, and nothing is written."""
     monkeypatch.setattr(scan, "_PATIENCE_SECONDS", 0.3)
@@ -565,6 +567,7 @@ def test_start_up_on_a_table_of_imagenets_size(folder):
     assert result["mb"] < 300
 
 
+@pytest.mark.seconds
 def test_reading_rows_takes_the_same_time_for_any_length(folder):
     table = open_manifest(folder).train
     large = FileTable(folder, np.resize(table._rows._rows, 2_000_000))

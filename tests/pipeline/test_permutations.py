@@ -61,6 +61,7 @@ def test_epochs_and_seeds_differ():
             assert (orders[one] == orders[other]).mean() < 0.02
 
 
+@pytest.mark.seconds
 def test_every_row_comes_equally_often_at_every_tenth_of_the_epoch():
     """Chi-square over where one row of each shard stands, and over which rows stand at one place, in 1500 epochs."""
     sizes = np.full(10, 8)

@@ -105,6 +105,7 @@ def test_a_list_that_cannot_be_written_is_warned_of_once_and_ends_nothing(damage
     assert output.count("quarantine.tsv cannot be added to (Is a directory)") == 1
 
 
+@pytest.mark.seconds
 def test_a_header_that_is_cut_does_not_end_the_process_in_a_large_batch(tmp_path):
     folder = photo_folder(tmp_path / "photos", train=128, val=2)
     config = parse_args(

@@ -330,6 +330,7 @@ def test_two_ranks_train_and_validate_on_prepared_data(folder, tmp_path):
 
 @pytest.mark.parametrize("window_shards", [None, 3])
 @pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.seconds
 def test_ranks_share_out_the_same_samples(folder, window_shards, world_size):
     table = table_of(folder)
     plan = make_plan(table, window_shards=window_shards)

@@ -86,6 +86,7 @@ def test_sums_in_blocks_are_the_sums_at_once_to_the_last_bit(monkeypatch, block)
 
 
 @pytest.mark.parametrize("pixels", [3000, 50])
+@pytest.mark.seconds
 def test_images_in_strips_are_the_images_at_once_to_the_last_bit(tmp_path, monkeypatch, pixels):
     """Of every format, odd sizes, and one that cannot be decoded."""
     image = photographs()[0].resize((151, 97))

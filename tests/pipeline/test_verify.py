@@ -153,6 +153,7 @@ def test_a_class_without_an_image_is_named_with_the_reasons_and_can_be_repaired(
 
 
 @pytest.mark.parametrize("images", [1, 4, 15, 16, 23])
+@pytest.mark.seconds
 def test_interrupted_after_any_image_it_goes_on_there(folder, capsys, monkeypatch, images):
     monkeypatch.setattr(verify, "_SECONDS_BETWEEN_SAVES", 0.0)
     decode_whole = verify.decode_whole
@@ -194,6 +195,7 @@ def test_interrupted_after_any_image_it_goes_on_there(folder, capsys, monkeypatc
         '{"fingerprint": "FINGERPRINT", "done": {"train": 1}, "bad": {"train": {}, "val": {}}}',
     ],
 )
+@pytest.mark.seconds
 def test_progress_that_means_nothing_here_is_not_used(folder, content):
     scanned = open_manifest(folder)
     (scanned.folder / PROGRESS).write_text(content.replace("FINGERPRINT", scanned.fingerprint))
