@@ -4,6 +4,7 @@ import os
 import random
 import re
 import subprocess
+import tempfile
 import types
 from collections.abc import Callable
 
@@ -60,7 +61,8 @@ def _names_in(code: types.CodeType) -> set[str]:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """The user's cache folder is left alone; child processes inherit the tests' own."""
+    """The user's cache folder is left alone; child processes inherit the tests' own. What is compiled is kept for all tests."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"vgg-tests-{os.getuid()}"))
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 

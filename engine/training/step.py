@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common.files import cache_folder
 from common.progress import say
 from engine.precision import Precision
 from engine.training.data_parallel import average_over_ranks
@@ -146,6 +147,9 @@ def compile_model(model: nn.Module, *, choice: str, mode: str, device: torch.dev
 
     Compiled inside DDP, the backward pass is cut at DDP's buckets, so that the all-reduce of FC6 starts early; and the
     state dict's keys stay as they are. Without a C++ compiler (a C compiler, for CUDA) the model stays eager, with a warning.
+
+    What was compiled is kept in the user's cache, where a machine that shares the home finds it, and this one after it was
+    started anew: torch's own place is the temporary folder. Not in OUT, which may have come from somebody else: it is code.
     """
     if choice == "off" or (choice == "auto" and device.type == "cpu"):
         return False
@@ -156,5 +160,6 @@ def compile_model(model: nn.Module, *, choice: str, mode: str, device: torch.dev
                 f"warning: torch.compile needs a compiler ({' or '.join(compilers[1:])}) and finds none: going on without it"
             )
         return False
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torchinductor"))
     model.compile(mode=None if mode == "default" else mode)
     return True

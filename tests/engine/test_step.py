@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import itertools
+import os
 import shutil
 
 import pytest
@@ -167,6 +168,17 @@ def test_training_and_evaluation_compile_once_each_and_give_the_same_numbers():
         model.train(), eager_model.train()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one for training, one for evaluation"
     assert list(model.state_dict()) == list(eager_model.state_dict())
+
+
+def test_what_was_compiled_is_kept_in_the_users_cache_or_where_they_say(monkeypatch, tmp_path):
+    """Not in the temporary folder, which a machine that is started anew has empty, and others do not see."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for chosen, expected in ((None, tmp_path / "vgg-dali/torchinductor"), ("/elsewhere", "/elsewhere")):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", chosen or "")
+        if not chosen:
+            monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        assert compile_model(torch.nn.Linear(2, 2), choice="on", mode="default", device=CPU, is_main=True)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(expected)
 
 
 def test_without_a_compiler_the_model_stays_eager_with_a_warning(monkeypatch, capsys):
