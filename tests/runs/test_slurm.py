@@ -15,7 +15,7 @@ from tests.support.used import read_used
 pytestmark = pytest.mark.slow
 
 NODES = ("n1", "n2")
-SECONDS_A_STEP = "0.9"  # besides the step's own time, so that a run lasts on fast machines too
+SECONDS_A_STEP = "2"  # besides the step's own time, so that a run lasts on fast machines too
 START_SECONDS, END_SECONDS = 200, 900  # on cores that others use
 URGENT = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
 
@@ -36,7 +36,7 @@ class Training:
     """A job of sweeps/slurm.sbatch on both nodes, one rank on each."""
 
     def __init__(
-        self, slurm: Slurm, folder: Path, *flags: str, steps: int = 60, checkpoint_minutes: str = "60"
+        self, slurm: Slurm, folder: Path, *flags: str, steps: int = 30, checkpoint_minutes: str = "60"
     ) -> None:
         self.slurm, self.steps, self.log, self.out = slurm, steps, folder / "log", folder / "out"
         self.flags = [*SMALL, "--steps", str(steps), "--checkpoint-minutes", checkpoint_minutes]
@@ -75,7 +75,7 @@ class Training:
 
 def test_time_limit(slurm, tmp_path):
     """Two minutes, of which SLURM gives 55 to 85 s: it looks every 30 s which signals will have been due at its next look."""
-    training = Training(slurm, tmp_path, "--time=2", "--signal=B:USR1@35", steps=100)
+    training = Training(slurm, tmp_path, "--time=2", "--signal=B:USR1@35", steps=45)
     training.wait_for_end()
     assert training.restarts() >= 1
     training.assert_whole(repeated=False)
@@ -87,7 +87,7 @@ def test_time_limit(slurm, tmp_path):
 def test_node_without_power(slurm, tmp_path, node):
     """n1 has the job's script and the list of the machines."""
     training = Training(slurm, tmp_path, checkpoint_minutes="0.05")
-    training.wait_for_steps(20)
+    training.wait_for_steps(10)
     slurm.switch_off(node)
     try:
         training.wait_for_requeue()
@@ -99,7 +99,7 @@ def test_node_without_power(slurm, tmp_path, node):
 
 def test_job_that_goes_first(slurm, tmp_path):
     training = Training(slurm, tmp_path)
-    training.wait_for_steps(20)
+    training.wait_for_steps(10)
     urgent = slurm.command(*URGENT, "--wrap", "sleep 5").strip()
     slurm.wait_for_state(urgent, "COMPLETED", START_SECONDS)
     assert training.steps_begun() < training.steps
@@ -151,20 +151,19 @@ class Sweep:
         tasks = [f"{self.number}_{task}" for task in range(1, len(self.rates) + 1)]
         return {task: int(self.slurm.job(task)["Restarts"]) for task in tasks}
 
-    def assert_whole(self) -> None:
-        """A row for each run, and nothing done twice."""
+    def assert_whole(self, *, repeated: bool = False) -> None:
+        """A row for each run; some steps made twice, or none."""
         rows = read_rows(self.csv)
         assert sorted(row["lr"] for row in rows) == sorted(self.rates)
         assert [row["error"] for row in rows] == [""] * len(rows)
         assert {row["steps_done"] for row in rows} == {str(self.steps)}
-        for row in rows:
-            used = read_used(Path(row["out"]), batch_size=12)
-            assert len(used.images) == self.steps * 12
-            assert not used.repeated_steps
+        used = [read_used(Path(row["out"]), batch_size=12) for row in rows]
+        assert [len(run.images) for run in used] == [self.steps * 12] * len(rows)
+        assert any(run.repeated_steps for run in used) == repeated
 
 
 def test_time_limit_of_a_sweep(slurm, tmp_path):
-    sweep = Sweep(slurm, tmp_path, ["0.001", "0.002", "0.003"], 90, SBATCH_TIMELIMIT="2", SBATCH_SIGNAL="B:USR1@35")
+    sweep = Sweep(slurm, tmp_path, ["0.001", "0.002", "0.003"], 45, SBATCH_TIMELIMIT="2", SBATCH_SIGNAL="B:USR1@35")
     slurm.wait_until_gone(sweep.number, END_SECONDS)
     assert min(sweep.restarts().values()) >= 1
     sweep.assert_whole()
@@ -174,11 +173,24 @@ def test_time_limit_of_a_sweep(slurm, tmp_path):
 
 
 def test_job_that_goes_before_a_sweep(slurm, tmp_path):
-    sweep = Sweep(slurm, tmp_path, ["0.001", "0.002"], 40)
-    sweep.wait_for_steps(runs=2, count=10)
+    sweep = Sweep(slurm, tmp_path, ["0.001", "0.002"], 30)
+    sweep.wait_for_steps(runs=2, count=8)
     urgent = slurm.command(*URGENT, "--wrap", "sleep 5").strip()
     slurm.wait_for_state(urgent, "COMPLETED", START_SECONDS)
     assert not read_rows(sweep.csv)
     slurm.wait_until_gone(sweep.number, END_SECONDS)
     assert list(sweep.restarts().values()) == [1, 1]
     sweep.assert_whole()
+
+
+def test_node_without_power_under_a_sweep(slurm, tmp_path):
+    sweep = Sweep(slurm, tmp_path, ["0.001", "0.002"], 30)
+    sweep.wait_for_steps(runs=2, count=8)
+    slurm.switch_off("n2")
+    try:
+        slurm.wait(lambda: sum(sweep.restarts().values()), START_SECONDS, "a task queued again")
+    finally:
+        slurm.start_node("n2")
+    slurm.wait_until_gone(sweep.number, END_SECONDS)
+    assert sorted(sweep.restarts().values()) == [0, 1]
+    sweep.assert_whole(repeated=True)

@@ -141,8 +141,9 @@ class Slurm:
         """Of a node the first process is killed, with which the kernel ends all others; the daemons end as they wish."""
         process = self._running.pop(name)
         if name in self.nodes:
-            for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-                os.kill(int(child), signal.SIGKILL)
+            with suppress(OSError):  # it may have ended by itself
+                for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                    os.kill(int(child), signal.SIGKILL)
         else:
             process.terminate()
         try:
