@@ -125,7 +125,8 @@ def test_ranks_of_a_job_are_those_given_or_the_nodes_gpus(tmp_path, variables, g
 
 def test_slurm_requeues_what_it_stopped(tmp_path):
     """USR1 to the script, ahead of the time limit: the steps get SIGTERM, and the script waits for them."""
-    srun = 'echo $$ > srun.pid; trap "sleep 0.5; echo saved >> calls; exit 1" TERM; while :; do sleep 0.1; done'
+    saved = 'sleep 0.5; echo "saved, given $TORCH_ELASTIC_SHUTDOWN_TIMEOUT s" >> calls; exit 1'
+    srun = f"echo $$ > srun.pid; trap '{saved}' TERM; while :; do sleep 0.1; done"
     variables = fake_slurm(tmp_path, srun)
     job = subprocess.Popen(["bash", str(ROOT / "sweeps/slurm.sbatch"), "--arch", "A"], env=variables)
     while not (tmp_path / "srun.pid").exists() or not (tmp_path / "srun.pid").read_text():
@@ -135,7 +136,7 @@ def test_slurm_requeues_what_it_stopped(tmp_path):
     assert (tmp_path / "calls").read_text().splitlines()[-4:] == [
         "srun --kill-on-bad-exit=1 sweeps/two_machines.sh --arch A",
         "scancel --signal=TERM 7",
-        "saved",
+        "saved, given 100 s",
         "scontrol requeue 7",
     ]
 

@@ -308,18 +308,44 @@ def test_slurm_array(folder):
     env["PATH"] = f"{folder}:{env['PATH']}"
     command = ["bash", "sweeps/slurm_array.sbatch", "sweeps/lr.sh", "--arch", "B", "--data", "digits"]
     subprocess.run(command, cwd=ROOT, env=env, check=True)
-    job = "sbatch --export=ALL --array=1-2 sweeps/slurm_array.sbatch sweeps/lr.sh --arch B --data digits"
-    assert (folder / "slurm").read_text().splitlines() == [job]
+    subprocess.run(command, cwd=ROOT, env={**env, "CPUS": "4"}, check=True)
+    flags = "sweeps/slurm_array.sbatch sweeps/lr.sh --arch B --data digits"
+    jobs = [f"sbatch --export=ALL --array=1-2 {flags}", f"sbatch --export=ALL --array=1-2 --cpus-per-task=4 {flags}"]
+    assert (folder / "slurm").read_text().splitlines() == jobs
 
     second = subprocess.Popen(command, cwd=ROOT, env={**env, "SLURM_ARRAY_TASK_ID": "2"})
     wait_until(lambda: rates_run(folder) == ["0.7"])
     second.send_signal(signal.SIGUSR1)  # ahead of the time limit
     assert second.wait(timeout=30) == 75
-    assert (folder / "slurm").read_text().splitlines()[1:] == ["scontrol requeue 8_2"]
+    assert (folder / "slurm").read_text().splitlines()[2:] == ["scontrol requeue 8_2"]
     (folder / "go").touch()
     tasks = [subprocess.Popen(command, cwd=ROOT, env={**env, "SLURM_ARRAY_TASK_ID": task}) for task in "12"]
     assert [task.wait(timeout=30) for task in tasks] == [0, 0]
     assert sorted(row["lr"] for row in read_rows(folder / "lr.csv")) == ["0.01", "0.7"]
+
+
+@pytest.mark.parametrize("by", [signal.SIGUSR1, signal.SIGTERM])
+def test_slurm_array_waits_until_its_task_has_saved(folder, by):
+    """TERM comes from SLURM, which queues a job that gives way again by itself, and kills what a script has left behind."""
+    scripts = {
+        "scontrol": f'echo "scontrol $*" >> {folder}/slurm',
+        "sweep": f"""
+            trap 'sleep 0.5; echo "saved, given $TORCH_ELASTIC_SHUTDOWN_TIMEOUT s" >> {folder}/slurm; exit 75' TERM
+            echo "$*" >> {folder}/slurm
+            while :; do sleep 0.05; done""",
+    }
+    for name, action in scripts.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{action}\n")
+        (folder / name).chmod(0o755)
+    env = {**variables(folder), "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(folder)}
+    env |= {"SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "2"}
+    task = subprocess.Popen(["bash", str(ROOT / "sweeps/slurm_array.sbatch"), "./sweep", "--arch", "A"], env=env)
+    wait_until((folder / "slurm").exists)
+    task.send_signal(by)
+    assert task.wait(timeout=30) == 75
+    requeued = ["scontrol requeue 8_2"] if by == signal.SIGUSR1 else []
+    said = ["--run 2 --arch A", "saved, given 100 s", *requeued]
+    assert (folder / "slurm").read_text().splitlines() == said
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------

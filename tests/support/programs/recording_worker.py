@@ -3,9 +3,12 @@
 A file for each start and rank, a line for each batch that the loader has delivered: the step (from 0), and for each image
 its number in the plan, the row that it shows, and a checksum of its pixels. A line is on the disk before the batch is used:
 a step whose gradients were added up over all ranks is in the files of all of them, whoever was killed thereafter.
+
+SECONDS_A_STEP in the environment: so long it also sleeps in each step, for a run that is to last.
 """
 
 import json
+import os
 import sys
 import time
 import zlib
@@ -22,6 +25,7 @@ _init, _step, _train_batches = Trainer.__init__, TrainStep.__call__, TrainingDat
 _loader: Any
 _file: TextIO
 _batch_size: int
+_pause_seconds = float(os.environ.get("SECONDS_A_STEP", 0))
 
 
 def open_loader(self, start):
@@ -42,6 +46,11 @@ def init_and_open_file(self, config, *, ranks, **others) -> None:
     _init(self, config, ranks=ranks, **others)
 
 
+def step(self, batches, **others):
+    time.sleep(_pause_seconds)
+    return _step(self, recorded(batches), **others)
+
+
 def recorded(batches):
     for images, labels in batches:
         delivered = _loader.delivered
@@ -55,5 +64,5 @@ def recorded(batches):
 
 TrainingData.train_batches = open_loader  # type: ignore[method-assign]
 Trainer.__init__ = init_and_open_file  # type: ignore[method-assign]
-TrainStep.__call__ = lambda self, batches, **others: _step(self, recorded(batches), **others)  # type: ignore
+TrainStep.__call__ = step  # type: ignore[method-assign]
 sys.exit(train.main())
