@@ -1,6 +1,8 @@
 """What starts the trainer elsewhere: as far as it can be checked without Docker and Kubernetes."""
 
+import os
 import runpy
+import shutil
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -40,6 +42,27 @@ def test_the_jobset_names_its_first_pod_and_its_machines(jobset):
     assert (ROOT / container["command"][0]).is_file()
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
+
+
+def test_what_git_ignores_stays_out_of_images():
+    """Caches and runs of the folder in which an image is built: gigabytes, and the packages of another Python."""
+    ignored = (ROOT / ".gitignore").read_text().split()
+    as_docker_writes_it = {line.strip("/") if line.startswith("/") else f"**/{line.strip('/')}" for line in ignored}
+    assert as_docker_writes_it | {".git"} == set((ROOT / ".dockerignore").read_text().split())
+
+
+def test_make_demo_in_the_image_installs_nothing(tmp_path):
+    """The image has the packages, and its users may have no network: a second torch would take 6 GB."""
+    lines = (ROOT / "deploy/Dockerfile.pip").read_text().splitlines()
+    (prepare,) = [line.removeprefix("RUN ") for line in lines if line.startswith("RUN ") and " venv " in line]
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(prepare, shell=True, check=True, cwd=tmp_path, env=os.environ | {"PATH": path})
+    command = ["make", "--no-print-directory", "--dry-run", "demo"]
+    done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
+    (recipe,) = done.stdout.splitlines()
+    assert recipe.startswith(".venv/bin/python train.py ")
 
 
 def test_what_is_installed_here_is_what_is_asked_for():
