@@ -157,10 +157,11 @@ def profile(config: Config, ranks: Ranks, options: argparse.Namespace) -> Report
         flops_per_second=max(peaks.flops_per_second, again.flops_per_second),
         bytes_per_second=max(peaks.bytes_per_second, again.bytes_per_second),
     )
-    return _report(bench, found, peaks, links, sampler, options)
+    return _report(config, bench, found, peaks, links, sampler, options)
 
 
 def _report(
+    asked: Config,
     bench: Bench,
     found: Findings,
     peaks: Peaks,
@@ -168,7 +169,8 @@ def _report(
     sampler: NvmlSampler | None,
     options: argparse.Namespace,
 ) -> Report | None:
-    """On rank 0; None on the others, which must call this too. sampler: of the first rank of each machine."""
+    """On rank 0; None on the others, which must call this too. asked: as the flags have it, before what "auto" came to.
+    sampler: of the first rank of each machine."""
     ranks, config, data, timings = bench.ranks, bench.config, bench.data, found.timings
     measured = {name: timings[name] for name in STAGES if name in timings}
     rates = {name: rate_of(timing, images=bench.share, ranks=ranks) for name, timing in measured.items()}
@@ -228,7 +230,7 @@ def _report(
         git_revision=git_revision(),
         hardware=hardware(ranks),
         config=_resolved(bench, compiled=found.compile_seconds is not None),
-        changed=changed(config),
+        changed=changed(asked),
         warm_up=WarmUp(
             steps=sum(timing.warm_up_steps for timing in timings.values()),
             seconds=sum(timing.warm_up_seconds for timing in timings.values()),

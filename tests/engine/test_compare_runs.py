@@ -28,6 +28,7 @@ def write_run(folder: Path, *, losses: list[float], top1: list[float], cut: bool
     return folder
 
 
+@pytest.mark.seconds
 def test_two_runs(tmp_path, capsys):
     one = write_run(tmp_path / "runs/one", losses=[2.0, 1.5, 1.2], top1=[0.5, 0.4])
     two = write_run(tmp_path / "runs/two$^$", losses=[2.2], top1=[], lr=0.1, dropout=0.2)
@@ -150,6 +151,7 @@ def test_files_of_a_run_that_cannot_be_read(tmp_path, capsys, name, what):
     assert not (run / "curves.png").exists()
 
 
+@pytest.mark.seconds
 def test_names_that_a_terminal_cannot_show(tmp_path, capsys):
     run = write_run(tmp_path / "a\udcff\x1b[31m", losses=[1.0], top1=[], data="d\x1b[2J\udcff")
     other = write_run(tmp_path / "b", losses=[1.0], top1=[])

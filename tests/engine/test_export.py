@@ -98,6 +98,7 @@ def test_torchvision_runs_what_was_written_for_it(tmp_path, capsys):
     check_equal(lambda images: theirs(prepared(images / 255)), model)
 
 
+@pytest.mark.seconds
 def test_what_was_written_for_torchvision_is_read_again_with_its_names_and_its_mean(tmp_path, capsys):
     model, checkpoint = trained(tmp_path, "A")
     file = tmp_path / "vgg11.pth"

@@ -58,6 +58,7 @@ def test_a_run_takes_the_data_sets_statistics_and_its_checkpoint_keeps_them(phot
     assert tuple(map(tuple, checkpoint.colour_shift)) == own.colour_shift
 
 
+@pytest.mark.seconds
 def test_a_checkpoint_as_a_network(photo_run):
     network, checkpoint = load_network(str(photo_run)), load(photo_run)
     assert (network.arch, network.batch_norm, network.crop) == ("A", False, 32)
@@ -110,6 +111,7 @@ def test_weights_for_other_classes_replace_the_last_layer_and_begin_at_step_0(ph
     assert load(tmp_path / "run/last.pt").mean_rgb == source.mean_rgb
 
 
+@pytest.mark.seconds
 def test_init_from_a(photos, photo_run, tmp_path, capsys):
     out = tmp_path / "B"
     flags = ["--arch", "B", *flags_for(photos, out), "--init-from", str(photo_run), "--lr", "1e-9"]
@@ -125,6 +127,7 @@ def test_init_from_a(photos, photo_run, tmp_path, capsys):
     assert json.loads(captured.out.splitlines()[-1])["steps"] == 2
 
 
+@pytest.mark.seconds
 def test_torchvisions_weights(tmp_path):
     """A at 32 pixels: the logits of torchvision's network behind torchvision's own preprocessing."""
     torch.manual_seed(0)

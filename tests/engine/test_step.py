@@ -87,6 +87,7 @@ def test_accumulated_passes_equal_one_large_pass():
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
+@pytest.mark.seconds
 def test_half_precision_steps_follow_float32(name):
     images, labels = make_batch(2)
     model, step = make(Precision(name, "cpu"))

@@ -86,6 +86,7 @@ def flags_of(folder: Path, out: Path, *flags: str) -> list[str]:
 # ---- what shows a run ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.seconds
 def test_class_names_that_cannot_be_drawn_as_they_are(tmp_path, capsys):
     names = [os.fsdecode(b"caf\xe9"), "$^$", "two\nlines", "\x1b[31m"]
     folder = write_images(tmp_path / "data", names, 2)
@@ -250,7 +251,9 @@ def test_dropout_hears_the_number_of_each_sample(folder, tmp_path, monkeypatch, 
     try:
         for rank in (0, 1):
             ranks = dataclasses.replace(RANKS, rank=rank, local_rank=rank, world_size=2, local_world_size=2)
-            monkeypatch.setattr(common.ranks, "ranks_of_this_run", lambda _, ranks=ranks: contextlib.nullcontext(ranks))
+            monkeypatch.setattr(
+                common.ranks, "ranks_of_this_run", lambda _, ranks=ranks, **__: contextlib.nullcontext(ranks)
+            )
             out = tmp_path / f"{rank}"
             out.mkdir()
             found = []
@@ -397,6 +400,7 @@ def test_samples_counted_in_another_data_set(seen, history, images, expected):
 
 
 @pytest.mark.usefixtures("unseen")
+@pytest.mark.seconds
 def test_data_that_grow_and_shrink_are_validated_after_each_epoch(tmp_path):
     folder, out = tmp_path / "data", tmp_path / "out"
     flags = flags_of(folder, out, "--allow-changed-data", "--epochs", "20")

@@ -47,6 +47,7 @@ def test_lrn_is_alexnets_formula(dtype):
 
 
 @pytest.mark.parametrize("crop", [32, 64, 96, 160])
+@pytest.mark.seconds
 def test_any_multiple_of_32_works(crop):
     model = build("A-LRN", classes=5, crop=crop, dropout=0.5, init="xavier", device=torch.device("cpu"))
     assert model.classifier[0].in_features == 512 * (crop // 32) ** 2

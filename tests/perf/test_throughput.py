@@ -19,6 +19,8 @@ from tests.support.made_up_report import gpu_report
 SMALL = ["--arch", "A", "--data", "digits", "--batch-size", "4", "--steps", "5", "--seconds", "60"]
 FILES = {"report.json", "report.html", "waterfall.png", "timeline.png", "roofline.png"}
 
+pytestmark = pytest.mark.seconds  # the fixture is a run
+
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory):
@@ -34,7 +36,6 @@ def profiled(tmp_path_factory):
     return out, code, read_report(out / "report.json"), json.loads(lines[-1])
 
 
-@pytest.mark.seconds
 def test_a_run_leaves_a_report_and_a_line_of_json(profiled):
     out, code, report, line = profiled
     assert code == 0

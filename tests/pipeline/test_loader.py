@@ -110,6 +110,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
+@pytest.mark.seconds
 def test_images_lost_after_the_scan_are_replaced_and_everything_else_goes_on(tmp_path, prefetch):
     folder = photo_folder(tmp_path, train=40, val=2)
     table = open_manifest(folder).train
@@ -182,6 +183,7 @@ def photos(tmp_path):
     return folder, TrainPlan(table=table, batch_size=6, crop=32, scale=(36, 36), seed=0)
 
 
+@pytest.mark.seconds
 def test_a_data_folder_that_is_gone_for_a_moment_costs_no_image(photos, tmp_path, monkeypatch, capsys):
     folder, plan = photos
     monkeypatch.setattr(patience, "_FIRST_PAUSE_SECONDS", 0.05)

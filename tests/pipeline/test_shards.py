@@ -117,6 +117,7 @@ def test_crops_come_from_everywhere_and_half_are_flipped(folder):
 
 @pytest.mark.parametrize("window_shards", [None, 3])
 @pytest.mark.parametrize("batches_ahead", [1, 5])
+@pytest.mark.seconds
 def test_the_reader_brings_each_samples_bytes_in_order(folder, window_shards, batches_ahead):
     table = table_of(folder)
     plan = make_plan(table, window_shards=window_shards)

@@ -103,6 +103,7 @@ def test_what_runs_have_added_to_the_list_is_replaced_by_what_verifying_finds(fo
     assert "train/class0/000.JPEG" not in listed
 
 
+@pytest.mark.seconds
 def test_a_file_that_cannot_be_read_for_its_storage_is_not_left_out(folder, monkeypatch, capsys):
     """The decoder failed, and by then the storage fails too, for a moment or for good."""
     monkeypatch.setattr(scan, "_PATIENCE_SECONDS", 0.3)
