@@ -60,8 +60,9 @@ class LostPeers:
             if not self._lost or now != place:
                 place, since = now, time.monotonic()
             elif time.monotonic() - since > self._seconds / 2:
+                lost = ", ".join(sorted(self._lost))
                 say(
-                    f"error: the ranks have lost each other ({', '.join(sorted(self._lost))}); start the same command again"
+                    f"warning: the connections to {lost} are closed, which the run does not hear: start the same command again"
                 )
                 os._exit(LostRankError.exit_code)
 
