@@ -11,7 +11,7 @@ and in the backward pass the same way back. Where ranks are on several machines,
 n-th's gradient is added up over the machines.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -109,11 +109,7 @@ class SharedLayers:
 
     def own_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
         """The same of a state of an optimizer over all parameters."""
-        momenta = {
-            number: {key: self._own(self._names[number], value) for key, value in entry.items()}
-            for number, entry in state["state"].items()
-        }
-        return {**state, "state": momenta}
+        return self._of_each_momentum(self._own, state)
 
     def whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A model's state dict, put together on rank 0; on the others something of no use. Every rank must call this."""
@@ -121,11 +117,15 @@ class SharedLayers:
 
     def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
         """The same of the optimizer's."""
-        momenta = {
-            number: {key: self._whole(self._names[number], value) for key, value in entry.items()}
+        return self._of_each_momentum(self._whole, state)
+
+    def _of_each_momentum(self, change: Callable[[str, Any], Any], state: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's state with each value of each weight changed, by the weight's name."""
+        changed = {
+            number: {key: change(self._names[number], value) for key, value in entry.items()}
             for number, entry in state["state"].items()
         }
-        return {**state, "state": momenta}
+        return {**state, "state": changed}
 
     def _own(self, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or name not in _DIMENSIONS:
