@@ -324,7 +324,7 @@ class Trainer:
         return SharedBatches(batches, self._requests, passes=passes)
 
     def _save(self, *, is_best: bool) -> None:
-        """Every rank must call this."""
+        """Rank 0 writes. Where ranks share layers, every rank must call this, since each has a part of what is written."""
         self._last_save, self._saved_steps = time.monotonic(), self._steps
         model, optimizer = self._model.state_dict(), self._optimizer.state_dict()
         average = self._average.model.state_dict() if self._average else None
