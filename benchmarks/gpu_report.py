@@ -119,7 +119,7 @@ def plan(data: Path, work: Path) -> tuple[list[Run], dict[str, str]]:
     command = ["-m", "benchmarks.inputs", *_AT_224, "--arch", "D", "--precision", "bf16", "--data", images, *size]
     runs.append(Run("inputs", "D bf16, inputs", command, "--micro-batch"))
     for precision in _PRECISIONS:
-        command = ["-m", "benchmarks.steps", *_AT_224, "--arch", "D", "--precision", precision]
+        command = ["-m", "benchmarks.steps", *_AT_224, "--arch", "D", "--precision", precision, "--variants"]
         runs.append(Run("steps", f"D {precision}, against others", command, "--batch-size"))
     command = ["-m", "benchmarks.loaders", "--data", images, "--device", "cuda", "--batch-size", "128"]
     runs.append(Run("loaders", "loaders", command))

@@ -2,11 +2,12 @@
 
 Ours is the trainer's own, as the flags of train.py have it (compiled on a GPU). The others are torchvision's and, where it is
 installed, timm's network of the same configuration in channels_last under autocast, with torch's SGD, in the loop that
-everyone writes, eager and compiled. All take the same batch of noise, which stays on the device, and the same dropout. They
-take turns in one process (benchmarks/turns.py).
+everyone writes, eager and compiled. --variants adds ours with each --fuse and --pad-channels. All take the same batch of noise,
+which stays on the device, and the same dropout. They take turns in one process (benchmarks/turns.py).
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from common.ranks import ranks_of_this_run
 from engine.config import SYNTHETIC, Config, parse_args
 from engine.data import TrainingData, open_training_data
 from engine.precision import choose_precision, set_numerics
+from perf.tuning import offered
 
 _NAMES = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
 """Configurations that torchvision and timm have, too."""
@@ -33,8 +35,12 @@ _NAMES = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
 @program
 def main(argv: list[str] | None) -> dict:
     parser = flag_parser("steps", "Compare training steps: images per second. It takes all flags of train.py.")
+    parser.add_argument(
+        "--variants", action="store_true", help="ours with each --fuse, without and with --pad-channels, too"
+    )
     add_turn_flags(parser)
     options, flags = parser.parse_known_args(argv)
+    turns = {name: value for name, value in vars(options).items() if name != "variants"}
     config = parse_args(["--batch-size", "128", *flags, "--data", SYNTHETIC])
     if config.arch not in _NAMES:
         raise UserError(f"--arch {config.arch}: nobody else has it; take one of {', '.join(_NAMES)}")
@@ -44,11 +50,11 @@ def main(argv: list[str] | None) -> dict:
         try:
             rows = compare_calls(  # no queue to fill, no pause
                 f"{config.arch}, {data.precision.name}",
-                make_steps(data),
+                make_steps(data, variants=options.variants),
                 times=(OURS,),
                 images=config.batch_size,
                 device=ranks.device,
-                **vars(options),
+                **turns,
             )
         except torch.OutOfMemoryError as error:
             cure = "a smaller --batch-size" if config.batch_size > 1 else "a smaller --crop, or another GPU"
@@ -58,10 +64,16 @@ def main(argv: list[str] | None) -> dict:
     return {**kept, "rounds": options.rounds, "steps": rows}
 
 
-def make_steps(data: TrainingData) -> dict[str, Callable[[], object]]:
+def make_steps(data: TrainingData, *, variants: bool = False) -> dict[str, Callable[[], object]]:
     """By name: a function that takes one training step on the resident batch."""
     config, device, batches = data.config, data.ranks.device, data.train_batches(0)
     steps: dict[str, Callable[[], object]] = {OURS: functools.partial(training_step(data), batches)}
+    for fuse, pad_channels in itertools.product(offered("fuse"), (False, True)) if variants else ():
+        changed = replace(config, fuse=fuse, pad_channels=pad_channels)
+        if changed != config:
+            other = replace(data, config=changed)
+            name = f"--fuse {fuse}" + " --pad-channels" * pad_channels
+            steps[name] = functools.partial(training_step(other), other.train_batches(0))
     images, labels = next(batches)
     batch = images[:, :3].contiguous(memory_format=torch.channels_last), labels  # the others take no --pad-channels
     for library, network in peers(config, len(data.classes)).items():

@@ -141,6 +141,10 @@ class ComputingFlags:
     """Whether to use torch.compile; --compile and --no-compile are short for on and off. auto: on for CUDA."""
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
     """Mode of torch.compile."""
+    fuse: Literal["none", "pool", "conv"] = "none"
+    """Passes over memory that a step saves; weights and, but for rounding, results stay as they are. none: the usual network.
+    pool: the bias of each convolution in front of a pooling is added behind it, to a quarter of the values. conv: this, and the
+    other convolutions are one kernel of cuDNN's with their bias and ReLU. What it gains on a GPU is not measured yet."""
     parallel: Literal["auto", "data", "hybrid"] = "auto"
     """How ranks divide the work. data: each has all weights, and sends all gradients. hybrid: ranks share FC6 and FC7, each
     having a part of their weights, and send activations instead; it computes the same. auto: hybrid where the model of
@@ -351,6 +355,9 @@ def check(config: Config) -> None:
         f"--dropout {config.dropout}: must be in [0, 1)": 0 <= config.dropout < 1,
         f"--label-smoothing {config.label_smoothing}: must be in [0, 1)": 0 <= config.label_smoothing < 1,
         f"--ema {config.ema}: must be in [0, 1)": 0 <= config.ema < 1,
+        f"--fuse {config.fuse}: has nothing to join with --batch-norm, whose normalisation stands between; leave one out": (
+            config.fuse == "none" or not config.batch_norm
+        ),
         f"--fc-ranks {config.fc_ranks}: must be at least 1": config.fc_ranks is None or config.fc_ranks >= 1,
         f"--collective-minutes {config.collective_minutes}: must be above 0": config.collective_minutes > 0,
         f"--lost-seconds {config.lost_seconds}: must be at least 1": config.lost_seconds >= 1,

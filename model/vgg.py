@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,10 @@ STRIDE = 32
 FC_WIDTH = 4096
 """Outputs of FC6 and of FC7."""
 
+FUSIONS = ("none", "pool", "conv")
+"""Which passes over memory are saved. pool: a bias in front of a pooling is added behind it. conv: this, and the convolutions
+that a ReLU follows immediately are one kernel with bias and ReLU. Batch and local response normalisation stand between."""
+
 
 class VGG(nn.Module):
     """A configuration of the paper as torchvision lays it out: the same state-dict keys, shapes and outputs.
@@ -36,12 +41,21 @@ class VGG(nn.Module):
     """
 
     def __init__(
-        self, arch: str, *, classes: int = 1000, crop: int = 224, dropout: float = 0.5, batch_norm: bool = False
+        self,
+        arch: str,
+        *,
+        classes: int = 1000,
+        crop: int = 224,
+        dropout: float = 0.5,
+        batch_norm: bool = False,
+        fuse: str = "none",
     ) -> None:
         """arch: a key of CONFIGURATIONS. crop: side of the input in pixels, a multiple of 32.
 
         batch_norm: a batch normalisation (Ioffe & Szegedy 2015) between each convolution and its ReLU, as in torchvision's
         vgg11_bn to vgg19_bn; the paper's networks have none.
+
+        fuse: one of FUSIONS. Neither the state dict depends on it nor, but for rounding, what is computed.
 
         Raises ValueError for another arch or crop.
         """
@@ -51,7 +65,7 @@ class VGG(nn.Module):
             raise ValueError(f"crop {crop} is not a multiple of {STRIDE}: VGG halves its input five times")
         super().__init__()
         self.crop = crop
-        self.features = _features(CONFIGURATIONS[arch], batch_norm=batch_norm)
+        self.features = nn.Sequential(*_fused(_features(CONFIGURATIONS[arch], batch_norm=batch_norm), fuse))
         self.classifier = nn.Sequential(
             nn.Linear(512 * (crop // STRIDE) ** 2, FC_WIDTH),
             nn.ReLU(inplace=True),
@@ -67,17 +81,77 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(self.features(images), 1))
 
 
-class FirstConvolution(nn.Conv2d):
-    """Takes images with more channels than its weight has, too: a fourth one of zeros can be faster on a GPU.
+class Convolution(nn.Conv2d):
+    """A convolution that may leave its bias to the pooling behind it, or take in the ReLU behind it.
 
-    The weight is filled up with zeros on the way; it keeps its shape, and so does its gradient.
+    It takes images with more channels than its weight has, too: a fourth one of zeros can be faster on a GPU. The weight is
+    filled up with zeros on the way; it keeps its shape, and so does its gradient.
     """
+
+    leaves_bias = takes_relu = False
 
     def forward(self, images: Tensor) -> Tensor:
         """images: [n, in_channels or more, height, width]; what the channels beyond in_channels hold does not count."""
         missing = images.shape[1] - self.in_channels
-        weight = F.pad(self.weight, (0, 0, 0, 0, 0, missing)) if missing else self.weight
-        return self._conv_forward(images, weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if missing:
+            weight = F.pad(weight, (0, 0, 0, 0, 0, missing))
+        if not self.takes_relu:
+            return self._conv_forward(images, weight, None if self.leaves_bias else bias)
+        assert bias is not None
+        if not images.is_meta and torch.is_autocast_enabled(images.device.type):  # which does not know this operation
+            dtype = torch.get_autocast_dtype(images.device.type)
+            images, weight, bias = images.to(dtype), weight.to(dtype), bias.to(dtype)
+        return convolution_relu(images, weight, bias, self.kernel_size[0] // 2)
+
+
+class PoolThenBias(nn.MaxPool2d):
+    """max(x) + b = max(x + b), to the last bit, on a quarter of the values; b is the bias of the convolution in front of it."""
+
+    def __init__(self, convolution: Convolution) -> None:
+        super().__init__(kernel_size=2, stride=2)
+        self._convolution = (
+            convolution,
+        )  # a module in a tuple is no part of this one: its parameters keep their names
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """maps: [n, channels, height, width], without the bias. Returns [n, channels, height / 2, width / 2], with it."""
+        bias = self._convolution[0].bias
+        assert bias is not None
+        return super().forward(maps).add_(bias.to(maps.dtype)[:, None, None])
+
+
+@torch.library.custom_op("vgg_dali::convolution_relu", mutates_args=())
+def convolution_relu(images: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    """relu(conv2d(images, weight, bias)), of stride 1, all of one dtype; on a GPU one kernel of cuDNN's.
+
+    torch has the kernel (torch.cudnn_convolution_relu) without a gradient, and torch.compile does not choose it.
+    """
+    if images.is_cuda:
+        return torch.cudnn_convolution_relu(images, weight, bias, (1, 1), (padding, padding), (1, 1), 1)
+    return F.conv2d(images, weight, bias, padding=padding).relu_()
+
+
+@convolution_relu.register_fake
+def _(images: Tensor, weight: Tensor, bias: Tensor, padding: int) -> Tensor:
+    return F.conv2d(images, weight, bias, padding=padding)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:  # torch calls it with these names
+    images, weight, _, ctx.padding = inputs
+    ctx.save_for_backward(images, weight, output)
+
+
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    images, weight, output = ctx.saved_tensors
+    gradient = torch.ops.aten.threshold_backward(gradient, output, 0)  # as ReLU's own
+    settings = [len(weight)], (1, 1), (ctx.padding, ctx.padding), (1, 1), False, (0, 0), 1
+    mask = [ctx.needs_input_grad[0], True, True]
+    of_images, of_weight, of_bias = torch.ops.aten.convolution_backward(gradient, images, weight, *settings, mask)
+    return of_images, of_weight, of_bias, None
+
+
+convolution_relu.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
 class LocalResponseNorm(nn.Module):
@@ -103,13 +177,15 @@ def build(
     device: torch.device,
     seed: int = 0,
     batch_norm: bool = False,
+    fuse: str = "none",
 ) -> VGG:
     """A network with fresh weights, made and initialised on `device`, in channels_last.
 
-    init: a key of INITIALISERS. The weights are a function of the seed and the kind of device. Raises ValueError as VGG does.
+    init: a key of INITIALISERS; the rest as VGG has it. The weights are a function of the seed and the kind of device. Raises
+    ValueError as VGG does.
     """
     with torch.device("meta"):  # torch's own initialisation would be computed first, only to be overwritten
-        model = VGG(arch, classes=classes, crop=crop, dropout=dropout, batch_norm=batch_norm)
+        model = VGG(arch, classes=classes, crop=crop, dropout=dropout, batch_norm=batch_norm, fuse=fuse)
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     initialise = INITIALISERS[init]
@@ -144,7 +220,7 @@ INITIALISERS: dict[str, Callable[[Tensor, torch.Generator], None]] = {
 }
 
 
-def _features(blocks: tuple[tuple[Layer, ...], ...], *, batch_norm: bool) -> nn.Sequential:
+def _features(blocks: tuple[tuple[Layer, ...], ...], *, batch_norm: bool) -> list[nn.Module]:
     layers: list[nn.Module] = []
     channels = 3
     for block in blocks:
@@ -154,11 +230,27 @@ def _features(blocks: tuple[tuple[Layer, ...], ...], *, batch_norm: bool) -> nn.
                 layers[-1] = nn.Sequential(layers[-1], LocalResponseNorm())
                 continue
             side, width = layer if isinstance(layer, tuple) else (3, int(layer))
-            convolution = nn.Conv2d if layers else FirstConvolution
-            layers.append(convolution(channels, width, kernel_size=side, padding=side // 2))
+            layers.append(Convolution(channels, width, kernel_size=side, padding=side // 2))
             if batch_norm:
                 layers.append(nn.BatchNorm2d(width))
             layers.append(nn.ReLU(inplace=True))
             channels = width
-        layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
-    return nn.Sequential(*layers)
+        # max(relu(x)) = relu(max(x)), to the last bit, and so are the gradients: behind the pooling, the ReLU of a block's last
+        # convolution has a quarter of the values. Local response normalisation needs it where it is.
+        place = len(layers) - isinstance(layers[-1], nn.ReLU)
+        layers.insert(place, nn.MaxPool2d(kernel_size=2, stride=2))
+    return layers
+
+
+def _fused(layers: list[nn.Module], fuse: str) -> list[nn.Module]:
+    """The same layers in the same places, of which some do what others did."""
+    for place, layer in enumerate(layers):
+        if not isinstance(layer, Convolution) or fuse == "none":
+            continue
+        if isinstance(layers[place + 1], nn.MaxPool2d):
+            layers[place + 1] = PoolThenBias(layer)
+            layer.leaves_bias = True
+        elif isinstance(layers[place + 1], nn.ReLU) and fuse == "conv":
+            layers[place + 1] = nn.Identity()
+            layer.takes_relu = True
+    return layers

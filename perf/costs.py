@@ -22,10 +22,11 @@ Unfused is what a step moves whose every operation is a kernel of its own, as in
   and the gradient of the bias is a sum that reads the gradient of the output.
 - The gradients of input and weights are two kernels: each reads the gradient of the output.
 - ReLU reads and writes its values; backward it reads its output and the gradient, and writes the gradient. Dropout does the
-  same, with a mask of one byte a value.
+  same, with a mask of one byte a value. The last ReLU of a block stands behind the pooling, before a quarter of the values.
 - Max pooling's indices are of 8 bytes, and its gradient is filled with zeros before it is written.
 - Local response normalisation is a chain of operations in float32.
 - Conversions between float32 and half precision are kernels, too.
+--fuse takes some of these away, as model/vgg.py does.
 torch.compile joins bias and ReLU, and their backward passes, but does not join them with cuDNN's convolutions: such a step lies
 between the two figures.
 
@@ -41,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.training.shared_layers import FC6, FC7
-from model.vgg import VGG, LocalResponseNorm
+from model.vgg import VGG, Convolution, LocalResponseNorm, PoolThenBias
 from pipeline.plan.samples import rescaled_sizes, source_windows
 
 SHARED_LAYERS = (FC6, FC7)
@@ -91,16 +92,24 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def layer_costs(
-    arch: str, *, classes: int, crop: int, batch: int, bytes_per_value: int, batch_norm: bool = False, sharing: int = 1
+    arch: str,
+    *,
+    classes: int,
+    crop: int,
+    batch: int,
+    bytes_per_value: int,
+    batch_norm: bool = False,
+    fuse: str = "none",
+    sharing: int = 1,
 ) -> list[LayerCost]:
     """The layers of a configuration in the order in which they run, for one pass forward and one backward.
 
-    arch, classes, crop, batch_norm: as VGG takes them. batch: images in the pass. bytes_per_value: 4 for float32, 2 for
+    arch, classes, crop, batch_norm, fuse: as VGG takes them. batch: images in the pass. bytes_per_value: 4 for float32, 2 for
     autocast to bfloat16 or float16. sharing: ranks among which FC6 and FC7 are divided; their images are all ranks', their
     weights a rank's part. Raises ValueError as VGG does.
     """
     with torch.device("meta"):
-        model = VGG(arch, classes=classes, crop=crop, batch_norm=batch_norm)
+        model = VGG(arch, classes=classes, crop=crop, batch_norm=batch_norm, fuse=fuse)
         images = torch.empty(batch, 3, crop, crop)
     layers: list[LayerCost] = []
 
@@ -134,7 +143,7 @@ def layer_costs(
         elif isinstance(module, nn.Dropout):
             both = 2 * bytes_per_value + _MASK_BYTES
             module.register_forward_hook(follow(both, both))
-        elif not any(module.children()):
+        elif not (any(module.children()) or isinstance(module, nn.Identity)):
             raise NotImplementedError(f"the cost of {type(module).__name__} ({name}) is not known here: add it")
     with torch.no_grad():
         model(images)
@@ -166,6 +175,9 @@ def _layer_cost(
         indices = y.numel() * _INDEX_BYTES
         forward_kernels = [Work(0, x_bytes + y_bytes + indices)]
         backward_kernels = [Work(0, dx_bytes), Work(0, y_bytes + indices + dx_bytes)]
+        if isinstance(module, PoolThenBias):
+            forward_kernels.append(Work(0, 2 * y_bytes))
+            backward_kernels.insert(0, Work(0, y_bytes))
     elif kind == "lrn":
         forward, backward = Work(0, x_bytes + y_bytes), Work(0, x_bytes + y_bytes + dx_bytes)
         conversions = 2 * x.numel() * to_and_from_float32  # of the input and of the output
@@ -185,10 +197,22 @@ def _layer_cost(
             flops if is_first else 2 * flops, x_bytes + weights_for_dx + y_bytes + dx_bytes + weights + converted
         )
         conversion = [Work(0, converted)] if is_half else []
+        gradient_of_bias = [Work(0, y_bytes)]
         bias = [Work(0, 2 * y_bytes)] if kind == "conv" else []
+        of_relu = []
+        if isinstance(module, Convolution) and module.leaves_bias:
+            bias = gradient_of_bias = []
+        elif isinstance(module, Convolution) and module.takes_relu:
+            bias, of_relu = [], [Work(0, 3 * y_bytes)]
         of_input = [] if is_first else [Work(flops, y_bytes + weights + dx_bytes)]
         forward_kernels = [*conversion, Work(flops, x_bytes + weights + y_bytes), *bias]
-        backward_kernels = [Work(0, y_bytes), *of_input, Work(flops, x_bytes + y_bytes + weights), *conversion]
+        backward_kernels = [
+            *of_relu,
+            *gradient_of_bias,
+            *of_input,
+            Work(flops, x_bytes + y_bytes + weights),
+            *conversion,
+        ]
     return LayerCost(
         name=name,
         kind=kind,
@@ -213,6 +237,7 @@ class Job:
     grad_compression: str = "none"  # none, bf16 or fp16
     ranks: int = 1  # GPUs that train together
     batch_norm: bool = False
+    fuse: str = "none"
     sharing: int = 1  # ranks that share FC6 and FC7 (--parallel hybrid)
 
     @property
@@ -228,6 +253,7 @@ class Job:
             batch=self.batch // self.passes,
             bytes_per_value=4 if self.precision == "fp32" else 2,
             batch_norm=self.batch_norm,
+            fuse=self.fuse,
             sharing=self.sharing,
         )
 

@@ -156,6 +156,7 @@ def _sharing(config: Config, ranks: Ranks, *, precision: str, classes: int, micr
         grad_compression=config.grad_compression,
         ranks=ranks.world_size,
         batch_norm=config.batch_norm,
+        fuse=config.fuse,
     )
     seconds = {}
     for sharing in (1, *possible):

@@ -280,8 +280,14 @@ def _step_without_data(bench: Bench) -> Callable[[], object]:
     config, meta, precision = bench.config, torch.device("meta"), Precision("fp32", "cpu")
     classes = len(bench.data.classes)
     with meta:
-        sizes = {"classes": classes, "crop": config.crop}
-        model = VGG(config.arch, dropout=config.dropout, batch_norm=config.batch_norm, **sizes)
+        model = VGG(
+            config.arch,
+            classes=classes,
+            crop=config.crop,
+            dropout=config.dropout,
+            batch_norm=config.batch_norm,
+            fuse=config.fuse,
+        )
     step = TrainStep(
         model,
         optimizer=torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, foreach=True),

@@ -195,6 +195,7 @@ def _report(
         Job(
             arch=config.arch,
             batch_norm=config.batch_norm,
+            fuse=config.fuse,
             classes=len(data.classes),
             crop=config.crop,
             batch=bench.share,

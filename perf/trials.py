@@ -162,7 +162,7 @@ def serve(connection: Connection, config: Config, limits: Limits) -> None:
 def _describe(bench: Bench) -> Job:
     config, data = bench.config, bench.data
     on_gpu = bench.ranks.device.type == "cuda"
-    names = ("prefetch", "hw_decoder_load", "compile_mode", "grad_compression", "pad_channels")
+    names = ("prefetch", "hw_decoder_load", "compile_mode", "fuse", "grad_compression", "pad_channels")
     return Job(
         hardware=hardware(bench.ranks),
         cpu_share=bench.ranks.cpu_share,

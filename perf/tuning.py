@@ -6,8 +6,9 @@ the training loop. What won there is measured against the configuration as it wa
 if it wins there, too, by more than the spread, it goes into DIR/recipe.yaml.
 
 What changes the result is never touched: batch size, precision, learning rate and so on. All that is tuned leaves a step what it
-is, but for rounding: the GPU's decoder differs from the CPU's by a few grey levels, compiled code and accumulated gradients
-add up in another order, and compressed gradients, tried on several ranks only, are rounded to 16 bits on their way.
+is, but for rounding: the GPU's decoder differs from the CPU's by a few grey levels, compiled code, joined kernels and
+accumulated gradients add up in another order, and compressed gradients, tried on several ranks only, are rounded to 16 bits on
+their way.
 """
 
 import collections
@@ -76,6 +77,8 @@ def coordinates(job: Job, config: Config) -> dict[str, list[Coordinate]]:
     modes = [mode for mode in offered("compile_mode") if not (config.deterministic and "autotune" in mode)]
     compilations = [{"compile": "off"}, *({"compile": "on", "compile_mode": mode} for mode in modes)]
     step = [Coordinate("compile", lambda _: compilations)]
+    if not config.batch_norm:
+        step.append(_choice("fuse", offered("fuse")))
 
     def other_decoder(now: Settings) -> list[Settings]:
         """With as many threads as it has by default: those that are best for the one are not for the other."""

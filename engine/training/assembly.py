@@ -122,6 +122,7 @@ def network_of(config: Config, *, classes: int, device: torch.device) -> VGG:
         device=device,
         seed=config.seed,
         batch_norm=config.batch_norm,
+        fuse=config.fuse,
     )
 
 

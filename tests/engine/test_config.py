@@ -45,7 +45,7 @@ IMAGENET = {
     "data": "imagenet", "train_scale": "256", "crop": 224, "order": "global", "window_shards": 16, "max_bad_images": None,
     "allow_changed_data": False, "batch_size": 256, "micro_batch": None, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4,
     "label_smoothing": 0.0, "ema": 0.0, "schedule": "plateau", "plateau_epochs": 5, "step_epochs": 30, "warmup_epochs": 5.0,
-    "device": "auto", "precision": "auto", "compile": "auto", "compile_mode": "default", "parallel": "auto",
+    "device": "auto", "precision": "auto", "compile": "auto", "compile_mode": "default", "fuse": "none", "parallel": "auto",
     "fc_ranks": None, "collective_minutes": 15.0, "lost_seconds": 60.0, "grad_compression": "none",
     "pad_channels": False, "deterministic": False, "decoder": "auto", "hw_decoder_load": 0.65, "threads": None, "prefetch": 2,
     "read_threads": None, "read_ahead": 8, "checkpoint_minutes": 30.0, "keep": 2, "log_every": 20, "wandb": False,

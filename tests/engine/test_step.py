@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 
 
-def make(precision: Precision, *, passes: int = 1, batch_norm: bool = False):
-    model = build("A", classes=10, crop=32, dropout=0.0, init="xavier", device=CPU, seed=3, batch_norm=batch_norm)
+def make(precision: Precision, *, passes: int = 1, **network):
+    model = build("A", classes=10, crop=32, dropout=0.0, init="xavier", device=CPU, seed=3, **network)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
     return model, TrainStep(
         model, optimizer=optimizer, scaler=precision.grad_scaler(), precision=precision, passes=passes
@@ -152,11 +152,12 @@ def test_warm_up_changes_nothing(batch_norm):
 
 
 @pytest.mark.slow
-def test_training_and_evaluation_compile_once_each_and_give_the_same_numbers():
-    """With batch normalisation, whose statistics a compiled step has to write as well."""
+@pytest.mark.parametrize("settings", [{"batch_norm": True}, {"fuse": "conv"}])
+def test_training_and_evaluation_compile_once_each_and_give_the_same_numbers(settings):
+    """With batch normalisation, whose statistics a compiled step has to write as well; and with an operation of our own."""
     images, labels = make_batch(4)
-    eager_model, eager = make(FP32, batch_norm=True)
-    model, step = make(FP32, batch_norm=True)
+    eager_model, eager = make(FP32, **settings)
+    model, step = make(FP32, **settings)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert compile_model(model, choice="on", mode="default", device=CPU, is_main=True)
@@ -168,6 +169,7 @@ def test_training_and_evaluation_compile_once_each_and_give_the_same_numbers():
             assert torch.allclose(model(images), eager_model(images), rtol=1e-3, atol=1e-3)
         model.train(), eager_model.train()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "one for training, one for evaluation"
+    assert not torch._dynamo.utils.counters["graph_break"]
     assert list(model.state_dict()) == list(eager_model.state_dict())
 
 

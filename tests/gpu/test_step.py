@@ -1,6 +1,5 @@
 """The training step in half precision and compiled, against float32 on a CPU and against itself uncompiled."""
 
-import copy
 import shutil
 
 import pytest
@@ -12,7 +11,7 @@ from common.ranks import Ranks
 from engine.config import Config
 from engine.precision import Precision, choose_precision, set_numerics
 from engine.training.assembly import Assembly, assemble
-from model.vgg import VGG, build
+from model.vgg import FUSIONS, VGG, build
 from pipeline.dali.loader import Batch
 from tests.gpu.device import DEVICE
 
@@ -31,8 +30,10 @@ def reference() -> VGG:
     return build("A", classes=CLASSES, crop=CROP, dropout=0.0, init="kaiming", device=CPU, seed=3)
 
 
-def on_gpu(reference: VGG) -> VGG:
-    return copy.deepcopy(reference).to(DEVICE)
+def on_gpu(reference: VGG, fuse: str = "none") -> VGG:
+    model = VGG("A", classes=CLASSES, crop=CROP, dropout=0.0, fuse=fuse)
+    model.load_state_dict(reference.state_dict())
+    return model.to(device=DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch names no such pair
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +80,14 @@ def test_auto_is_what_the_gpu_has():
     assert name == ("bf16" if torch.cuda.get_device_capability(DEVICE) >= (8, 0) else "fp16")
 
 
+@pytest.mark.parametrize("fuse", FUSIONS)
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
-def test_logits_and_gradient_follow_float32_on_a_cpu(reference, batch, name):
+def test_logits_and_gradient_follow_float32_on_a_cpu(reference, batch, name, fuse):
     set_numerics(deterministic=False)
     precision = Precision(name, "cuda")
     expected, exact = logits_and_gradient(reference, batch, Precision("fp32", "cpu"), scale=1.0)
     logits, gradient = logits_and_gradient(
-        on_gpu(reference), as_the_loader_has_it(batch, precision), precision, scale=64.0
+        on_gpu(reference, fuse), as_the_loader_has_it(batch, precision), precision, scale=64.0
     )
     assert relative(logits, expected) < LOGITS_WITHIN[name]
     assert torch.cosine_similarity(gradient, exact, dim=0) > 0.99
@@ -106,8 +108,9 @@ def test_the_loss_is_finite_and_falls_on_a_fixed_batch(batch, name):
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in model.parameters())
 
 
+@pytest.mark.parametrize("fuse", FUSIONS)
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
-def test_compiled_logits_equal_eager_ones(reference, batch, name):
+def test_compiled_logits_equal_eager_ones(reference, batch, name, fuse):
     if not any(map(shutil.which, ("gcc", "clang", "cc"))):
         pytest.skip("torch.compile needs a C compiler, and there is none")
     set_numerics(deterministic=False)
@@ -115,7 +118,7 @@ def test_compiled_logits_equal_eager_ones(reference, batch, name):
     torch._dynamo.utils.counters.clear()
     precision = Precision(name, "cuda")
     here = as_the_loader_has_it(batch, precision)
-    eager, model = on_gpu(reference), on_gpu(reference)
+    eager, model = on_gpu(reference), on_gpu(reference, fuse)
     compiled = assembled(model, precision, compile="auto")
     assert compiled.compiled, "on a GPU, auto means on"
     with torch.no_grad(), precision.autocast():

@@ -1,8 +1,20 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model.vgg import CONFIGURATIONS, INITIALISERS, VGG, FirstConvolution, LocalResponseNorm, build
+from model.vgg import (
+    CONFIGURATIONS,
+    FUSIONS,
+    INITIALISERS,
+    VGG,
+    Convolution,
+    LocalResponseNorm,
+    PoolThenBias,
+    build,
+    convolution_relu,
+)
 
 CPU = torch.device("cpu")
 # Table 2 of the paper in full, for 1000 classes at 224 pixels.
@@ -91,7 +103,8 @@ def test_batch_norm_stands_between_every_convolution_and_its_relu_and_starts_as_
         norm = layers[number + 1]
         assert isinstance(norm, torch.nn.BatchNorm2d)
         assert norm.num_features == layers[number].out_channels
-        assert isinstance(next(layers[number + 2].modules()), torch.nn.ReLU | torch.nn.Sequential)
+        behind = layers[number + 3] if isinstance(layers[number + 2], torch.nn.MaxPool2d) else layers[number + 2]
+        assert isinstance(behind, torch.nn.ReLU | torch.nn.Sequential)
     assert len(convolutions) == sum(isinstance(layer, torch.nn.Conv2d) for layer in plain.features)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():  # running mean 0, variance 1: equal up to the 1e-5 that is added to the variance
@@ -117,7 +130,7 @@ def test_weights_are_channels_last():
 def test_a_fourth_channel_is_not_in_the_first_convolutions_sums(dtype):
     """On small whole numbers, whose sums are exact in any order; the fourth channel holds what must not count."""
     generator = torch.Generator().manual_seed(0)
-    convolution = FirstConvolution(3, 64, kernel_size=3, padding=1, dtype=dtype)
+    convolution = Convolution(3, 64, kernel_size=3, padding=1, dtype=dtype)
     images = torch.randint(-100, 100, (2, 4, 32, 32), generator=generator).to(dtype)
     with torch.no_grad():
         for weight in convolution.parameters():
@@ -142,3 +155,132 @@ def test_with_a_fourth_channel_the_network_gives_the_same_logits_and_gradients()
         results.append((logits, *gradients))
     for plain, padded in zip(*results, strict=True):
         assert (plain - padded).norm() <= 1e-12 * plain.norm()
+
+
+def paper_order(features: torch.nn.Module) -> torch.nn.Sequential:
+    """The layers as the paper and torchvision have them, each ReLU in front of its pooling, with the same parameters."""
+    layers: list[torch.nn.Module] = []
+    for layer in features.children():
+        pooled = layers and isinstance(layers[-1], torch.nn.MaxPool2d)
+        layers.insert(len(layers) - bool(pooled and isinstance(layer, torch.nn.ReLU)), layer)
+    assert layers != list(features.children())
+    return torch.nn.Sequential(*layers)
+
+
+def maps_and_gradients(features: torch.nn.Module, images):
+    """The last feature map, and the gradients of something that is flat nowhere."""
+    maps = features(images)
+    towards = torch.randn(maps.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    named = dict(features.named_parameters())
+    gradients = torch.autograd.grad(maps, list(named.values()), towards.to(maps.dtype))
+    return maps.detach(), dict(zip(named, gradients, strict=True))
+
+
+def small(arch, *, channels=3, dtype=torch.float32, **settings):
+    """The convolutions of a network and images in grey levels, with biases that matter: of both signs."""
+    generator = torch.Generator().manual_seed(0)
+    features = build(arch, classes=10, crop=32, dropout=0.0, init="kaiming", device=CPU, seed=2, **settings).features
+    features.to(dtype)
+    with torch.no_grad():
+        for name, weight in features.named_parameters():
+            if name.endswith("bias"):
+                weight.copy_(torch.randn(weight.shape, generator=generator, dtype=dtype) * 20)
+    images = torch.randn(4, channels, 32, 32, generator=generator, dtype=dtype) * 60
+    return features, images.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("arch", ["A", "A-LRN", "C"])
+def test_pooling_before_the_relu_changes_no_bit(arch, batch_norm):
+    features, images = small(arch, batch_norm=batch_norm)
+    maps, gradients = maps_and_gradients(features, images)
+    expected, expected_gradients = maps_and_gradients(paper_order(features), images)
+    assert torch.equal(maps, expected)
+    for gradient, other in zip(gradients.values(), expected_gradients.values(), strict=True):
+        assert torch.equal(gradient, other)
+        assert gradient.any()
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize(("arch", "channels"), [("A-LRN", 3), ("C", 3), ("A", 4)])
+@pytest.mark.parametrize("fuse", ["pool", "conv"])
+def test_fused_is_the_same_network(fuse, arch, channels):
+    """In float64, so that another order of the sums cannot move an activation over the kink of its ReLU."""
+    plain, images = small(arch, channels=channels, dtype=torch.float64)
+    fused, _ = small(arch, dtype=torch.float64, fuse=fuse)
+    assert [*fused.state_dict()] == [*plain.state_dict()]
+    maps, gradients = maps_and_gradients(fused, images)
+    expected, expected_gradients = maps_and_gradients(plain, images)
+    torch.testing.assert_close(maps, expected, rtol=1e-9, atol=1e-9)
+    for name, gradient in gradients.items():
+        largest = expected_gradients[name].abs().max()
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-9, atol=1e-9 * largest.item())
+    convolutions = [layer for layer in fused if isinstance(layer, Convolution)]
+    poolings = 5 - (arch == "A-LRN")  # the normalisation stands between
+    assert sum(layer.leaves_bias for layer in convolutions) == poolings
+    assert sum(isinstance(layer, PoolThenBias) for layer in fused) == poolings
+    assert sum(layer.takes_relu for layer in convolutions) == (fuse == "conv") * (len(convolutions) - 5)
+
+
+def test_bias_behind_the_pooling_changes_no_bit_of_float32s_sums():
+    """Rounding keeps order: max(x) + b is max(x + b). A convolution that adds its bias last gives the same logits."""
+    maps, bias = torch.randn(2, 8, 12, 12) * 100, torch.randn(8)
+    convolution = Convolution(8, 8, kernel_size=1)
+    convolution.load_state_dict({"bias": bias}, strict=False)
+    expected = torch.nn.functional.max_pool2d(maps + bias[:, None, None], 2)
+    assert torch.equal(PoolThenBias(convolution)(maps), expected)
+
+
+def test_a_copy_of_a_fused_network_adds_its_own_bias():
+    model, images = small("A", fuse="pool")
+    copied = copy.deepcopy(model)
+    before = model(images)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert not model(images).any()
+    assert torch.equal(copied(images), before)
+
+
+def test_batch_norm_leaves_nothing_to_fuse():
+    with torch.device("meta"):
+        for fuse in FUSIONS:
+            layers = list(VGG("A", batch_norm=True, fuse=fuse).modules())
+            assert not any(isinstance(layer, PoolThenBias | torch.nn.Identity) for layer in layers)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_convolution_and_relu_in_one_operation(padding):
+    generator = torch.Generator().manual_seed(0)
+    side = 2 * padding + 1
+    images = torch.randn(2, 3, 5, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, side, side, generator=generator, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True)
+    result = convolution_relu(images, weight, bias, padding)
+    assert torch.equal(result, torch.nn.functional.conv2d(images, weight, bias, padding=padding).relu())
+    assert (result == 0).any()
+    torch.library.opcheck(convolution_relu, (images, weight, bias, padding))
+    assert torch.autograd.gradcheck(convolution_relu, (images, weight, bias, padding))
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("fuse", ["pool", "conv"])
+def test_fused_under_autocast_computes_in_half_precision(fuse):
+    plain, images = small("A")
+    fused, _ = small("A", fuse=fuse)
+    exact, gradients = maps_and_gradients(plain, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {
+            layer(torch.randn(1, layer.in_channels, 4, 4)).dtype for layer in fused if isinstance(layer, Convolution)
+        } == {torch.bfloat16}
+        maps, half_gradients = maps_and_gradients(fused, images)
+        expected, expected_gradients = maps_and_gradients(plain, images)
+
+    def error(value, of):
+        return ((value - of).norm() / of.norm()).item()
+
+    assert error(maps.float(), exact) < 1.5 * error(expected.float(), exact) < 0.05
+    for name, gradient in half_gradients.items():
+        assert gradient.dtype == torch.float32
+        assert error(gradient, gradients[name]) < 1.5 * error(expected_gradients[name], gradients[name]), name

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.vgg import CONFIGURATIONS, VGG, LocalResponseNorm
+from model.vgg import CONFIGURATIONS, FUSIONS, VGG, Convolution, LocalResponseNorm
 from perf.costs import LayerCost, Work, decoded_pixels, gradient_bytes, layer_costs, optimizer_bytes
 from pipeline.plan.random_numbers import PURPOSE_GEOMETRY, uniforms
 from pipeline.plan.samples import rescaled_sizes, source_windows
@@ -104,14 +104,17 @@ def kernel_bytes(layers) -> int:
     return sum(kernel.bytes for layer in layers for kernel in (*layer.forward_kernels, *layer.backward_kernels))
 
 
-@pytest.mark.parametrize(("arch", "batch_norm"), [("D", False), ("A", True), ("C", False)])
-def test_unfused_bytes_are_those_of_torchs_operations(arch, batch_norm):
+@pytest.mark.parametrize(
+    ("arch", "batch_norm", "fuse"),
+    [("D", False, "none"), ("A", True, "none"), ("C", False, "none"), ("D", False, "pool"), ("C", False, "pool")],
+)
+def test_unfused_bytes_are_those_of_torchs_operations(arch, batch_norm, fuse):
     """On the meta device, where each operation of an eager step is seen, and then what its kernels on a GPU add to that."""
     with torch.device("meta"):
-        model, images = VGG(arch, classes=10, crop=64, batch_norm=batch_norm), torch.empty(4, 3, 64, 64)
+        model, images = VGG(arch, classes=10, crop=64, batch_norm=batch_norm, fuse=fuse), torch.empty(4, 3, 64, 64)
     with BytesOfOperations(left_out=("sum", "bernoulli_", "div_", "mul")) as operations:  # the meta device's dropout
         model(images).sum().backward()
-    layers = layer_costs(arch, classes=10, crop=64, batch=4, bytes_per_value=4, batch_norm=batch_norm)
+    layers = layer_costs(arch, classes=10, crop=64, batch=4, bytes_per_value=4, batch_norm=batch_norm, fuse=fuse)
     expected = operations.bytes
     expected += 2 * 2 * (4 + 4 + 1) * 4 * 4096  # two dropouts, forward and backward: value in, value out, mask
     expected += (
@@ -120,8 +123,10 @@ def test_unfused_bytes_are_those_of_torchs_operations(arch, batch_norm):
     for layer, (name, module) in zip(convolutions(layers), convolution_modules(model), strict=True):
         assert layer.name == name
         y = 4 * 4 * module.out_channels * side(layers, name) ** 2
-        # The bias: read and write the output, read its gradient. Two kernels read the gradient; of the first layer's, one.
-        expected += 3 * y + (y if layer is not layers[0] else -4 * module.weight.numel())
+        # The bias: read and write the output, read its gradient; behind a pooling, reading and writing has been seen. Two kernels
+        # read the gradient; of the first layer's, one.
+        expected += y // 4 if module.leaves_bias else 3 * y
+        expected += y if layer is not layers[0] else -4 * module.weight.numel()
     for layer in layers:
         if layer.kind == "norm":
             expected += layer.forward.bytes  # three times its values: forward it reads one more, backward two
@@ -132,8 +137,8 @@ def convolutions(layers: list[LayerCost]) -> list[LayerCost]:
     return [layer for layer in layers if layer.kind == "conv"]
 
 
-def convolution_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Conv2d]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)]
+def convolution_modules(model: torch.nn.Module) -> list[tuple[str, Convolution]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Convolution)]
 
 
 def side(layers: list[LayerCost], name: str) -> int:
@@ -156,9 +161,9 @@ def test_unfused_bytes_of_local_response_normalisation(dtype):
 
 
 def test_unfused_bytes_of_a_convolution_by_hand():
-    """The second of D in bfloat16, with its ReLU: 2 bytes a value, weights of 4 converted forward, their gradients backward."""
-    conv = layers_by_name("D", batch=2, bytes_per_value=2)["features.2"]
-    values, weights, flops = 2 * 64 * 32 * 32, 64 * 64 * 9 + 64, 2 * 2 * 64 * 32 * 32 * 64 * 9
+    """One of D in bfloat16, with its ReLU: 2 bytes a value, weights of 4 converted forward, their gradients backward."""
+    conv = layers_by_name("D", batch=2, bytes_per_value=2)["features.12"]
+    values, weights, flops = 2 * 256 * 8 * 8, 256 * 256 * 9 + 256, 2 * 2 * 256 * 8 * 8 * 256 * 9
     assert conv.forward_kernels == (
         Work(0, weights * 6),
         Work(flops, 2 * (values + weights + values)),
@@ -172,6 +177,27 @@ def test_unfused_bytes_of_a_convolution_by_hand():
         Work(flops, 2 * (values + values + weights)),  # of the weights
         Work(0, weights * 6),
     )
+
+
+def test_what_is_fused_moves_less():
+    """pool: the bias' 3 values are 3/4. conv: bias and ReLU no more forward; the ReLU's 3 and the bias' sum stay backward."""
+    plain, pool, conv = (
+        {layer.name: layer for layer in layer_costs("D", classes=10, crop=32, batch=2, bytes_per_value=2, fuse=fuse)}
+        for fuse in FUSIONS
+    )
+    for name, layer in plain.items():
+        assert (pool[name].forward, pool[name].backward) == (layer.forward, layer.backward), (
+            "the fused floor is of all this"
+        )
+        assert (conv[name].forward, conv[name].backward) == (layer.forward, layer.backward)
+    values = 2 * 64 * 32 * 32  # of the first two convolutions
+
+    def saved(fused, *names):
+        return kernel_bytes(plain[name] for name in names) - kernel_bytes(fused[name] for name in names)
+
+    assert saved(pool, "features.2", "features.3") == saved(conv, "features.2", "features.3") == 2 * 3 * values * 3 / 4
+    assert saved(pool, "features.0") == 0
+    assert saved(conv, "features.0") == 2 * (2 + 2) * values
 
 
 def test_unfused_moves_no_less():
@@ -206,8 +232,8 @@ def test_bytes_in_float32():
     assert conv.forward.bytes == 4 * (first + weights + first)
     assert conv.backward.bytes == 4 * (first + weights + first + first + weights)  # reads x, w, dy; writes dx, dw
     pooled = first // 4
-    assert layers["features.4"].forward == Work(0, 4 * (first + pooled) + pooled)
-    assert layers["features.4"].backward == Work(0, 4 * (pooled + first) + pooled)
+    assert layers["features.3"].forward == Work(0, 4 * (first + pooled) + pooled)
+    assert layers["features.3"].backward == Work(0, 4 * (pooled + first) + pooled)
     weights = 10 * 4096 + 10
     last = layers["classifier.6"]
     assert last.forward.bytes == 4 * (2 * 4096 + weights + 2 * 10)

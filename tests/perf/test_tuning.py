@@ -27,7 +27,7 @@ from tests.support.programs import made_up_worker
 
 GIVEN = {
     "threads": 3, "prefetch": 2, "decoder": "cpu", "hw_decoder_load": 0.65, "micro_batch": 48, "compile": "off",
-    "compile_mode": "default", "grad_compression": "none", "pad_channels": False,
+    "compile_mode": "default", "fuse": "none", "grad_compression": "none", "pad_channels": False,
 }  # fmt: skip
 NEVER = {"arch", "batch_size", "precision", "lr", "momentum", "weight_decay", "dropout", "crop", "train_scale", "seed"}
 
@@ -155,7 +155,7 @@ def test_what_was_given_is_waited_for_and_everything_else_is_named():
     tuned, machine = search(job(), by_threads, seconds=10, trial_seconds=1e6)
     assert len(machine.began) == 1
     assert tuned.kept == {}
-    assert tuned.not_reached == ["threads", "prefetch", "micro_batch", "compile"]
+    assert tuned.not_reached == ["threads", "prefetch", "micro_batch", "compile", "fuse"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -167,7 +167,7 @@ def test_what_is_searched(device, ranks):
     assert names["loader"] == {"threads", "prefetch"} | ({"hw_decoder_load"} if device == "cuda" else set())
     assert names["training"] == ({"decoder"} if device == "cuda" else set())
     assert names["step"] == (
-        {"compile"}
+        {"compile", "fuse"}
         | {"micro_batch" if device == "cpu" else "pad_channels"}
         | ({"grad_compression"} if ranks == 2 else set())
     )
@@ -183,7 +183,7 @@ def test_changes_are_flags_of_train_py():
         for one in (one for stage in coordinates(given, Config()).values() for one in stage):
             change = one.changes(given.settings)[-1]
             words[one.name] = in_words(change), change
-    assert len(words) == 8
+    assert len(words) == 9
     for flags, change in words.values():
         assert dataclasses.asdict(parse_args(flags.split())).items() >= change.items()
 
@@ -209,6 +209,12 @@ def test_the_share_of_the_jpeg_engine_belongs_to_the_gpus_decoder():
 def test_deterministic_runs_keep_kernels_that_are_not_chosen_by_their_speed():
     (compilation,) = (one for one in coordinates(job(), Config(deterministic=True))["step"] if one.name == "compile")
     assert compilation.changes(GIVEN) == [{"compile": "off"}, {"compile": "on", "compile_mode": "default"}]
+
+
+@pytest.mark.parametrize(("config", "tried"), [(Config(), ["none", "pool", "conv"]), (Config(batch_norm=True), [])])
+def test_batch_norm_leaves_nothing_to_join(config, tried):
+    steps = [one for one in coordinates(job(), config)["step"] if one.name == "fuse"]
+    assert [change["fuse"] for one in steps for change in one.changes(GIVEN)] == tried
 
 
 def test_the_recipe_is_one_of_train_py_with_nothing_but_what_differs(tmp_path):
