@@ -51,6 +51,12 @@ def torchvision_network(arch, batch_norm):
     return network
 
 
+def test_torchvisions_own_normalisation_is_known():
+    for weights in (torchvision.models.VGG11_Weights.IMAGENET1K_V1, torchvision.models.VGG16_Weights.IMAGENET1K_V1):
+        transform = weights.transforms()
+        assert (tuple(transform.mean), tuple(transform.std)) == (TORCHVISION_MEAN, TORCHVISION_STD)
+
+
 @pytest.mark.parametrize(("arch", "batch_norm"), ALL_TORCHVISION)
 @pytest.mark.seconds
 def test_torchvisions_networks_in_and_out_give_equal_logits(arch, batch_norm):
