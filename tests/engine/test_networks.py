@@ -1,6 +1,7 @@
 """What a run starts from: networks of other runs and of torchvision, and the mean that comes with them."""
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -172,16 +173,16 @@ def test_a_training_starts_with_torchvisions_logits_whatever_its_std(photos, tmp
     if std == TORCHVISION_STD:
         assert all(torch.equal(model.state_dict()[name], value) for name, value in reference.state_dict().items())
     with ranks_of_this_run("cpu") as ranks:
-        data = open_training_data(config, ranks, Precision("fp32", "cpu"), initial=initial)
-        validation = data.validation_batches(data.viewing)
-        assert validation
-        for batches in (data.train_batches(0), validation[0]):
-            images, _ = next(batches)
-            pixels = images * torch.tensor(config.std_rgb).view(3, 1, 1) + torch.tensor(data.mean_rgb).view(3, 1, 1)
-            assert pixels.std() > 30, "grey levels"
+        divided, whole = (
+            open_training_data(some, ranks, Precision("fp32", "cpu"), initial=initial)
+            for some in (config, dataclasses.replace(config, std="1,1,1"))
+        )
+        mean = torch.tensor(divided.mean_rgb).view(3, 1, 1)
+        for batches_of in (lambda data: data.train_batches(0), lambda data: data.validation_batches(data.viewing)[0]):
+            (images, _), (less_mean, _) = (next(batches_of(data)) for data in (divided, whole))
+            seen = functional.normalize((less_mean + mean) / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
             with torch.no_grad():
-                expected = reference(functional.normalize(pixels / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-                assert torch.allclose(model(images), expected, atol=1e-5)
+                assert torch.allclose(model(images), reference(seen), atol=1e-5)
 
 
 @pytest.mark.parametrize(
