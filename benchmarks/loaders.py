@@ -63,7 +63,9 @@ def main(argv: list[str] | None) -> dict:
     scales = {}
     with ranks_of_this_run(config.device) as ranks:
         for name, scale in _SCALES.items():
-            data = open_training_data(replace(config, train_scale=scale), ranks, choose_precision("fp32", ranks.device))
+            data = open_training_data(
+                replace(config, train_scale=scale, crop_mode="paper"), ranks, choose_precision("fp32", ranks.device)
+            )
             with tempfile.TemporaryDirectory() as work:
                 scales[name] = compare_calls(
                     name,
@@ -130,7 +132,7 @@ def usual_dali(folder: Path, data: TrainingData) -> Iterator:
             crop_pos_y=fn.random.uniform(range=(0.0, 1.0)),
             mirror=fn.random.coin_flip(),
             mean=mean - shift,
-            std=[1.0] * 3,
+            std=list(data.config.std_rgb),
             output_layout="HWC",
             dtype=types.FLOAT,
         )
@@ -153,7 +155,7 @@ def tensor_reader() -> Callable[[str], torch.Tensor]:
 
 def torchvision_loader(folder: Path, read: Callable, data: TrainingData) -> Iterator:
     """torchvision's transforms in as many worker processes as there are threads of the others."""
-    transform = training_transform(data.config.scale, data.config.crop, IMAGENET_MEAN_RGB, IMAGENET_COLOUR_SHIFT)
+    transform = training_transform(data.config, IMAGENET_MEAN_RGB, IMAGENET_COLOUR_SHIFT)
     images = ImageFolder(folder, transform, loader=read)
     # One permutation after the other: no epoch's end interrupts the clock.
     order = RandomSampler(images, num_samples=sys.maxsize, generator=torch.Generator().manual_seed(0))

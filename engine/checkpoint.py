@@ -28,7 +28,7 @@ from common.errors import TrainingError, UserError
 from common.files import is_storage_trouble, link_over, replacing
 from common.progress import printable, say
 from model.vgg import CONFIGURATIONS, STRIDE
-from model.weights import is_finite, is_plain
+from model.weights import NOT_DIVIDED, is_finite, is_plain
 from pipeline.plan.training import IMAGENET_COLOUR_SHIFT
 
 LAST, BEST = "last.pt", "best.pt"
@@ -68,6 +68,8 @@ class Checkpoint:
     """Whether the network has batch normalisation."""
     colour_shift: list[list[float]] = field(default_factory=lambda: [list(row) for row in IMAGENET_COLOUR_SHIFT])
     """The 3×3 matrix of the training's colour shift: see pipeline.plan.samples.ColourShift."""
+    std_rgb: list[float] = field(default_factory=lambda: list(NOT_DIVIDED))
+    """What the pixels were divided by, after the mean was subtracted."""
     ema: dict | None = None
     """The moving average of the weights, under the keys of `model`; None where the run kept none."""
 
@@ -355,6 +357,10 @@ _FORMS: dict[str, tuple[Callable, str]] = {
     "colour_shift": (
         lambda value: _are_three(value, lambda row: _are_three(row, _is_number)),
         "a list of three lists of three numbers",
+    ),
+    "std_rgb": (
+        lambda value: _are_three(value, lambda std: _is_number(std) and 1 <= std <= 255),
+        "a list of three numbers in 1–255",
     ),
     "ema": (lambda value: value is None or _is_state(value), "a state dict of dense tensors"),
 }

@@ -5,6 +5,7 @@ Nothing here imports torch, so that --help and a mistyped flag answer at once.
 """
 
 import dataclasses
+import math
 import os
 import sys
 from importlib.util import find_spec
@@ -85,6 +86,20 @@ class ImageFlags:
     from which one is drawn for each image. (digits: 36)"""
     crop: int = 224
     """Side of the network's input in pixels, a multiple of 32. (digits: 32)"""
+    crop_mode: Literal["paper", "random-resized"] = "paper"
+    """What of a training image the network sees. paper: a crop at a random place of the image rescaled to TRAIN_SCALE.
+    random-resized: a rectangle of random area, shape and place, resized to the crop, as with torchvision's
+    RandomResizedCrop."""
+    crop_area: str = "0.08-1"
+    """With --crop-mode random-resized: the rectangle's share of the image's area, as a range."""
+    crop_aspect: str = "3/4-4/3"
+    """With --crop-mode random-resized: the rectangle's width divided by its height, as a range."""
+    validation_scale: int | None = None
+    """Shorter side Q of the rescaled validation image in pixels, of which the network sees the centre crop. Default: the training
+    scale, or the middle of its range; with --crop-mode random-resized 256/224 of the crop."""
+    std: str = "1,1,1"
+    """What red, green and blue (0–255) are divided by after the mean is subtracted. 58.395,57.12,57.375 is what torchvision's
+    networks are trained with. Weights from a network with another std are rescaled, so that they give the same results."""
     order: Literal["global", "window"] = "global"
     """Order of the training images in an epoch. global: a random permutation of all images. window: shards in random order,
     and within each group of WINDOW_SHARDS shards all images in random order; only for prepared data, on storage that is
@@ -213,9 +228,35 @@ class Config(RunFlags, NetworkFlags, ImageFlags, TrainingFlags, ComputingFlags, 
         return parse_scale(self.train_scale)
 
     @property
-    def validation_scale(self) -> int:
-        """The paper's Q for one test scale (section 4.1): S, or the middle of its range."""
-        return sum(self.scale) // 2
+    def area(self) -> tuple[float, float]:
+        """Lowest and highest share of the image's area that a random-resized crop has."""
+        return parse_range(self.crop_area)
+
+    @property
+    def aspect(self) -> tuple[float, float]:
+        """Lowest and highest width / height of a random-resized crop."""
+        return parse_range(self.crop_aspect)
+
+    @property
+    def std_rgb(self) -> tuple[float, float, float]:
+        """What the pixels (0–255) are divided by. Raises ValueError unless these are three numbers."""
+        red, green, blue = map(float, self.std.split(","))
+        return red, green, blue
+
+    @property
+    def test_scale(self) -> int:
+        """The validation scale Q in pixels: by default the paper's for one test scale (section 4.1), S or the middle of its
+        range."""
+        if self.validation_scale is not None:
+            return self.validation_scale
+        return usual_test_scale(self.crop) if self.crop_mode == "random-resized" else sum(self.scale) // 2
+
+    @property
+    def crops(self) -> str:
+        """How the training crops are taken, for people."""
+        if self.crop_mode == "paper":
+            return f"scale {self.train_scale}"
+        return f"random-resized from {self.crop_area} of the area, aspect {self.crop_aspect}"
 
 
 _DEFAULTS_BY_DATA: dict[str, dict] = {
@@ -237,6 +278,22 @@ def parse_scale(text: str) -> tuple[int, int]:
     """The lowest and the highest number of "256" or "256-512". Raises ValueError."""
     lowest, _, highest = text.partition("-")
     return int(lowest), int(highest or lowest)
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """The lowest and the highest number of "0.08-1", "3/4-4/3" or "1". Raises ValueError."""
+
+    def number(text: str) -> float:
+        numerator, _, denominator = text.partition("/")
+        return float(numerator) / (float(denominator or 1) or math.nan)
+
+    lowest, _, highest = text.partition("-")
+    return number(lowest), number(highest or lowest)
+
+
+def usual_test_scale(crop: int) -> int:
+    """Q in pixels for a network that was trained at no scale S: torchvision tests its own so, at 256 for 224 pixels."""
+    return 256 * crop // 224
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
@@ -338,12 +395,47 @@ def check(config: Config) -> None:
         raise UserError(
             f"--train-scale {config.train_scale}: give one number of pixels, as 256, or a range, as 256-512"
         ) from None
+    try:
+        area, aspect = config.area, config.aspect
+    except ValueError:
+        raise UserError(
+            f"--crop-area {config.crop_area}, --crop-aspect {config.crop_aspect}: give ranges, as 0.08-1 and 3/4-4/3"
+        ) from None
+    try:
+        std_rgb = config.std_rgb
+    except ValueError:
+        raise UserError(
+            f"--std {config.std}: give a number for each of red, green and blue, with commas, as 58.395,57.12,57.375"
+        ) from None
+    is_resized = config.crop_mode == "random-resized"
+    # The default counts as not given: config.yaml, which has all flags, is a recipe too.
+    default_scale = _DEFAULTS_BY_DATA.get(config.data, {}).get("train_scale", Config.train_scale)
     checks = {
+        f"--train-scale {config.train_scale}: --crop-mode random-resized has no scale; leave one of the two out": (
+            not is_resized or config.train_scale == default_scale
+        ),
+        f"--crop-area {config.crop_area}: needs --crop-mode random-resized": (
+            is_resized or config.crop_area == Config.crop_area
+        ),
+        f"--crop-aspect {config.crop_aspect}: needs --crop-mode random-resized": (
+            is_resized or config.crop_aspect == Config.crop_aspect
+        ),
+        f"--crop-area {config.crop_area}: must be in (0, 1]": 0 < area[0] <= 1 and 0 < area[1] <= 1,
+        f"--crop-area {config.crop_area}: the first number must not exceed the second": area[0] <= area[1],
+        f"--crop-aspect {config.crop_aspect}: must be in [0.01, 100]": all(0.01 <= value <= 100 for value in aspect),
+        f"--crop-aspect {config.crop_aspect}: the first number must not exceed the second": aspect[0] <= aspect[1],
         f"--crop {config.crop}: must be a multiple of 32, as 224, since VGG halves its input five times": (
             config.crop >= 32 and config.crop % 32 == 0
         ),
         f"--train-scale {config.train_scale}: the first number must not exceed the second": lowest <= highest,
-        f"--train-scale {config.train_scale}: must be at least the crop, {config.crop}": lowest >= config.crop,
+        f"--train-scale {config.train_scale}: must be at least the crop, {config.crop}": (
+            is_resized or lowest >= config.crop
+        ),
+        f"--validation-scale {config.validation_scale}: must be at least the crop, {config.crop}": (
+            config.validation_scale is None or config.validation_scale >= config.crop
+        ),
+        # Less than a grey level would be of pixels in 0–1.
+        f"--std {config.std}: must be in [1, 255], as pixels are in 0–255": all(1 <= std <= 255 for std in std_rgb),
         f"--batch-size {config.batch_size}: must be at least 1": config.batch_size >= 1,
         f"--micro-batch {config.micro_batch}: must be at least 1": config.micro_batch is None
         or config.micro_batch >= 1,

@@ -24,7 +24,7 @@ from pipeline.dataset.digits import digits_folder
 from pipeline.dataset.manifest import Manifest, load_manifest, open_manifest
 from pipeline.dataset.scan import SPLITS
 from pipeline.plan.samples import IMAGENET_MEAN_RGB, Samples
-from pipeline.plan.training import IMAGENET_COLOUR_SHIFT, ColourShift, TrainPlan
+from pipeline.plan.training import IMAGENET_COLOUR_SHIFT, ColourShift, RandomResized, TrainPlan
 from pipeline.plan.validation import ValidationPlan
 from pipeline.plan.whole_images import WholePlan
 from pipeline.preparation.statistics import find_statistics
@@ -54,6 +54,8 @@ class Viewing:
     """Shorter side of the rescaled image in pixels, at least `crop`."""
     mean_rgb: tuple[float, float, float]
     """What is subtracted from the pixels (0–255)."""
+    std_rgb: tuple[float, float, float]
+    """What they are then divided by."""
     batch_size: int
     """Images of the crop's size that a rank computes at a time; of larger ones, as many as have no more pixels."""
     pad_channels: bool = False
@@ -122,7 +124,7 @@ class Data:
             lambda skip: plan.batches(rank=rank, world_size=world_size, batch_size=size, skip=skip),
             size,
             "val",
-            self._options(viewing.crop, viewing.pad_channels),
+            self._options(viewing.crop, viewing.std_rgb, viewing.pad_channels),
         )
         return loader, plan.steps(world_size=world_size, batch_size=size)
 
@@ -151,7 +153,7 @@ class Data:
             lambda skip: plan.batches(rank=rank, world_size=world_size, skip=skip),
             plan.largest_batch,
             split,
-            self._options(None, viewing.pad_channels),
+            self._options(None, viewing.std_rgb, viewing.pad_channels),
         )
         return loader, plan.images(rank=rank, world_size=world_size)
 
@@ -169,7 +171,14 @@ class Data:
         reader = ShardReader(plan.table, threads=self.loading.read_threads, batches_ahead=self.loading.read_ahead)
         return lambda batches: reader.fetch(batches, plan.read_group)
 
-    def _options(self, crop: int | None, pad_channels: bool, *, shares_engine: bool = False) -> GraphOptions:
+    def _options(
+        self,
+        crop: int | None,
+        std_rgb: tuple[float, float, float],
+        pad_channels: bool,
+        *,
+        shares_engine: bool = False,
+    ) -> GraphOptions:
         """shares_engine: whether the GPU's JPEG engine may decode a part of each batch.
 
         It then gets the images that come first by kind and size, so that an image's pixels depend on its batch-mates, and so on
@@ -179,6 +188,7 @@ class Data:
         device, load = self.ranks.device, self.loading.hw_decoder_load
         return GraphOptions(
             crop=crop,
+            std_rgb=std_rgb,
             device_id=device.index if device.type == "cuda" else None,
             decoder=self.decoder,
             hw_decoder_load=load if shares_engine or load == 1 else 0.0,
@@ -220,8 +230,9 @@ class TrainingData(Data):
         config = self.config
         return Viewing(
             crop=config.crop,
-            scale=config.validation_scale,
+            scale=config.test_scale,
             mean_rgb=self.mean_rgb,
+            std_rgb=config.std_rgb,
             batch_size=min(config.batch_size, config.micro_batch or _VALIDATION_BATCH),
             pad_channels=config.pad_channels,
         )
@@ -230,7 +241,7 @@ class TrainingData(Data):
     def train_options(self) -> GraphOptions:
         """Of the training loader."""
         config = self.config
-        return self._options(config.crop, config.pad_channels, shares_engine=not config.deterministic)
+        return self._options(config.crop, config.std_rgb, config.pad_channels, shares_engine=not config.deterministic)
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches of this rank, endless, from sample number `start` on."""
@@ -261,15 +272,18 @@ class TrainingData(Data):
     def train_plan(self) -> TrainPlan:
         """What the training loader shows; not for synthetic data, which has no plan."""
         assert self.manifest
+        config = self.config
+        is_resized = config.crop_mode == "random-resized"
         return TrainPlan(
             table=self.manifest.train,
-            batch_size=self.config.batch_size,
-            crop=self.config.crop,
-            scale=self.config.scale,
-            seed=self.config.seed,
+            batch_size=config.batch_size,
+            crop=config.crop,
+            scale=config.scale,
+            seed=config.seed,
+            random_resized=RandomResized(config.area, config.aspect) if is_resized else None,
             mean_rgb=self.mean_rgb,
             colour_shift=self.colour_shift,
-            window_shards=self.config.window_shards if self.config.order == "window" else None,
+            window_shards=config.window_shards if config.order == "window" else None,
         )
 
     def look(self, plan: TrainPlan | ValidationPlan, numbers: np.ndarray) -> tuple[Tensor, Samples]:
@@ -285,9 +299,9 @@ class TrainingData(Data):
             for step in itertools.count(skip):
                 yield plan.samples(filled_up[step % steps])
 
-        split = "train" if isinstance(plan, TrainPlan) else "val"
+        split, config = "train" if isinstance(plan, TrainPlan) else "val", self.config
         loader = self.loader(
-            plan, batches_after, size, split, self._options(self.config.crop, self.config.pad_channels)
+            plan, batches_after, size, split, self._options(config.crop, config.std_rgb, config.pad_channels)
         )
         images = torch.cat([next(loader)[0].cpu() for _ in range(steps)])
         # Asked for after the loading, which may have found images to do without.

@@ -15,10 +15,15 @@ from common.progress import printable
 from model.vgg import CONFIGURATIONS, STRIDE, VGG
 
 State = Mapping[str, Tensor]
+RGB = tuple[float, float, float]
 
-# What torchvision's networks subtract from the pixels and then divide them by, in units of 255 (its Normalize).
-TORCHVISION_MEAN = (0.485, 0.456, 0.406)
-TORCHVISION_STD = (0.229, 0.224, 0.225)
+# What torchvision's networks subtract from the pixels and then divide them by (its Normalize): in units of 255, and in 0–255.
+TORCHVISION_MEAN: RGB = (0.485, 0.456, 0.406)
+TORCHVISION_STD: RGB = (0.229, 0.224, 0.225)
+TORCHVISION_MEAN_RGB: RGB = (255 * 0.485, 255 * 0.456, 255 * 0.406)
+TORCHVISION_STD_RGB: RGB = (255 * 0.229, 255 * 0.224, 255 * 0.225)
+NOT_DIVIDED: RGB = (1.0, 1.0, 1.0)
+"""The std of a network whose images are pixels (0–255) less a mean, and no more."""
 
 _FIRST = "features.0.weight"
 _LAST = "classifier.6"
@@ -144,30 +149,33 @@ def is_finite(value: Tensor) -> bool:
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
-def from_torchvision(state: State) -> tuple[dict[str, Tensor], tuple[float, float, float]]:
-    """A torchvision network's state → (a state with the same logits, the mean RGB to subtract from its pixels in 0–255).
+def for_std(state: State, now: Sequence[float], wanted: Sequence[float]) -> dict[str, Tensor]:
+    """The state of a network that gives the same logits where its images are divided by another std.
 
-    torchvision's networks see (pixel/255 - mean) / std = (pixel - 255·mean) / (255·std): the mean is subtracted from our
-    images too, and the division goes into the first convolution. So what is padded with zeros is the same image, and the
-    logits are equal at the borders too; with the mean in the bias they would not be.
+    now, wanted: what the pixels (0–255), less the mean, are divided by for R, G, B. The first convolution takes the difference
+    up. So what is padded with zeros is the same image, and the logits are equal at the borders too. The same std changes no
+    bit of weights in 32 bits or fewer.
     """
-    weight = (state[_FIRST].double() / _divisors(state[_FIRST].device)).to(_at_least_single(state[_FIRST].dtype))
-    red, green, blue = (255 * mean for mean in TORCHVISION_MEAN)
-    return {**state, _FIRST: weight}, (red, green, blue)
+    weight = state[_FIRST]
+    before, after = (
+        torch.tensor(std, dtype=torch.float64, device=weight.device).view(1, 3, 1, 1) for std in (now, wanted)
+    )
+    # Weights of 16 bits become float32: rounded again, they would be others.
+    single = torch.promote_types(weight.dtype, torch.float32)
+    return {**state, _FIRST: (weight.double() * after / before).to(single)}
 
 
-def to_torchvision(state: State, mean_rgb: Sequence[float]) -> tuple[dict[str, Tensor], tuple[float, float, float]]:
-    """The inverse of from_torchvision: → (torchvision's state, the mean for torchvision's Normalize).
+def to_torchvision(state: State, mean_rgb: Sequence[float], std_rgb: Sequence[float]) -> tuple[dict[str, Tensor], RGB]:
+    """A state as torchvision's network has it: → (its state, the mean for torchvision's Normalize, with torchvision's own std).
 
-    mean_rgb: what the network was trained with, in 0–255. That mean / 255 belongs into Normalize, with torchvision's own std;
-    it is TORCHVISION_MEAN, up to rounding, where the network was trained with ImageNet's.
+    mean_rgb, std_rgb: what the network was trained with, in 0–255. That mean / 255 belongs into Normalize; it is
+    TORCHVISION_MEAN, up to rounding, where the network was trained with ImageNet's.
 
     Keys and shapes are torchvision's for the networks that it has: A, B, D, E at 224 pixels. For another crop, its network
     has to be given the same FC6, and nn.Identity() for its average pool.
     """
-    weight = (state[_FIRST].double() * _divisors(state[_FIRST].device)).to(_at_least_single(state[_FIRST].dtype))
     red, green, blue = (value / 255 for value in mean_rgb)
-    return {**state, _FIRST: weight}, (red, green, blue)
+    return for_std(state, std_rgb, TORCHVISION_STD_RGB), (red, green, blue)
 
 
 def initialise_from(model: VGG, state_of_a: State, *, last: bool = True) -> list[str]:
@@ -290,13 +298,3 @@ def _outline(description: Description) -> VGG:
 def _shapes(state: State) -> dict[str, torch.Size]:
     """Without batch normalisation's counters of batches: files of torch before 0.4.1 have none."""
     return {name: value.shape for name, value in state.items() if not name.endswith("num_batches_tracked")}
-
-
-def _at_least_single(dtype: torch.dtype) -> torch.dtype:
-    """Weights of 16 bits become float32: rounded again after the division, they would be others."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _divisors(device: torch.device) -> Tensor:
-    """255·std of each colour, float64, in the shape in which it meets a convolution's weight [out, in, height, width]."""
-    return 255 * torch.tensor(TORCHVISION_STD, dtype=torch.float64, device=device).view(1, 3, 1, 1)

@@ -21,7 +21,7 @@ class InputFlags:
     """As for train.py: a folder with train/ and val/, prepared data in a folder or a bucket, or `digits`."""
     scales: str | None = None
     """Shorter sides Q of the rescaled test image in pixels, separated by commas, as 256,384,512. The results are averaged.
-    Default: each network's training scale, or the middle of its range."""
+    Default: for each network that of its training's validations."""
     flip: Literal["auto", "on", "off"] = "auto"
     """Average over each view of an image and its mirror image; --flip and --no-flip are short for on and off. auto: on,
     as in the paper, except with --protocol center."""

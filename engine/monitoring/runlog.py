@@ -57,7 +57,7 @@ class RunLog:
         whose power, utilisation and memory are recorded too; None: those that CUDA_VISIBLE_DEVICES leaves. Raises UserError
         where --wandb cannot start.
         """
-        self._out = config.out
+        self._out, self._std_rgb = config.out, config.std_rgb
         self._total_steps, self._top1, self._classes, self._mean_rgb = total_steps, top1, classes, mean_rgb
         self._failures: collections.Counter[str] = collections.Counter()
         self._warned: set[str] = set()
@@ -163,7 +163,7 @@ class RunLog:
 
     def images(self, *, step: int, images: Tensor) -> None:
         """What the network was shown, as a loader gives it: [n, 3 or 4, height, width]."""
-        sheet = grid(as_pictures(images, self._mean_rgb), _COLUMNS)
+        sheet = grid(as_pictures(images, self._mean_rgb, self._std_rgb), _COLUMNS)
         self._on_dashboards(lambda dashboard: dashboard.picture(step, "train/images", sheet))
 
     def validation(self, *, step: int, epoch: int, accuracy: Accuracy, confusion: Tensor | None) -> None:

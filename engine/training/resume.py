@@ -46,7 +46,11 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoin
     checkpoint = checkpoints.load(path)
     check_weights(checkpoint, path)
     _check_optimizer(checkpoint, path)
-    for flag, theirs, ours in (("arch", checkpoint.arch, config.arch), ("crop", checkpoint.crop, config.crop)):
+    for flag, theirs, ours in (
+        ("arch", checkpoint.arch, config.arch),
+        ("crop", checkpoint.crop, config.crop),
+        ("std", ",".join(map(str, checkpoint.std_rgb)), ",".join(map(str, config.std_rgb))),
+    ):
         if theirs != ours:
             raise UserError(
                 f"checkpoint {path} was trained with --{flag} {theirs}, this run asks for {ours}; {_instead(config)}"
@@ -59,7 +63,8 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoin
     if ranks.is_main:
         say(f"going on from {path}: step {checkpoint.steps:,}, {checkpoint.samples_seen:,} images seen")
         for setting, value in to_dict(config).items():
-            before = checkpoint.config.get(setting)
+            # Of a flag that is younger than the checkpoint, the default is what the run did until now.
+            before = checkpoint.config.get(setting, getattr(Config, setting, None))
             if setting not in _FREE_SETTINGS and before != value:
                 say(f"  note: {setting} was {before} until now and is {value} from here on")
         if checkpoint.world_size != ranks.world_size:

@@ -339,6 +339,7 @@ class Trainer:
             crop=self._config.crop,
             classes=list(self._data.classes),
             mean_rgb=list(self._data.mean_rgb),
+            std_rgb=list(self._config.std_rgb),
             model=model,
             optimizer=optimizer,
             scaler=self._scaler.state_dict(),
@@ -403,7 +404,7 @@ class Trainer:
         network = f"{config.arch} with batch norm" if config.batch_norm else config.arch
         return (
             f"{network} ({parameters / 1e6:.1f} M parameters) on {printable(config.data)}: {data.train_images:,} images, "
-            f"{len(data.classes)} classes, crop {config.crop}, scale {config.train_scale}\n"
+            f"{len(data.classes)} classes, crop {config.crop}, {config.crops}\n"
             f"{place}, {self._precision.name}, {'compiled' if self._compiled else 'eager'}; batch {config.batch_size} = "
             f"{ranks.world_size} ranks × {self._passes} passes × {data.micro_batch} images{shared}; "
             f"{self._total_steps:,} steps; {printable(str(config.out))}"

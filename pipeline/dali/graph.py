@@ -25,6 +25,8 @@ class GraphOptions:
     """"gpu" (needs a device_id) or "cpu"."""
     hw_decoder_load: float = 0.65
     """The share of the images, in [0, 1], that decoder "gpu" gives to the GPU's JPEG engine. The default is DALI's."""
+    std_rgb: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """What R, G, B (0–255) are divided by, after the samples' mean has been subtracted."""
     half: bool = False
     """float16 images instead of float32."""
     pad_channels: bool = False
@@ -43,7 +45,7 @@ def image_pipeline(
     batch_size: int,
     whole: bool = False,
 ) -> Pipeline:
-    """Build (without starting) the pipeline read → decode the window → resize and flip → subtract the mean.
+    """Build (without starting) the pipeline read → decode the window → resize and flip → subtract the mean, divide by std.
 
     source: returns the bytes' source and the inputs() of a plan's Samples, one batch a call. from_files: the bytes' source is
     a path, uint8 [n, W]; else the bytes themselves, each image's followed by whatever fills up its row of uint8 [n, W].
@@ -86,7 +88,7 @@ def image_pipeline(
                 subpixel_scale=False,  # within 1–2 grey levels of PIL's and torchvision's; the default is up to 6 off
                 antialias=True,
             )
-        images = _flip_and_subtract(images, given["mirrored"], given["mean"], options)
+        images = _flip_and_normalise(images, given["mirrored"], given["mean"], options)
         return images, given["labels"].gpu() if on_gpu else given["labels"]
 
     return graph()
@@ -139,7 +141,7 @@ def _after_its_header(encoded: DataNode) -> DataNode:
     return fn.reshape(encoded, shape=encoded.shape(dtype=types.INT64) + 0 * height)  # a view: nothing is copied
 
 
-def _flip_and_subtract(images: DataNode, mirrored: DataNode, mean: DataNode, options: GraphOptions) -> DataNode:
+def _flip_and_normalise(images: DataNode, mirrored: DataNode, mean: DataNode, options: GraphOptions) -> DataNode:
     """The graph's last operator. The mean holds the colour shift too: it costs no pass over the image."""
     crop, on_gpu = options.crop, options.device_id is not None
     dtype = types.FLOAT16 if options.half else types.FLOAT
@@ -149,7 +151,7 @@ def _flip_and_subtract(images: DataNode, mirrored: DataNode, mean: DataNode, opt
             device="gpu" if on_gpu else "cpu",
             mirror=mirrored,
             mean=mean,
-            std=1.0,
+            std=list(options.std_rgb),
             output_layout="HWC",  # what torch calls channels_last
             dtype=dtype,
             pad_output=options.pad_channels,  # to a power of two
@@ -160,6 +162,7 @@ def _flip_and_subtract(images: DataNode, mirrored: DataNode, mean: DataNode, opt
     # 70 µs of a core for 224×224 pixels.
     means = fn.reshape(mean, shape=[1, 3]) + types.Constant(np.zeros((crop, 1), dtype=np.float32))
     rows = fn.reshape(images, shape=[crop, crop * 3], layout="")
-    rows = fn.normalize(rows, mean=fn.reshape(means, shape=[1, crop * 3]), stddev=1.0, axes=[0], dtype=dtype)
+    std = types.Constant(np.tile(np.array(options.std_rgb, dtype=np.float32), crop)[None])
+    rows = fn.normalize(rows, mean=fn.reshape(means, shape=[1, crop * 3]), stddev=std, axes=[0], dtype=dtype)
     images = fn.reshape(rows, shape=[crop, crop, 3], layout="HWC")
     return fn.pad(images, axes=[2], shape=[4]) if options.pad_channels else images

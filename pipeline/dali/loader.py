@@ -1,7 +1,7 @@
 """Loaders: iterators of (images, labels) on the training device, as long as the plan's.
 
-images: [n, 3, crop, crop], channels_last, float32 or float16, mean subtracted, otherwise in units of 0–255 grey levels;
-with a fourth channel, of zeros, where that is asked for. Whole images are [n, 3, height, width], otherwise the same.
+images: [n, 3, crop, crop], channels_last, float32 or float16: 0–255 grey levels, less the mean, divided by the std; with a
+fourth channel, of zeros, where that is asked for. Whole images are [n, 3, height, width], otherwise the same.
 labels: int64 [n]; PADDING_LABEL where a validation batch is filled up, LOST_LABEL for an image that cannot be decoded.
 """
 

@@ -92,7 +92,9 @@ def test_nor_does_an_answer_of_predict_depend_on_the_other_images(monkeypatch):
 def test_a_rank_tests_at_most_batch_size_images_at_a_time(world_size):
     flags = parse_evaluate(["--checkpoint", "x.pt", "--data", "digits", "--batch-size", "16"])
     data = open_data(flags.data, ranks_of(world_size), FP32, flags.loading, max_bad_images=None)
-    opened = data.validation_batches(Viewing(crop=32, scale=36, mean_rgb=(0, 0, 0), batch_size=flags.batch_size))
+    opened = data.validation_batches(
+        Viewing(crop=32, scale=36, mean_rgb=(0, 0, 0), std_rgb=(1, 1, 1), batch_size=flags.batch_size)
+    )
     assert opened
     batches, steps = opened
     assert len(next(batches)[0]) == 16

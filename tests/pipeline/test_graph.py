@@ -10,7 +10,7 @@ from pipeline.dali.graph import GraphOptions, image_pipeline
 from pipeline.dali.loader import DaliLoader
 from pipeline.dataset.manifest import open_manifest
 from pipeline.plan.samples import Samples, rescaled_sizes
-from pipeline.plan.training import TrainPlan
+from pipeline.plan.training import RandomResized, TrainPlan
 from pipeline.plan.validation import ValidationPlan
 from tests.support.images import photo_folder
 
@@ -23,11 +23,11 @@ def table(tmp_path_factory):
     return open_manifest(photo_folder(tmp_path_factory.mktemp("photos"), train=100, val=10)).train
 
 
-def run_graph(samples: Samples, crop: int | None = CROP, *, half: bool = False) -> np.ndarray:
+def run_graph(samples: Samples, crop: int | None = CROP, *, half: bool = False, **options) -> np.ndarray:
     """The loader's images for these samples: float32 or, half, float16 [n, height, width, 3]. crop: None for whole images."""
     loader = DaliLoader(
         lambda skip: iter([samples] * 4),
-        GraphOptions(crop=crop, half=half, threads=2, prefetch=1),
+        GraphOptions(crop=crop, half=half, threads=2, prefetch=1, **options),
         lose=lambda *lost: pytest.fail("lost an image"),
         batch_size=len(samples.labels),
     )
@@ -110,9 +110,51 @@ def test_crops_equal_torchvisions_antialiased_resize_and_crop(planned):
     assert total / len(images) < 0.3
 
 
-def test_whole_images_that_are_cut_equal_windows_that_are_decoded(table):
+def test_random_resized_crops_equal_torchvisions_resized_crop(table):
+    from torchvision.transforms.v2.functional import resized_crop
+
+    plan = TrainPlan(table=table, batch_size=100, crop=CROP, scale=(256, 256), seed=1, random_resized=RandomResized())
+    samples = plan.samples(np.arange(100))
+    images = run_graph(samples) + samples.mean[:, None, None, :]
+    images[samples.flipped] = images[samples.flipped, :, ::-1]
+    assert 30 < samples.flipped.sum() < 70
+    worst = worst_within = total = 0.0
+    for name, (y, x), (height, width), image in zip(
+        samples.source, samples.start.tolist(), samples.shape.tolist(), images, strict=True
+    ):
+        whole = torch.from_numpy(decode_all(path_of(name)).copy()).permute(2, 0, 1)
+        reference = resized_crop(whole, y, x, height, width, [CROP, CROP], antialias=True).permute(1, 2, 0).numpy()
+        difference = np.abs(reference - image)
+        worst, total = max(worst, difference.max()), total + difference.mean()
+        worst_within = max(worst_within, difference[2:-2, 2:-2].max())
+    assert worst_within <= 2
+    # Beyond the border DALI's filter sees the outermost pixel again, torchvision's sees nothing.
+    assert worst <= 16
+    assert total / len(images) < 0.3
+
+
+def test_a_random_resized_crop_of_the_right_size_is_not_resized(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        pixels = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / split / "a/x.png")
+    crops = RandomResized(area=(1.0, 1.0), aspect=(1.0, 1.0))
+    plan = TrainPlan(
+        table=open_manifest(tmp_path).train, batch_size=8, crop=64, scale=(64, 64), seed=0, random_resized=crops
+    )
+    samples = plan.samples(np.arange(8))
+    images = run_graph(samples, crop=64) + samples.mean[:, None, None, :]
+    assert not samples.resized.any()
+    assert 0 < samples.flipped.sum() < 8
+    for image, flipped in zip(images, samples.flipped, strict=True):
+        assert np.abs(image - (pixels[:, ::-1] if flipped else pixels)).max() < 1e-3
+
+
+@pytest.mark.parametrize("random_resized", [None, RandomResized()])
+def test_whole_images_that_are_cut_equal_windows_that_are_decoded(table, random_resized):
     """Decoding whole images is what the GPU's decoder does."""
-    samples = TrainPlan(table=table, batch_size=20, crop=CROP, scale=(256, 256), seed=0).samples(np.arange(20))
+    plan = TrainPlan(table=table, batch_size=20, crop=CROP, scale=(256, 256), seed=0, random_resized=random_resized)
+    samples = plan.samples(np.arange(20))
     pipelines = [
         image_pipeline(
             lambda: (samples.source, *samples.inputs()),
@@ -156,6 +198,16 @@ def test_mean_is_subtracted_and_the_image_flipped_as_asked(table):
     difference = np.abs(run_graph(flipped) - (run_graph(plain)[:, :, ::-1] - samples.mean[:, None, None, :]))
     assert difference.max() < 1 + 1e-4, "one level, where the sum of a pixel's weights rounds the other way"
     assert difference.mean() < 1e-3
+
+
+@pytest.mark.parametrize("crop", [CROP, None])
+def test_each_colour_is_divided_by_its_std_after_the_mean_is_subtracted(table, crop):
+    """Crops and whole images go different ways."""
+    samples = TrainPlan(table=table, batch_size=8, crop=CROP, scale=(256, 256), seed=0).samples(np.arange(8))
+    plain = run_graph(samples, crop=crop)
+    divided = run_graph(samples, crop=crop, std_rgb=(58.395, 2.0, 127.5))
+    assert np.allclose(divided, plain / np.array([58.395, 2.0, 127.5], dtype=np.float32), rtol=1e-6, atol=1e-6)
+    assert np.abs(plain).max() > 50
 
 
 def test_half_images_are_the_others_in_float16(table):

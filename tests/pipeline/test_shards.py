@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import resized_crop
 
 import train
 from common import patience
@@ -24,7 +25,7 @@ from common.errors import DataSourceError, UserError
 from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import DaliLoader
 from pipeline.plan.samples import Samples
-from pipeline.plan.training import TrainPlan
+from pipeline.plan.training import RandomResized, TrainPlan
 from pipeline.plan.validation import ValidationPlan
 from pipeline.preparation import packing
 from pipeline.shards import storage
@@ -99,6 +100,22 @@ def test_an_image_of_the_right_size_is_cropped_and_nothing_else(folder):
             crop = crop[:, ::-1]
         assert samples.shape[n].tolist() == [32, 32]
         assert np.abs(images[n] - crop).max() < 1e-3, "to the last bit, for all that PIL decodes"
+
+
+def test_random_resized_crops_of_prepared_images_are_torchvisions(folder):
+    """Out of JPEGs that are cut to the tiles of their window before they are decoded."""
+    table = table_of(folder)
+    plan = make_plan(table, batch_size=48, random_resized=RandomResized())
+    samples = plan.samples(np.arange(48))
+    images, labels = next(make_loader(plan))
+    assert np.array_equal(labels, samples.labels)
+    images = images.permute(0, 2, 3, 1).numpy() + samples.mean[:, None, None]
+    for n, ((y, x), (height, width)) in enumerate(zip(samples.start.tolist(), samples.shape.tolist(), strict=True)):
+        whole = torch.from_numpy(np.array(image_of(table, samples.source[n]))).permute(2, 0, 1)
+        expected = resized_crop(whole, y, x, height, width, [32, 32], antialias=True).permute(1, 2, 0).numpy()
+        image = images[n, :, ::-1] if samples.flipped[n] else images[n]
+        assert np.abs(image - expected)[2:-2, 2:-2].max() <= 3
+        assert np.abs(image - expected).mean() < 0.5
 
 
 def test_crops_come_from_everywhere_and_half_are_flipped(folder):
