@@ -471,6 +471,26 @@ def test_an_error_waits_for_the_checkpoint_that_is_being_written(folder, tmp_pat
     assert capsys.readouterr().err.splitlines()[-2:] == ["saved the state after step 4", "error: of something else"]
 
 
+def test_an_error_saves_although_the_checkpoint_that_was_being_written_has_failed(
+    folder, tmp_path, slow_writing, capsys, monkeypatch
+):
+    save = torch.save
+
+    def full_once(*args) -> None:
+        monkeypatch.setattr(checkpoints.torch, "save", save)
+        raise OSError(28, "No space left on device")
+
+    def fail() -> None:
+        slow_writing.write_soon()
+        raise TrainingError("of something else")
+
+    monkeypatch.setattr(checkpoints.torch, "save", full_once)
+    slow_writing.after_step[4] = fail
+    assert train.main(flags_of(folder, tmp_path, "--steps", "9")) == 1
+    assert slow_writing.written == [4]
+    assert capsys.readouterr().err.splitlines()[-2:] == ["saved the state after step 4", "error: of something else"]
+
+
 def test_the_last_good_checkpoint_may_still_be_written(folder, tmp_path, slow_writing, capsys, monkeypatch):
     """Where a loss that is not finite ends the run, the sentence names it."""
     step = engine.training.assembly.TrainStep.__call__
@@ -492,7 +512,7 @@ def test_what_goes_wrong_in_the_background_ends_the_run_with_the_next_step(
     folder, tmp_path, capsys, monkeypatch, fault
 ):
     """The third is the first to be saved; it is told then, or after the fourth, by which it is known."""
-    save, advance = checkpoints.save, RunLog.advance
+    save, advance, write = checkpoints.save, RunLog.advance, torch.save
     assert train.main(flags_of(folder, tmp_path, "--steps", "2")) == 0
 
     def faulty(checkpoint, *args, **named):
@@ -500,7 +520,8 @@ def test_what_goes_wrong_in_the_background_ends_the_run_with_the_next_step(
             checkpoint.model["2.weight"][0] = math.nan
         save(checkpoint, *args, **named)
 
-    def full(*_):
+    def full_once(*_):
+        monkeypatch.setattr(checkpoints.torch, "save", write)
         raise OSError(28, "No space left on device")
 
     def waiting(self):
@@ -512,7 +533,7 @@ def test_what_goes_wrong_in_the_background_ends_the_run_with_the_next_step(
     monkeypatch.setattr(checkpoints, "save", faulty)
     monkeypatch.setattr(RunLog, "advance", waiting)
     if fault == "disk":
-        monkeypatch.setattr(checkpoints.torch, "save", full)
+        monkeypatch.setattr(checkpoints.torch, "save", full_once)
     capsys.readouterr()
     assert train.main(flags_of(folder, tmp_path, "--steps", "9")) == 1
     said = capsys.readouterr().err.splitlines()
