@@ -1,7 +1,7 @@
 """The run: steps, and validation, schedule and checkpoints at the epochs' ends.
 
 The host waits for the device only where a figure is logged (every --log-every steps and at an epoch's end), at the end of
-a validation pass, and where a checkpoint is written.
+a validation pass, and where the state is copied for a checkpoint, or a checkpoint is written.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from engine.monitoring.runlog import IMAGES_SHOWN, RunLog
 from engine.precision import Precision
 from engine.training import schedule
 from engine.training.assembly import assemble, too_little_memory
+from engine.training.checkpoint_writer import CheckpointWriter
 from engine.training.clock import Clock, TimedBatches
 from engine.training.preemption import SharedBatches, StopRequests
 from model.vgg import VGG
@@ -82,6 +83,7 @@ class Trainer:
         self._best_top1 = _top1_of_the_best(config.out / checkpoints.BEST)
         self._validated_epoch = self._history[-1]["epoch"] if self._history else 0
         self._stopped = False
+        self._writer = CheckpointWriter()
         self._total_steps = self._count_steps()
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         if ranks.is_main:
@@ -99,7 +101,7 @@ class Trainer:
                 say(f"this run is complete; {why} goes on, --resume never starts anew")
             return self._results()
         try:
-            with self._open_log() as log:
+            with self._open_log() as log, self._writer:
                 try:
                     self._train(log)
                 except Exception:
@@ -125,7 +127,7 @@ class Trainer:
         with requests.training(self._ranks), present_objects_frozen():
             if self._validation_is_due():  # the run was stopped in the middle of it
                 self._end_epoch(log)
-            while not (self._done() or self._stopped):
+            while self._goes_on():
                 self._set_learning_rate()
                 first = self._samples_seen + self._ranks.rank * share
                 self._loss_sum += self._step(batches, first_sample=first, before_gradients=requests.hear_others)
@@ -139,20 +141,23 @@ class Trainer:
                     self._log_training(log, timed)
                 if ends_epoch and not self._stopped:
                     self._end_epoch(log)
-                elif self._done() or self._stopped or requests.agreed_to_save:
-                    self._save(is_best=False)
+                elif requests.agreed_to_save or not self._goes_on():
+                    self._save(is_best=False, in_background=self._goes_on())
+                if self._writer.has_failed:
+                    self._saved_steps = self._steps  # it is the disk, or the state
+                    self._finish_write()
             if self._stopped:
                 # Until rank 0 has written: torchrun ends the others when the first one leaves.
                 wait_for_all(self._ranks)
 
     def _end_epoch(self, log: RunLog | None) -> None:
-        """Validate, save, and only then show the result."""
+        """Validate, save, and only then show the result: beside the writing, unless the run ends here."""
         with self._clock.evaluating():
             accuracy, confusion = self._validate()
         is_best = accuracy is not None and accuracy.top1 > self._best_top1
         if accuracy and is_best:
             self._best_top1 = accuracy.top1
-        self._save(is_best=is_best)
+        self._save(is_best=is_best, in_background=self._goes_on())
         if log and accuracy:
             log.validation(step=self._steps, epoch=self._validated_epoch, accuracy=accuracy, confusion=confusion)
 
@@ -161,15 +166,20 @@ class Trainer:
 
         Of layers that ranks share, this takes all of them: where only this rank has failed, the last checkpoint stays the last.
         """
+        with contextlib.suppress(Exception):  # the error that ends the run is the one to tell
+            self._finish_write()
         at_hand = self._requests.failed_together if self._shared else self._ranks.is_main
         if self._step.give_up() and self._steps > self._saved_steps and at_hand:
-            with contextlib.suppress(Exception):  # the error that ends the run is the one to tell
+            with contextlib.suppress(Exception):
                 self._save(is_best=False)
                 if self._ranks.is_main:
                     say(f"saved the state after step {self._steps:,}")
         if self._requests.failed_together:
             with contextlib.suppress(RuntimeError):
                 wait_for_all(self._ranks)  # torchrun ends rank 0 when another one leaves
+
+    def _goes_on(self) -> bool:
+        return not (self._done() or self._stopped)
 
     def _done(self) -> bool:
         return self._why_done() is not None
@@ -323,9 +333,12 @@ class Trainer:
             return SharedBatches(batches, self._requests, passes=1, hear_at_once=True)
         return SharedBatches(batches, self._requests, passes=passes)
 
-    def _save(self, *, is_best: bool) -> None:
-        """Rank 0 writes. Where ranks share layers, every rank must call this, since each has a part of what is written."""
+    def _save(self, *, is_best: bool, in_background: bool = False) -> None:
+        """Rank 0 writes, once the checkpoint before is written. Where ranks share layers, every rank must call this, since each
+        has a part of what is written. in_background: from a copy, while the training goes on; else the file is there now.
+        """
         self._last_save, self._saved_steps = time.monotonic(), self._steps
+        self._finish_write()
         model, optimizer = self._model.state_dict(), self._optimizer.state_dict()
         average = self._average.model.state_dict() if self._average else None
         if self._shared:
@@ -354,7 +367,13 @@ class Trainer:
             ema=average,
         )
         with self._clock.saving(), self._requests.writing():
-            checkpoints.save(checkpoint, self._config.out, is_best=is_best, keep=self._config.keep)
+            save = self._writer.begin if in_background else checkpoints.save
+            save(checkpoint, self._config.out, is_best=is_best, keep=self._config.keep)
+
+    def _finish_write(self) -> None:
+        """Wait for the checkpoint that is being written, if one is. Raises what has kept it, or the one before, from the disk."""
+        with self._clock.saving(), self._requests.writing():
+            self._writer.finish()
 
     def _count_steps(self) -> int:
         """Steps of the whole training: those done and those that the epochs still need; the last may straddle the end."""
@@ -391,6 +410,8 @@ class Trainer:
         )
 
     def _last_good(self) -> str:
+        with contextlib.suppress(Exception):
+            self._finish_write()  # perhaps the first one
         return checkpoints.last_good(self._config.out)
 
     def _describe(self) -> str:
