@@ -168,10 +168,13 @@ def test_a_batch_that_two_decoders_share_is_in_order_and_each_image_its_decoders
 
 def test_the_share_of_a_loader_holds_from_the_next_batch_that_is_prepared(table, monkeypatch):
     samples = TrainPlan(table=table, batch_size=10, crop=32, scale=(36, 36), seed=0).samples(np.arange(10))
-    shares: list[int] = []
-    monkeypatch.setattr(
-        "pipeline.dali.loader.first_of", lambda count, share: (shares.append(share), first_of(count, share))[1]
-    )
+    shares: list[float] = []
+
+    def noted(count: int, share: float) -> np.ndarray:
+        shares.append(share)
+        return first_of(count, share)
+
+    monkeypatch.setattr("pipeline.dali.loader.first_of", noted)
     loader = DaliLoader(
         lambda skip: iter([samples] * 12),
         GraphOptions(crop=32, decoder="split", prefetch=3),
