@@ -23,9 +23,7 @@ _NOISE = 0.04
 """Of a measured time: what differs by less is equal."""
 _LEAST_WAIT = 0.02
 """Of the time; with less, no other share could make the training much faster."""
-_WARM_UP_STEPS = (
-    10  # of the whole training, which begins slowly: kernels are chosen, files are not in the page cache yet
-)
+_WARM_UP_STEPS = 10  # of the whole training: kernels are chosen, files are not in the page cache yet
 _MEASURED_STEPS = 9
 _STEPS_A_BATCH_LASTS = 20  # that lies ready, where the loader is slower than the training by a twentieth
 
@@ -97,8 +95,8 @@ class DecoderShare:
     """Measures in the training loop what a search asks for, and sets the loader's share.
 
     All ranks have the same share: they wait for each other in every step, so that each measures the rate of all, and if each
-    climbed for itself, none could tell its own move from the others'. They compare what they have measured where the host waits
-    for the device anyway, ten times or so in a training.
+    sought its own, none could tell what it changed itself from what the others did. They compare what they have measured where
+    the host waits for the device anyway, ten times or so in a training.
     """
 
     def __init__(self, loader: DaliLoader, timed: TimedBatches, data: TrainingData, *, is_found: bool = False) -> None:
@@ -113,7 +111,7 @@ class DecoderShare:
         self._stock = self._most_stock
         self._began = 0.0, 0.0
         self.found: float | None = loader.share if is_found else None
-        """The share, from when it stays as it is."""
+        """The share that stays; None as long as batches may come that were made with another, as a resumed run would not have."""
         if not is_found:
             self._search = ShareSearch(loader.share)
             loader.share = self._search.share
@@ -139,7 +137,9 @@ class DecoderShare:
             return
         self._steps += 1
         self._stock -= 1
-        if self._steps == 0:
+        if self._steps == 0 and self._search.found:
+            self.found = self._search.share
+        elif self._steps == 0:
             self._began = self._now()
         elif self._steps == _MEASURED_STEPS:
             self._end_window()
@@ -154,7 +154,6 @@ class DecoderShare:
             return
         self._search.measured(_MEASURED_STEPS * self._images, seconds, waits=waits)
         self._loader.share = self._search.share
-        self.found = self._search.share if self._search.found else None
         self._steps, self._stock = -self._settling_steps, self._most_stock
 
     def after_pause(self) -> None:
