@@ -72,6 +72,8 @@ class Checkpoint:
     """What the pixels were divided by, after the mean was subtracted."""
     ema: dict | None = None
     """The moving average of the weights, under the keys of `model`; None where the run kept none."""
+    decoder_share: float | None = None
+    """The CPU's share of each batch with --decoder split, once it is found; a run that goes on keeps to it."""
 
 
 def save(checkpoint: Checkpoint, out: Path, *, is_best: bool, keep: int) -> Path:
@@ -363,6 +365,10 @@ _FORMS: dict[str, tuple[Callable, str]] = {
         "a list of three numbers in 1–255",
     ),
     "ema": (lambda value: value is None or _is_state(value), "a state dict of dense tensors"),
+    "decoder_share": (
+        lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
+        "a number in [0, 1]",
+    ),
 }
 
 

@@ -42,6 +42,8 @@ _SYNTHETIC_IMAGES = 1_281_167  # ImageNet's, so that an epoch means the same
 _VALIDATION_BATCH = 128
 _MOST_THREADS_BESIDE_A_GPU = 8
 """With more, a GPU's decoder is no faster, and training on that GPU slower (docs/performance.md)."""
+_CORES_TO_FEED_A_GPU = 12
+"""About as many decode what a GPU trains D on (docs/performance.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +104,15 @@ class Data:
         return self.manifest.fingerprint if self.manifest else SYNTHETIC
 
     @property
-    def decoder(self) -> str:
-        """Where JPEGs are decoded: "gpu" or "cpu"."""
+    def one_decoder(self) -> str:
+        """Where JPEGs are decoded, all of a batch: "gpu" or "cpu"."""
         auto = "gpu" if self.ranks.device.type == "cuda" else "cpu"
-        return auto if self.loading.decoder == "auto" else self.loading.decoder
+        return self.loading.decoder if self.loading.decoder in ("gpu", "cpu") else auto
+
+    @property
+    def decoder(self) -> str:
+        """As one_decoder; or, in training alone, "split": each batch is shared between the two."""
+        return self.one_decoder
 
     @property
     def threads(self) -> int:
@@ -177,21 +184,22 @@ class Data:
         std_rgb: tuple[float, float, float],
         pad_channels: bool,
         *,
-        shares_engine: bool = False,
+        mixes_decoders: bool = False,
     ) -> GraphOptions:
-        """shares_engine: whether the GPU's JPEG engine may decode a part of each batch.
+        """mixes_decoders: whether the GPU's JPEG engine may decode a part of each batch, and the CPU another one.
 
-        It then gets the images that come first by kind and size, so that an image's pixels depend on its batch-mates, and so on
-        micro-batch and rank count. Where a result must not, the engine decodes all or none. None, unless all are asked for:
-        nvImageCodec marks the engine's images good before they are decoded.
+        The engine then gets the images that come first by kind and size, and the CPU those that come first in the batch. So an
+        image's pixels depend on its batch-mates, and with them on micro-batch and rank count. Where a result must not, one
+        decoder has all images, and the engine decodes all or none of them. None, unless all are asked for: nvImageCodec marks
+        the engine's images good before they are decoded.
         """
         device, load = self.ranks.device, self.loading.hw_decoder_load
         return GraphOptions(
             crop=crop,
             std_rgb=std_rgb,
             device_id=device.index if device.type == "cuda" else None,
-            decoder=self.decoder,
-            hw_decoder_load=load if shares_engine or load == 1 else 0.0,
+            decoder=self.decoder if mixes_decoders else self.one_decoder,
+            hw_decoder_load=load if mixes_decoders or load == 1 else 0.0,
             half=self.precision.half_images,
             pad_channels=pad_channels,
             threads=self.threads,
@@ -238,10 +246,20 @@ class TrainingData(Data):
         )
 
     @property
+    def decoder(self) -> str:
+        shared = self.loading.decoder == "split" and self.manifest is not None and not self.config.deterministic
+        return "split" if shared else self.one_decoder
+
+    @property
+    def first_share(self) -> float:
+        """Of each batch, what the CPU's decoder gets at first where the two share it."""
+        return min(1.0, self.ranks.cpu_share / _CORES_TO_FEED_A_GPU)
+
+    @property
     def train_options(self) -> GraphOptions:
         """Of the training loader."""
         config = self.config
-        return self._options(config.crop, config.std_rgb, config.pad_channels, shares_engine=not config.deterministic)
+        return self._options(config.crop, config.std_rgb, config.pad_channels, mixes_decoders=not config.deterministic)
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches of this rank, endless, from sample number `start` on."""
@@ -249,13 +267,15 @@ class TrainingData(Data):
             return self.resident_batches()
         plan = self.train_plan()
         rank, world_size, size = self.ranks.rank, self.ranks.world_size, self.micro_batch
-        return self.loader(
+        loader = self.loader(
             plan,
             lambda skip: plan.batches(start=start, rank=rank, world_size=world_size, micro_batch=size, skip=skip),
             size,
             "train",
             self.train_options,
         )
+        loader.share = self.first_share
+        return loader
 
     def resident_batches(self) -> Iterator[Batch]:
         """A micro-batch of noise that stays on the device, yielded for ever."""
@@ -309,9 +329,9 @@ class TrainingData(Data):
 
 
 def default_threads(cores: int, decoder: str) -> int:
-    """DALI's CPU threads in a rank that has so many cores. decoder: "gpu" or "cpu"."""
+    """DALI's CPU threads in a rank that has so many cores. decoder: "gpu", "cpu" or "split"."""
     threads = cores + 1  # each waits at the end of every operator
-    return threads if decoder == "cpu" else min(threads, _MOST_THREADS_BESIDE_A_GPU)
+    return min(threads, _MOST_THREADS_BESIDE_A_GPU) if decoder == "gpu" else threads
 
 
 def open_data(
@@ -322,8 +342,8 @@ def open_data(
     Rank 0 scans a new data set while the others wait; after that, every rank maps the same files. On a machine that does
     not share rank 0's folders, its ranks make the manifest there: it must come out the same.
     """
-    if loading.decoder == "gpu" and ranks.device.type != "cuda":
-        raise UserError("--decoder gpu: needs a GPU; use --decoder cpu or auto")
+    if loading.decoder in ("gpu", "split") and ranks.device.type != "cuda":
+        raise UserError(f"--decoder {loading.decoder}: needs a GPU; use --decoder cpu or auto")
     manifest = None if source == SYNTHETIC else _shared_manifest(source, ranks)
     lost = (
         {split: LostImages(manifest=manifest, split=split, max_bad_images=max_bad_images) for split in SPLITS}

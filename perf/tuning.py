@@ -80,10 +80,14 @@ def coordinates(job: Job, config: Config) -> dict[str, list[Coordinate]]:
     if not config.batch_norm:
         step.append(_choice("fuse", offered("fuse")))
 
-    def other_decoder(now: Settings) -> list[Settings]:
-        """With as many threads as it has by default: those that are best for the one are not for the other."""
-        other = "cpu" if now["decoder"] == "gpu" else "gpu"
-        return [{"decoder": other, "threads": default_threads(cores, other)}]
+    def other_decoders(now: Settings) -> list[Settings]:
+        """Each with as many threads as it has by default: those that are best for the one are not for the other."""
+        decoders = ("cpu", "gpu") if config.deterministic else ("cpu", "gpu", "split")
+        return [
+            {"decoder": other, "threads": default_threads(cores, other)}
+            for other in decoders
+            if other != now["decoder"]
+        ]
 
     def micro_batches_beside(now: Settings) -> list[Settings]:
         """The next larger and the next smaller divisor of the rank's share: the far ones take long to try, and win seldom."""
@@ -93,7 +97,7 @@ def coordinates(job: Job, config: Config) -> dict[str, list[Coordinate]]:
 
     if job.hardware.device == "cuda":
         loads = [{"hw_decoder_load": load} for load in _HW_DECODER_LOADS]
-        decoder.append(Coordinate("decoder", other_decoder))
+        decoder.append(Coordinate("decoder", other_decoders))
         step.append(_choice("pad_channels", (False, True)))
         loader.append(Coordinate("hw_decoder_load", lambda now: loads if now["decoder"] == "gpu" else []))
     else:  # on a GPU, the largest that fits is the fastest

@@ -118,10 +118,12 @@ class RunLog:
         images_per_second: float,
         data_wait: float,
         gpu_memory_gib: float | None,
+        decoder_share: float | None = None,
     ) -> None:
         """Figures of the steps since the last call.
 
         data_wait: share of the time that the step waited for images, 0–1. gpu_memory_gib: most that torch has held so far.
+        decoder_share: of each batch, what the CPU decodes now, 0–1; None where it is not shared.
         """
         figures = {
             "epoch": epoch,
@@ -132,6 +134,8 @@ class RunLog:
         }
         if gpu_memory_gib is not None:
             figures["gpu_memory_gib"] = gpu_memory_gib
+        if decoder_share is not None:
+            figures["decoder_share"] = decoder_share
         self._record("train", step, **figures)
         if gpus := self._gpu_curves.take_means():
             self._on_dashboards(lambda dashboard: dashboard.scalars(step, gpus))
@@ -143,6 +147,7 @@ class RunLog:
             f"top-1 {self._top1:.1%}" if self._top1 is not None else "",
             f"{figures['images_per_second']:,.0f} images/s",
             f"data wait {figures['data_wait']:.0%}",
+            f"CPU decodes {figures['decoder_share']:.0%}" if "decoder_share" in figures else "",
             f"lr {figures['lr']:.1e}",
             f"memory {figures['gpu_memory_gib']:.1f} GiB" if "gpu_memory_gib" in figures else "",
         ]

@@ -1,7 +1,8 @@
 """The run: steps, and validation, schedule and checkpoints at the epochs' ends.
 
 The host waits for the device only where a figure is logged (every --log-every steps and at an epoch's end), at the end of
-a validation pass, and where the state is copied for a checkpoint, or a checkpoint is written.
+a validation pass, and where the state is copied for a checkpoint, or a checkpoint is written; with --decoder split also some
+twenty times at the beginning.
 """
 
 import contextlib
@@ -32,10 +33,11 @@ from engine.precision import Precision
 from engine.training import schedule
 from engine.training.assembly import assemble, too_little_memory
 from engine.training.checkpoint_writer import CheckpointWriter
-from engine.training.clock import Clock, TimedBatches
+from engine.training.clock import Clock, TimedBatches, timing_events
+from engine.training.decoder_share import DecoderShare
 from engine.training.preemption import SharedBatches, StopRequests
 from model.vgg import VGG
-from pipeline.dali.loader import Batch
+from pipeline.dali.loader import Batch, DaliLoader
 
 
 class Trainer:
@@ -79,6 +81,10 @@ class Trainer:
                 self._samples_seen = samples_of_other_data(checkpoint, data.train_images)
         if self._average:
             self._average.steps = self._steps
+        self._decoder_share: DecoderShare | None = None
+        """Where --decoder split shares each batch; made with the loader."""
+        self._known_share = checkpoint.decoder_share if checkpoint else None
+        self._same_ranks = checkpoint is not None and checkpoint.world_size == ranks.world_size
         self._saved_steps = self._steps
         self._best_top1 = _top1_of_the_best(config.out / checkpoints.BEST)
         self._validated_epoch = self._history[-1]["epoch"] if self._history else 0
@@ -118,7 +124,12 @@ class Trainer:
     def _train(self, log: RunLog | None) -> None:
         config, requests = self._config, self._requests
         share = config.batch_size // self._ranks.world_size
-        timed = self._timed_batches(images_to_keep=IMAGES_SHOWN if log else 0)
+        loader = self._data.train_batches(self._samples_seen)
+        timed = TimedBatches(
+            loader, images_to_keep=IMAGES_SHOWN if log else 0, make_event=timing_events(self._ranks.device)
+        )
+        if self._data.decoder == "split" and isinstance(loader, DaliLoader):
+            self._decoder_share = self._share_decoding(loader, timed)
         batches = self._shared_batches(timed, passes=self._passes)
         requests.save_is_due = lambda: self._minutes_since_save() >= config.checkpoint_minutes
         self._step.warm_up(*self._blank_batch())
@@ -135,6 +146,8 @@ class Trainer:
                 self._samples_seen += config.batch_size
                 if log:
                     log.advance()
+                if self._decoder_share:
+                    self._decoder_share.after_step()
                 self._stopped = requests.agreed()
                 ends_epoch = self._validation_is_due()
                 if self._steps % config.log_every == 0 or ends_epoch or self._done() or self._stopped:
@@ -250,6 +263,7 @@ class Trainer:
                 images_per_second=steps * self._config.batch_size / seconds,
                 data_wait=wait_seconds / seconds,
                 gpu_memory_gib=torch.cuda.max_memory_reserved(self._ranks.device) / 2**30 if on_gpu else None,
+                decoder_share=self._decoder_share.share if self._decoder_share else None,
             )
             if (images := batches.take_images()) is not None:
                 log.images(step=self._steps, images=images)
@@ -321,6 +335,7 @@ class Trainer:
             "precision": self._precision.name,
             "compiled": self._compiled,
             "resumed": self._resumed,
+            "decoder_share": self._decoder_share.share if self._decoder_share else None,
             "stopped": self._stopped,
             "checkpoint": str(self._config.out / checkpoints.LAST),
         }
@@ -338,6 +353,8 @@ class Trainer:
         has a part of what is written. in_background: from a copy, while the training goes on; else the file is there now.
         """
         self._last_save, self._saved_steps = time.monotonic(), self._steps
+        if self._decoder_share:
+            self._decoder_share.after_pause()
         self._finish_write()
         model, optimizer = self._model.state_dict(), self._optimizer.state_dict()
         average = self._average.model.state_dict() if self._average else None
@@ -365,6 +382,7 @@ class Trainer:
             batch_norm=self._config.batch_norm,
             colour_shift=[list(row) for row in self._data.colour_shift],
             ema=average,
+            decoder_share=self._decoder_share.found if self._decoder_share else None,
         )
         with self._clock.saving(), self._requests.writing():
             save = self._writer.begin if in_background else checkpoints.save
@@ -401,13 +419,11 @@ class Trainer:
             gpus=gpus_of_this_machine(self._ranks),
         )
 
-    def _timed_batches(self, *, images_to_keep: int) -> TimedBatches:
-        on_gpu = self._ranks.device.type == "cuda"
-        return TimedBatches(
-            self._data.train_batches(self._samples_seen),
-            images_to_keep=images_to_keep,
-            make_event=functools.partial(torch.cuda.Event, enable_timing=True) if on_gpu else None,
-        )
+    def _share_decoding(self, loader: DaliLoader, timed: TimedBatches) -> DecoderShare:
+        """What an earlier part of the run has found stays, so that the run goes on bit-exactly; other ranks seek it again."""
+        if self._known_share is not None:
+            loader.share = self._known_share
+        return DecoderShare(loader, timed, self._data, is_found=self._known_share is not None and self._same_ranks)
 
     def _last_good(self) -> str:
         with contextlib.suppress(Exception):

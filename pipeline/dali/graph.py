@@ -22,7 +22,8 @@ class GraphOptions:
     device_id: int | None = None
     """The GPU, or None for the CPU."""
     decoder: str = "cpu"
-    """"gpu" (needs a device_id) or "cpu"."""
+    """"gpu" (needs a device_id), "cpu", or "split": some images of each batch by the CPU's decoder, the others by the GPU's or,
+    without a device_id, by the CPU's too."""
     hw_decoder_load: float = 0.65
     """The share of the images, in [0, 1], that decoder "gpu" gives to the GPU's JPEG engine. The default is DALI's."""
     std_rgb: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -49,11 +50,14 @@ def image_pipeline(
 
     source: returns the bytes' source and the inputs() of a plan's Samples, one batch a call. from_files: the bytes' source is
     a path, uint8 [n, W]; else the bytes themselves, each image's followed by whatever fills up its row of uint8 [n, W].
-    batch_size: samples in a batch, or at most so many where the images are whole. whole: have the CPU's decoder decode whole
-    images, as the GPU's does, so that the same files fail. Outputs: images [batch_size, height, width, 3 or 4] (NHWC) and
-    labels int64 [batch_size], on the device.
+    Where the decoder is "split", what first_of() gives comes last. batch_size: samples in a batch, or at most so many where the
+    images are whole. whole: have the CPU's decoder decode whole images, as the GPU's does, so that the same files fail.
+    Outputs: images [batch_size, height, width, 3 or 4] (NHWC) and labels int64 [batch_size], on the device.
     """
     on_gpu = options.device_id is not None
+    input_types = [types.UINT8, *(_DALI_TYPES[dtype] for dtype in GRAPH_INPUTS.values())]
+    if options.decoder == "split":
+        input_types.append(types.BOOL)
 
     @pipeline_def(
         batch_size=batch_size,
@@ -66,13 +70,18 @@ def image_pipeline(
     def graph():
         encoded, *inputs = fn.external_source(
             source,
-            num_outputs=1 + len(GRAPH_INPUTS),
+            num_outputs=len(input_types),
             batch=True,
-            dtype=[types.UINT8, *(_DALI_TYPES[dtype] for dtype in GRAPH_INPUTS.values())],
+            dtype=input_types,
         )
         given = {name: inputs[place] for place, name in enumerate(GRAPH_INPUTS)}
         images = decode_windows(
-            read_files(encoded) if from_files else encoded, given["start"], given["shape"], options, whole=whole
+            read_files(encoded) if from_files else encoded,
+            given["start"],
+            given["shape"],
+            options,
+            whole=whole,
+            by_cpu=inputs[-1] if options.decoder == "split" else None,
         )
         if on_gpu and options.decoder == "cpu":
             images = images.gpu()
@@ -108,17 +117,47 @@ def read_files(paths: DataNode) -> DataNode:
     return fn.io.file.read(paths, dont_use_mmap=True)
 
 
+def first_of(count: int, share: float) -> np.ndarray:
+    """Which images of a batch the CPU's decoder gets: bool [count], the first round(share · count) of them."""
+    return np.arange(count) < round(share * count)
+
+
 def decode_windows(
-    encoded: DataNode, start: DataNode, shape: DataNode, options: GraphOptions, *, whole: bool = False
+    encoded: DataNode,
+    start: DataNode,
+    shape: DataNode,
+    options: GraphOptions,
+    *,
+    whole: bool = False,
+    by_cpu: DataNode | None = None,
 ) -> DataNode:
     """The graph's second operator: the pixels of a window of each image, uint8 [height, width, 3].
+
+    by_cpu: of each image, whether the CPU's decoder has it, for decoder "split" alone; then the pixels are on the device.
 
     On a CPU, decoding a window is faster than decoding the image. The GPU's decoders are given whole images, of which the
     window is cut out afterwards: nvImageCodec 0.9 with nvJPEG before 13.2, as nvidia-dali-cuda120 has them, leaves windows of
     subsampled JPEGs to the CPU if chroma is interpolated, and its other windows end some processes (nvImageCodec issue 55).
+    Where both decode, the CPU's is given whole images too: a file that ends early fails or not whichever of them has it, so that
+    the images that a run is without do not depend on the share.
     """
-    on_gpu = options.decoder == "gpu"
     encoded = _after_its_header(encoded)
+    if options.decoder == "split":
+        on_gpu = options.device_id is not None
+        if by_cpu:  # per sample
+            images = _decode(encoded, start, shape, options, on_gpu=False, whole=True)
+            if on_gpu:
+                images = images.gpu()
+        else:
+            images = _decode(encoded, start, shape, options, on_gpu=on_gpu, whole=True)
+        return images
+    on_gpu = options.decoder == "gpu"
+    return _decode(encoded, start, shape, options, on_gpu=on_gpu, whole=on_gpu or whole)
+
+
+def _decode(
+    encoded: DataNode, start: DataNode, shape: DataNode, options: GraphOptions, *, on_gpu: bool, whole: bool
+) -> DataNode:
     settings = {
         "device": "mixed" if on_gpu else "cpu",
         "hw_decoder_load": options.hw_decoder_load,  # without a meaning to the CPU's decoder
@@ -126,7 +165,7 @@ def decode_windows(
         "adjust_orientation": False,  # the decoded size is the header's, as the plan assumes and as PIL has it
         "jpeg_fancy_upsampling": True,  # the GPU decoder's default differs from the CPU's and from PIL's
     }
-    if on_gpu or whole:
+    if whole:
         return fn.slice(fn.decoders.image(encoded, **settings), start=start, shape=shape, axes=[0, 1])
     return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=[0, 1], **settings)
 

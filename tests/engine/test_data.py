@@ -13,12 +13,13 @@ from common.errors import TrainingError
 from common.ranks import Ranks
 from engine import data as engine_data
 from engine.config import Config, parse_args
-from engine.data import TrainingData, Viewing, open_data, open_training_data
+from engine.data import TrainingData, Viewing, default_threads, open_data, open_training_data
 from engine.evaluation import prediction
 from engine.evaluation.flags import parse_evaluate
 from engine.lost_images import LostImages
 from engine.networks import Network
 from engine.precision import Precision
+from pipeline.dali.loader import DaliLoader
 from pipeline.dataset.digits import digits_folder
 from pipeline.dataset.manifest import open_manifest
 from tests.engine.test_accuracy import RANKS
@@ -75,6 +76,35 @@ def test_the_jpeg_engine_takes_part_of_a_batch_in_training_alone(monkeypatch, fl
         with pytest.raises(Stop):
             make()
     assert seen == [training] + [elsewhere] * 5
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "training", "elsewhere"),
+    [
+        ("cuda", ["--decoder", "split"], "split", "gpu"),
+        ("cuda", ["--decoder", "split", "--deterministic"], "gpu", "gpu"),
+        ("cuda", ["--decoder", "auto"], "gpu", "gpu"),
+        ("cuda", ["--decoder", "cpu"], "cpu", "cpu"),
+        ("cpu", ["--decoder", "auto"], "cpu", "cpu"),
+    ],
+)
+def test_two_decoders_share_batches_in_training_alone(device, flags, training, elsewhere):
+    """Which of them has an image depends on its place in the batch, and so on the ranks."""
+    ranks = dataclasses.replace(RANKS, device=torch.device(device, 0) if device == "cuda" else torch.device(device))
+    data = open_training_data(parse_args(["--arch", "A", "--data", "digits", *flags]), ranks, FP32)
+    assert (data.decoder, data.train_options.decoder) == (training, training)
+    assert data._options(32, (1.0, 1.0, 1.0), False).decoder == elsewhere
+    assert data.threads == default_threads(ranks.cpu_share, training)
+
+
+def test_the_cpus_share_begins_with_what_its_cores_can_do(monkeypatch):
+    data = data_of(parse_args(["--arch", "A", "--data", "digits"]))
+    for cores, share in ((1, 1 / 12), (6, 0.5), (12, 1.0), (64, 1.0)):
+        monkeypatch.setattr("common.ranks.usable_cores", lambda cores=cores: cores)
+        assert data.first_share == share
+        loader = data.train_batches(0)
+        assert isinstance(loader, DaliLoader)
+        assert loader.share == share
 
 
 def test_nor_does_an_answer_of_predict_depend_on_the_other_images(monkeypatch):

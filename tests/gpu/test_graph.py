@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.dali.graph import GraphOptions
+from pipeline.dali.graph import GraphOptions, first_of
 from pipeline.dali.loader import DaliLoader
 from pipeline.dataset.manifest import open_manifest
 from pipeline.plan.samples import Samples
@@ -64,14 +64,16 @@ def samples(table) -> Samples:
     return planned
 
 
-def loader_of(*batches: Samples, device: torch.device, decoder: str, **options):
+def loader_of(*batches: Samples, device: torch.device, decoder: str, share: float = 1.0, **options):
     """The batches in turn, for ever."""
-    return DaliLoader(
+    loader = DaliLoader(
         lambda skip: itertools.islice(itertools.cycle(batches), skip, None),
         GraphOptions(crop=CROP, device_id=device.index, decoder=decoder, threads=4, **options),
         lose=lambda lost, dead, reasons: pytest.fail(f"cannot be decoded: {reasons}"),
         batch_size=len(batches[0].labels),
     )
+    loader.share = share
+    return loader
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,18 @@ def test_each_colour_is_divided_by_its_std_after_the_mean_is_subtracted(samples,
     std = (58.395, 2.0, 127.5)
     images = next(loader_of(samples, device=DEVICE, decoder="gpu", std_rgb=std))[0].cpu()
     assert torch.allclose(images, on_gpu / torch.tensor(std).view(3, 1, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_batch_that_both_decoders_share_is_in_order_and_each_image_its_decoders(samples, on_cpu, on_gpu, share):
+    images, labels = next(loader_of(samples, device=DEVICE, decoder="split", share=share))
+    assert np.array_equal(labels.cpu(), samples.labels)
+    first = torch.from_numpy(first_of(len(samples.labels), share))
+    difference = (images.cpu() - torch.where(first[:, None, None, None], on_cpu, on_gpu)).abs()
+    assert difference.max() < DECODERS_DIFFER_BY, "the engine's share of the GPU's part is another one than alone"
+    if share:
+        assert difference[first].max() < 2 + 1e-3, "rounded in decoding whole images, and in the resize"
+        assert difference[first].mean() < 0.05
 
 
 def test_half_precision_images_are_the_same_rounded(samples, on_gpu):

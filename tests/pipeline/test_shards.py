@@ -66,12 +66,12 @@ def make_plan(table: ShardTable, **arguments) -> TrainPlan:
     return TrainPlan(table=table, **{**defaults, **arguments})
 
 
-def make_loader(plan: TrainPlan, *, lose=None, start: int = 0) -> DaliLoader:
+def make_loader(plan: TrainPlan, *, lose=None, start: int = 0, decoder: str = "cpu") -> DaliLoader:
     assert isinstance(plan.table, ShardTable)
     reader = ShardReader(plan.table, threads=3, batches_ahead=2)
     return DaliLoader(
         lambda skip: plan.batches(start=start, rank=0, world_size=1, micro_batch=plan.batch_size, skip=skip),
-        GraphOptions(crop=plan.crop, threads=2),
+        GraphOptions(crop=plan.crop, decoder=decoder, threads=2),
         lose=lose or (lambda samples, dead, reasons: pytest.fail(f"lost an image: {reasons}")),
         batch_size=plan.batch_size,
         fetch=lambda batches: reader.fetch(batches, plan.read_group),
@@ -82,6 +82,18 @@ def image_of(table: ShardTable, source: np.ndarray) -> Image.Image:
     shard, offset, size = source.tolist()
     content = (Path(table.storage.url) / table.shard_name(shard)).read_bytes()
     return Image.open(io.BytesIO(content[offset : offset + size])).convert("RGB")
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 1])
+def test_a_batch_that_two_decoders_share_is_the_same(folder, share):
+    """Without a GPU, both are the CPU's. An image is cut to its window before either has it."""
+    plan = make_plan(table_of(folder), batch_size=10)
+    loader = make_loader(plan, decoder="split")
+    loader.share = share
+    images, labels = next(loader)
+    expected, expected_labels = next(make_loader(plan))
+    assert torch.equal(labels, expected_labels)
+    assert torch.equal(images, expected)
 
 
 def test_an_image_of_the_right_size_is_cropped_and_nothing_else(folder):
