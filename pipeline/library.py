@@ -50,7 +50,7 @@ class _Loader:
     device: torch.device | str = "cpu"
     """Where the batches come out: "cpu", or a GPU; "cuda" is the current one."""
     half: bool = False
-    """float16 images instead of float32."""
+    """float16 images instead of float32; on a GPU only, since DALI's operators for a CPU cannot."""
     decoder: Literal["auto", "gpu", "cpu"] = "auto"
     """Where JPEGs are decoded. auto: on `device`."""
     hw_decoder_load: float = 0.0
@@ -72,6 +72,7 @@ class _Loader:
         decoder = auto if self.decoder == "auto" else self.decoder
         _check(on_gpu or device.type == "cpu", f"device {device}: must be cpu or cuda")
         _check(on_gpu or decoder == "cpu", f"decoder {decoder!r}: needs a GPU as device")
+        _check(on_gpu or not self.half, "half: needs a GPU as device")
         _check(0 <= self.rank < self.world_size, f"rank {self.rank}: must be in [0, {self.world_size})")
         share, remainder = divmod(self.batch_size, self.world_size)
         _check(share > 0 and not remainder, f"batch_size {self.batch_size}: not a multiple of {self.world_size} ranks")
@@ -110,18 +111,19 @@ class TrainLoader(_Loader):
             for images, labels in loader: ...
 
     images: float32 or float16 [batch_size / world_size, 3, crop, crop] on the device, channels_last, less the mean, otherwise in
-    units of 0–255 grey levels. labels: int64 [batch_size / world_size]. data, batch_size, crop … are described where they stand.
+    units of 0–255 grey levels. labels: int64 [batch_size / world_size]. The fields are the arguments, each with its description.
 
-    What a batch shows is a function of the seed and of the number of samples seen before it. Consecutive batches are full,
-    whatever the number of images N: one may end an epoch and begin the next, so that each image is used exactly once in every N
-    samples. An iteration ends with the batch in which N more have been seen: n epochs are ⌈n·N / batch_size⌉ batches, of which
-    an iteration has that fraction rounded up or down, as len() says. One that is left early is gone on with by the next.
+    What a batch shows is a function of the seed and of the number of samples seen before it. All batches are full: where the N
+    images do not divide into batches, one may hold the end of an epoch and the beginning of the next, so that each image is used
+    exactly once in every N samples. An iteration ends with the batch that completes an epoch. n epochs are ⌈n·N / batch_size⌉
+    batches; an iteration has N / batch_size of them, rounded up or down, as len() says. After a break, the next iteration
+    continues the same epoch.
 
-    The state is one integer: with the same seed, the loader goes on in mid-epoch, exactly, on any number of ranks.
+    The state is one integer. With it and the same seed, a loader continues in mid-epoch exactly, on any number of ranks.
 
-    An image that cannot be decoded is told of, once, and another takes its place. Raises ValueError: an argument is wrong;
-    UserError: the data set is; TrainingError, in an iteration: too many images cannot be decoded; DataSourceError, in an
-    iteration: the storage fails. After an error, too, the state counts the batches that have come out.
+    An image that cannot be decoded is named in a warning, and another takes its place. Raises ValueError: an argument is wrong;
+    UserError: the data set is; in an iteration, TrainingError: too many images cannot be decoded; DataSourceError: the storage
+    fails. After an error, too, the state counts just the batches that have come out.
     """
 
     scale: tuple[int, int] = (256, 256)
@@ -170,11 +172,11 @@ class TrainLoader(_Loader):
         return self._samples_seen // self.images
 
     def state_dict(self) -> dict[str, int]:
-        """Of all ranks together; it counts the batches that have come out, this one included where a loop's body asks."""
+        """The same on every rank. It counts the batch that the body of a loop is working on."""
         return {"samples_seen": self._samples_seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Have the next iteration go on there."""
+        """Have the next iteration continue there. Raises KeyError, TypeError or ValueError: no state of a TrainLoader."""
         samples_seen = operator.index(state["samples_seen"])
         _check(samples_seen >= 0, f"samples_seen {samples_seen}: must not be negative")
         self._samples_seen, self._batches = samples_seen, None
@@ -213,8 +215,8 @@ class ValidationLoader(_Loader):
     what is left, and where it is fewer images than ranks, some have a batch less. So let no rank wait for others within the loop,
     as DistributedDataParallel's forward pass does: call its `module`.
 
-    An image that cannot be decoded is told of, keeps its place, and has the label IGNORED_LABEL, so that it counts as wrong in
-    `(answers == labels).sum() / loader.images`, while cross_entropy leaves it out.
+    An image that cannot be decoded is named in a warning. It keeps its place and has the label IGNORED_LABEL: it counts as wrong
+    in `(answers == labels).sum() / loader.images`, while cross_entropy leaves it out.
     """
 
     scale: int = 256

@@ -280,6 +280,7 @@ def test_after_an_error_the_loader_goes_on_at_its_state(folder):
         ({"scale": (64, 36)}, r"scale \(64, 36\): must not fall"),
         ({"device": "meta"}, "device meta: must be cpu or cuda"),
         ({"decoder": "gpu"}, "decoder 'gpu': needs a GPU as device"),
+        ({"half": True}, "half: needs a GPU as device"),
     ],
 )
 def test_arguments_that_cannot_be(folder, arguments, sentence):
