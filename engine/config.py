@@ -19,8 +19,8 @@ from common.files import replacing
 from common.flags import FlagParser, expand_switch, parse_dataclass
 from common.flat_yaml import read_flat_yaml
 from common.progress import printable
+from pipeline.dataset.digits import DIGITS
 
-DIGITS = "digits"
 SYNTHETIC = "synthetic"
 _PROG = "train.py"
 

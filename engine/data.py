@@ -14,14 +14,15 @@ from common.errors import UserError
 from common.progress import printable, say
 from common.ranks import Ranks, on_rank_0
 from engine.checkpoint import Checkpoint
-from engine.config import DIGITS, SYNTHETIC, Config, LoadingFlags
-from engine.lost_images import LostImages
+from engine.config import SYNTHETIC, Config, LoadingFlags
 from engine.networks import Network
 from engine.precision import Precision
 from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import Batch, DaliLoader, SyntheticLoader
-from pipeline.dataset.digits import digits_folder
-from pipeline.dataset.manifest import Manifest, load_manifest, open_manifest
+from pipeline.dali.lost_images import LostImages
+from pipeline.dali.opening import Plan, default_threads, fetch_ahead, open_data_set, open_loader
+from pipeline.dataset.digits import DIGITS
+from pipeline.dataset.manifest import Manifest, load_manifest
 from pipeline.dataset.scan import SPLITS
 from pipeline.plan.samples import IMAGENET_MEAN_RGB, Samples
 from pipeline.plan.training import IMAGENET_COLOUR_SHIFT, ColourShift, RandomResized, TrainPlan
@@ -29,10 +30,7 @@ from pipeline.plan.validation import ValidationPlan
 from pipeline.plan.whole_images import WholePlan
 from pipeline.preparation.statistics import find_statistics
 from pipeline.shards.index import Prepared, is_prepared, open_prepared
-from pipeline.shards.reader import Fetch, ShardReader
-from pipeline.shards.shard_table import ShardTable
-
-Plan = TrainPlan | ValidationPlan | WholePlan
+from pipeline.shards.reader import Fetch
 
 _SYNTHETIC_CLASSES = 1000
 _SYNTHETIC_IMAGES = 1_281_167  # ImageNet's, so that an epoch means the same
@@ -40,8 +38,6 @@ _SYNTHETIC_IMAGES = 1_281_167  # ImageNet's, so that an epoch means the same
 # A rank's validation batch never depends on the number of ranks: kernels chosen for another batch size round otherwise,
 # and an image on the edge would count differently.
 _VALIDATION_BATCH = 128
-_MOST_THREADS_BESIDE_A_GPU = 8
-"""With more, a GPU's decoder is no faster, and training on that GPU slower (docs/performance.md)."""
 _CORES_TO_FEED_A_GPU = 12
 """About as many decode what a GPU trains D on (docs/performance.md)."""
 
@@ -172,11 +168,8 @@ class Data:
         )
 
     def fetch(self, plan: Plan) -> Fetch | None:
-        """What adds the images' bytes to the plan's batches, in threads of its own; None where DALI reads files itself."""
-        if not isinstance(plan.table, ShardTable):
-            return None
-        reader = ShardReader(plan.table, threads=self.loading.read_threads, batches_ahead=self.loading.read_ahead)
-        return lambda batches: reader.fetch(batches, plan.read_group)
+        """What adds the images' bytes to the plan's batches; None where DALI reads files itself."""
+        return fetch_ahead(plan, threads=self.loading.read_threads, batches_ahead=self.loading.read_ahead)
 
     def _options(
         self,
@@ -214,11 +207,9 @@ class Data:
         split: str,
         options: GraphOptions,
     ) -> DaliLoader:
-        def lose(samples: Samples, dead: np.ndarray, reasons: list[str]) -> None:
-            plan.lose(samples, dead)
-            self.lost[split].add(samples, reasons)
-
-        return DaliLoader(batches_after, options, lose=lose, batch_size=batch_size, fetch=self.fetch(plan))
+        return open_loader(
+            plan, batches_after, options, lost=self.lost[split], batch_size=batch_size, fetch=self.fetch(plan)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,12 +319,6 @@ class TrainingData(Data):
         return images[: len(numbers)], plan.samples(numbers)
 
 
-def default_threads(cores: int, decoder: str) -> int:
-    """DALI's CPU threads in a rank that has so many cores. decoder: "gpu", "cpu" or "split"."""
-    threads = cores + 1  # each waits at the end of every operator
-    return min(threads, _MOST_THREADS_BESIDE_A_GPU) if decoder == "gpu" else threads
-
-
 def open_data(
     source: str, ranks: Ranks, precision: Precision, loading: LoadingFlags, *, max_bad_images: int | None
 ) -> Data:
@@ -414,8 +399,8 @@ def _shared_manifest(data: str, ranks: Ranks) -> Manifest | Prepared:
 
 
 def _open_first(data: str) -> tuple[Path, Path, str]:
-    manifest = open_manifest(digits_folder() if data == DIGITS else Path(data))
-    return manifest.root, manifest.folder, manifest.fingerprint
+    manifest = open_data_set(data)
+    return Path(manifest.root), manifest.folder, manifest.fingerprint
 
 
 def _open_again(data: str, root: Path, folder: Path, fingerprint: str) -> tuple[Path, Path]:

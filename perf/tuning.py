@@ -29,11 +29,11 @@ from common.files import replacing, writing_to
 from common.progress import printable, say
 from common.ranks import Ranks, on_rank_0
 from engine.config import Config
-from engine.data import default_threads
 from perf.machine import git_revision
 from perf.search import LEAST_GAIN, Coordinate, Search, Trial, Tuned
 from perf.timing import Limits
 from perf.trials import Job, Outcome, Settings, Trials
+from pipeline.dali.opening import default_threads
 
 _PREFETCH = (1, 2, 4)
 _HW_DECODER_LOADS = (0.0, 0.5, 0.65, 0.8, 1.0)

@@ -11,15 +11,15 @@ import torch
 
 from common.errors import TrainingError
 from common.ranks import Ranks
-from engine import data as engine_data
 from engine.config import Config, parse_args
 from engine.data import TrainingData, Viewing, default_threads, open_data, open_training_data
 from engine.evaluation import prediction
 from engine.evaluation.flags import parse_evaluate
-from engine.lost_images import LostImages
 from engine.networks import Network
 from engine.precision import Precision
+from pipeline.dali import opening
 from pipeline.dali.loader import DaliLoader
+from pipeline.dali.lost_images import LostImages
 from pipeline.dataset.digits import digits_folder
 from pipeline.dataset.manifest import open_manifest
 from tests.engine.test_accuracy import RANKS
@@ -64,7 +64,7 @@ def loads(monkeypatch, module) -> list[float]:
 def test_the_jpeg_engine_takes_part_of_a_batch_in_training_alone(monkeypatch, flags, training, elsewhere):
     """Where it decodes a share, an image's pixels depend on the others of its batch, and so on the ranks."""
     data = data_of(parse_args(["--arch", "A", "--data", "digits", *flags]))
-    seen = loads(monkeypatch, engine_data)
+    seen = loads(monkeypatch, opening)
     for make in (
         lambda: data.train_batches(0),
         lambda: data.validation_batches(data.viewing),
