@@ -146,7 +146,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tenso
     images, weight, output = ctx.saved_tensors
     gradient = torch.ops.aten.threshold_backward(gradient, output, 0)  # as ReLU's own
     settings = [len(weight)], (1, 1), (ctx.padding, ctx.padding), (1, 1), False, (0, 0), 1
-    mask = [ctx.needs_input_grad[0], True, True]
+    mask = list(ctx.needs_input_grad[:3])
     of_images, of_weight, of_bias = torch.ops.aten.convolution_backward(gradient, images, weight, *settings, mask)
     return of_images, of_weight, of_bias, None
 
