@@ -71,6 +71,8 @@ def momenta(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         pytest.param(2, [], marks=pytest.mark.slow),
         pytest.param(3, ["--micro-batch", "2"], marks=pytest.mark.slow),
         pytest.param(2, ["--compile"], marks=pytest.mark.slow),
+        pytest.param(2, ["--parallel", "hybrid", "--freeze", "block1"], marks=pytest.mark.slow),
+        pytest.param(0, ["--precision", "fp16"], marks=pytest.mark.slow),
     ],
 )
 def test_the_head_first_then_all(source, tmp_path, ranks, extras):
@@ -86,7 +88,8 @@ def test_the_head_first_then_all(source, tmp_path, ranks, extras):
             assert moved(checkpoint, source) == {f"{LAST}weight", f"{LAST}bias"}
             assert not any(momentum.any() for momentum in waiting)
         else:
-            assert moved(checkpoint, source) == set(checkpoint.model)
+            frozen = {name for name in checkpoint.model if name.startswith(("features.0.", "features.1."))}
+            assert moved(checkpoint, source) == set(checkpoint.model) - (frozen if "--freeze" in extras else set())
             assert all(momentum.any() for momentum in waiting)
     assert_same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
 
@@ -105,6 +108,23 @@ def test_frozen_blocks_stay_and_may_be_trained_later(source, tmp_path, capfd, ra
     start(tmp_path, *flags, "--steps", "3", ranks=0)
     assert "note: freeze was block3 until now and is none from here on" in capfd.readouterr().err
     assert moved(load(tmp_path / "run/last.pt"), source) == set(checkpoint.model)
+
+
+def test_the_heads_rate_follows_the_schedule(source, tmp_path, monkeypatch):
+    """Which divides both rates by ten at the end of the first epoch."""
+    rates, step = [], torch.optim.SGD.step
+
+    def noting(self, *args, **kwargs):
+        rates.append({len(group["params"]): group["lr"] for group in self.param_groups})
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noting)
+    flags = [*FLAGS, "--schedule", "step", "--step-epochs", "1", "--head-lr-factor", "10", "--weights", str(source)]
+    start(tmp_path, *flags, "--steps", "121", "--log-every", "100", "--out", str(tmp_path / "run"), ranks=0)
+    # A weight and a bias, and as many of the other ten layers, of which eight have batch normalisation.
+    assert rates[0] == pytest.approx({2: 0.01, 36: 0.001})
+    assert rates[-1] == pytest.approx({2: 0.001, 36: 0.0001})
+    assert len(rates) == 121
 
 
 def test_what_is_frozen_is_said(source, tmp_path, capfd):
