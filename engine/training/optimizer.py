@@ -23,9 +23,8 @@ def sgd(model: nn.Module, config: Config) -> torch.optim.SGD:
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             is_last = name.startswith(f"{LAST}.")
-            decays = (
-                config.weight_decay_on == "all" or weight.ndim > 1
-            )  # biases, and what normalisation has, are vectors
+            is_vector = weight.ndim == 1  # a bias, or what batch normalisation multiplies by
+            decays = config.weight_decay_on == "all" or not is_vector
             settings = (
                 config.head_lr_factor if is_last else 1.0,
                 config.weight_decay if decays else 0.0,

@@ -259,10 +259,15 @@ def test_a_step_is_put_together_as_the_configuration_says():
     assert parts.average.steps == 2
 
 
-def test_weights_that_are_left_alone_keep_their_value_and_their_momentum():
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_weights_that_are_left_alone_keep_their_value_and_their_momentum(name):
+    precision = Precision(name, "cpu")
+    scaler = precision.grad_scaler()
+    if scaler.is_enabled():  # at its own first scale, the first steps are skipped
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 256.0})
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
-    step = TrainStep(model, optimizer=optimizer, scaler=FP32.grad_scaler(), precision=FP32, passes=1)
+    step = TrainStep(model, optimizer=optimizer, scaler=scaler, precision=precision, passes=1)
     batch = torch.randn(6, 3), torch.arange(6) % 4
     step(iter([batch]))
     first = list(model[0].parameters())

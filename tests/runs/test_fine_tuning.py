@@ -72,7 +72,6 @@ def momenta(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         pytest.param(3, ["--micro-batch", "2"], marks=pytest.mark.slow),
         pytest.param(2, ["--compile"], marks=pytest.mark.slow),
         pytest.param(2, ["--parallel", "hybrid", "--freeze", "block1"], marks=pytest.mark.slow),
-        pytest.param(0, ["--precision", "fp16"], marks=pytest.mark.slow),
     ],
 )
 def test_the_head_first_then_all(source, tmp_path, ranks, extras):
