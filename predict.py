@@ -38,8 +38,8 @@ class Flags:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, or folders, of which all images are taken."""
     checkpoint: str
-    """A checkpoint of this trainer, or torchvision:PATH for a state dict of torchvision's. If a checkpoint has averaged weights
-    (--ema), these are used."""
+    """A checkpoint of this trainer, or torchvision:PATH for a state dict of torchvision's or timm's. If a checkpoint has averaged
+    weights (--ema), these are used."""
     top: int = 5
     """Number of classes to name for each image."""
     scale: int | None = None

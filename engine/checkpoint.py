@@ -16,6 +16,7 @@ import tarfile
 import warnings
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -235,15 +236,16 @@ def _first_bytes(path: Path) -> bytes:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        from safetensors import SafetensorError  # not in requirements.txt
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open  # not in requirements.txt
     except ImportError as error:
         raise ValueError(
             f"it is a safetensors file; pip install safetensors, and give it as torchvision:{path}"
         ) from error
     try:
-        with _name_in_utf_8(path) as name:
-            return load_file(name)
+        with _name_in_utf_8(path) as name, safe_open(name, framework="pt") as file:
+            state = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118  # it is no dict
+            state._metadata = file.metadata() or {}  # type: ignore[attr-defined]  # where torch's state dicts have theirs
+            return state
     except OSError as error:
         raise Unreachable(f"cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:

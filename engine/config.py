@@ -23,6 +23,7 @@ from pipeline.dataset.digits import DIGITS
 
 SYNTHETIC = "synthetic"
 _PROG = "train.py"
+_FROZEN_BLOCKS = {"none": 0, "block1": 1, "block2": 2, "block3": 3, "block4": 4, "features": 5}
 
 
 def default_data() -> str:
@@ -69,8 +70,14 @@ class NetworkFlags:
     """Start with the first four convolutions and the three fully-connected layers of configuration A from this checkpoint
     (section 3.1 of the paper), or from torchvision:PATH; the other layers are new."""
     weights: str | None = None
-    """Start a new training with all layers of this checkpoint, or, with torchvision:PATH, of a state dict of torchvision's. If
-    the classes are others, the last layer is new. A run that is resumed continues with its own weights."""
+    """Start a new training with all layers of this checkpoint, or, with torchvision:PATH, of a state dict of torchvision's or
+    timm's (.pth or .safetensors). If the classes are others, the last layer is new. A run that is resumed continues with its
+    own weights."""
+    freeze: Literal["none", "block1", "block2", "block3", "block4", "features"] = "none"
+    """With --weights: the convolutions that keep their weights, and the statistics of their batch normalisation, all the time.
+    block3: those of the first three blocks, counted from the image. features: all of them."""
+    head_epochs: float = 0.0
+    """With --weights: epochs at the start in which the last layer alone is trained."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +133,12 @@ class TrainingFlags:
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 5e-4
-    """L2 penalty on all weights and biases."""
+    """L2 penalty on the weights."""
+    weight_decay_on: Literal["all", "weights"] = "all"
+    """all: the penalty is on biases and on batch normalisation's scales too. weights: only on what convolutions and
+    fully-connected layers multiply by."""
+    head_lr_factor: float = 1.0
+    """The last layer's learning rate is LR times this, all through the schedule; 10 is usual where that layer is new."""
     label_smoothing: float = 0.0
     """Share of the target that is spread evenly over all classes, in [0, 1). Validation does not use it."""
     ema: float = 0.0
@@ -258,6 +270,11 @@ class Config(RunFlags, NetworkFlags, ImageFlags, TrainingFlags, ComputingFlags, 
         if self.crop_mode == "paper":
             return f"scale {self.train_scale}"
         return f"random-resized from {self.crop_area} of the area, aspect {self.crop_aspect}"
+
+    @property
+    def frozen_blocks(self) -> int:
+        """How many blocks of convolutions --freeze means."""
+        return _FROZEN_BLOCKS[self.freeze]
 
 
 _DEFAULTS_BY_DATA: dict[str, dict] = {
@@ -445,6 +462,8 @@ def check(config: Config) -> None:
         f"--lr {config.lr}: must be above 0": config.lr > 0,
         f"--momentum {config.momentum}: must be in [0, 1)": 0 <= config.momentum < 1,
         f"--weight-decay {config.weight_decay}: must not be negative": config.weight_decay >= 0,
+        f"--head-lr-factor {config.head_lr_factor}: must be above 0": config.head_lr_factor > 0,
+        f"--head-epochs {config.head_epochs}: must not be negative": config.head_epochs >= 0,
         f"--dropout {config.dropout}: must be in [0, 1)": 0 <= config.dropout < 1,
         f"--label-smoothing {config.label_smoothing}: must be in [0, 1)": 0 <= config.label_smoothing < 1,
         f"--ema {config.ema}: must be in [0, 1)": 0 <= config.ema < 1,
@@ -455,6 +474,9 @@ def check(config: Config) -> None:
         f"--collective-minutes {config.collective_minutes}: must be above 0": config.collective_minutes > 0,
         f"--lost-seconds {config.lost_seconds}: must be at least 1": config.lost_seconds >= 1,
         "--weights and --init-from: give one of them": not (config.weights and config.init_from),
+        "--freeze and --head-epochs keep layers as a run starts with them; say with --weights what it starts with": (
+            config.weights is not None or not (config.frozen_blocks or config.head_epochs)
+        ),
         f"--plateau-epochs {config.plateau_epochs}: must be at least 1": config.plateau_epochs >= 1,
         f"--step-epochs {config.step_epochs}: must be at least 1": config.step_epochs >= 1,
         f"--warmup-epochs {config.warmup_epochs}: must not be negative": config.warmup_epochs >= 0,

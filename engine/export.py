@@ -105,10 +105,14 @@ def _description(network: Network) -> str:
     return json.dumps({name: getattr(network, name) for name in names})
 
 
-def _torchvision_contents(network: Network) -> bytes:
+def _torchvision_state(network: Network) -> OrderedDict[str, Tensor]:
     _torchvision_name(network)  # refuses what torchvision does not have
     state, _ = to_torchvision(network.state, network.mean_rgb, network.std_rgb)
-    contents = OrderedDict((name, value.contiguous()) for name, value in state.items())
+    return OrderedDict((name, value.contiguous()) for name, value in state.items())
+
+
+def _torchvision_contents(network: Network) -> bytes:
+    contents = _torchvision_state(network)
     # Where torch keeps versions of modules, and load_state_dict() does not mind more: for this project's own programs.
     described = {"classes": network.classes, "mean_rgb": network.mean_rgb}
     contents._metadata = {DESCRIPTION: described}  # type: ignore[attr-defined]  # as Module.state_dict() does
@@ -118,12 +122,29 @@ def _torchvision_contents(network: Network) -> bytes:
 
 
 def _read_torchvision(network: Network, contents: bytes) -> Logits:
+    return _in_torchvision(network, torch.load(io.BytesIO(contents), weights_only=True))
+
+
+def _safetensors_contents(network: Network) -> bytes:
+    from safetensors.torch import save  # not in requirements.txt
+
+    # Its metadata are texts. Other programs look for "format", which says that these are torch's tensors.
+    return save(_torchvision_state(network), {"format": "pt", DESCRIPTION: _description(network)})
+
+
+def _read_safetensors(network: Network, contents: bytes) -> Logits:
+    from safetensors.torch import load  # not in requirements.txt
+
+    return _in_torchvision(network, load(contents))
+
+
+def _in_torchvision(network: Network, state: dict[str, Tensor]) -> Logits:
     with torch.device("meta"):
         model = getattr(torchvision.models, _torchvision_name(network))(num_classes=network.outputs)
         if network.crop != _TORCHVISION_CROP:
             model.avgpool = nn.Identity()
             model.classifier[0] = nn.Linear(_fc6_inputs(network), 4096)
-    model.to_empty(device="cpu").eval().load_state_dict(torch.load(io.BytesIO(contents), weights_only=True))
+    model.to_empty(device="cpu").eval().load_state_dict(state)
     _, mean = to_torchvision(network.state, network.mean_rgb, network.std_rgb)
     return lambda pixels: model(normalize(pixels / 255, list(mean), list(TORCHVISION_STD)))
 
@@ -195,6 +216,7 @@ def _program_usage(load: str) -> Callable[[Network], str]:
 
 FORMATS = {
     "torchvision": Format(_torchvision_contents, _read_torchvision, _torchvision_usage),
+    "safetensors": Format(_safetensors_contents, _read_safetensors, _torchvision_usage, packages=("safetensors",)),
     "torch-export": Format(
         _torch_export_contents, _read_torch_export, _program_usage("torch.export.load(FILE).module()")
     ),

@@ -1,7 +1,8 @@
-"""Trained networks to use or to start from: this trainer's checkpoints, and torchvision's state dicts."""
+"""Trained networks to use or to start from: this trainer's checkpoints, and state dicts of torchvision's and timm's."""
 
 import contextlib
 import dataclasses
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -93,7 +94,7 @@ class Network:
 
 
 def load_network(spec: str) -> Network:
-    """The network in a checkpoint, spec being its path, or in a state dict of torchvision's, torchvision:PATH.
+    """The network in a checkpoint, spec being its path, or in a state dict of torchvision's or timm's, torchvision:PATH.
 
     Of a checkpoint with an average of the weights (--ema), the average. Raises UserError: no such file, or a damaged or
     foreign one.
@@ -323,7 +324,9 @@ def _described(content: object, outputs: int) -> tuple[tuple[str, ...] | None, R
     described = metadata.get(DESCRIPTION) if isinstance(metadata, dict) else None
     if described is None:
         return None
-    with contextlib.suppress(TypeError, ValueError, KeyError):
+    with contextlib.suppress(TypeError, ValueError, KeyError, RecursionError):
+        if isinstance(described, str):  # of a safetensors file
+            described = json.loads(described)
         red, green, blue = map(float, described["mean_rgb"])
         names = described["classes"] and tuple(described["classes"])
         are_names = not names or (

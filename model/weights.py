@@ -1,4 +1,4 @@
-"""Weights that come from elsewhere: from torchvision, from configuration A (section 3.1), from a network of other classes.
+"""Weights that come from elsewhere: torchvision, timm, configuration A (section 3.1), a network of other classes.
 
 A state here is a state dict with torchvision's keys, as VGG has them. The functions do not change the states that they are
 given, and share with them the tensors that stay as they are.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.progress import printable
-from model.vgg import CONFIGURATIONS, STRIDE, VGG
+from model.vgg import CONFIGURATIONS, LAST, STRIDE, VGG
 
 State = Mapping[str, Tensor]
 RGB = tuple[float, float, float]
@@ -26,7 +26,6 @@ NOT_DIVIDED: RGB = (1.0, 1.0, 1.0)
 """The std of a network whose images are pixels (0–255) less a mean, and no more."""
 
 _FIRST = "features.0.weight"
-_LAST = "classifier.6"
 # What DataParallel, DistributedDataParallel and torch.compile put into the names of what they wrap; VGG has no such parts.
 _WRAPPERS = ("module", "_orig_mod")
 # Entries under which other trainers save a state dict, an average of the weights before the weights themselves: it is what
@@ -34,6 +33,8 @@ _WRAPPERS = ("module", "_orig_mod")
 _ENTRIES = (
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model", "network", "net"
 )  # fmt: skip
+# timm's VGGs have convolutions for FC6 and FC7, which see the whole map and then one place: flattened, their weights are ours.
+_OF_TIMM = {"pre_logits.fc1": "classifier.0", "pre_logits.fc2": "classifier.3", "head.fc": LAST}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # A's first four convolutions by block and place in it: conv1_1, conv2_1, conv3_1, conv3_2.
 _FIRST_FOUR_OF_A = ((1, 1), (2, 1), (3, 1), (3, 2))
@@ -58,11 +59,11 @@ def describe(state: State) -> Description:
     """
     if strange := next((name for name, value in state.items() if not isinstance(value, Tensor)), None):
         raise ValueError(f"these are not the weights of a VGG: {printable(str(strange))} is not a tensor")
-    if missing := [name for name in (_FIRST, "classifier.0.weight", f"{_LAST}.weight") if name not in state]:
+    if missing := [name for name in (_FIRST, "classifier.0.weight", f"{LAST}.weight") if name not in state]:
         no_classifier = _FIRST in state and not any(name.startswith("classifier") for name in state)
         lack = "its fully-connected layers are missing" if no_classifier else f"it has no {', '.join(missing)}"
         raise ValueError(f"these are not the weights of a VGG: {lack}")
-    fc6, fc8 = state["classifier.0.weight"], state[f"{_LAST}.weight"]
+    fc6, fc8 = state["classifier.0.weight"], state[f"{LAST}.weight"]
     if fc6.ndim != 2 or fc8.ndim != 2 or not len(fc8):
         raise ValueError("these are not the weights of a VGG: its fully-connected layers are not matrices")
     crop = STRIDE * max(1, math.isqrt(fc6.shape[1] // 512))
@@ -87,7 +88,7 @@ def unwrapped(content: object) -> tuple[dict[str, Tensor], str]:
 
     content: a state dict, or a dictionary that holds one under a usual name ("model", "state_dict", …; of several, an average
     of the weights comes first). The entry is "" for a state dict. Names lose what DataParallel, torch.compile and an enclosing
-    module have put into them. The tensors stay as they are.
+    module have put into them; timm's become torchvision's. The tensors stay as they are, but for the shape of timm's.
 
     Raises ValueError, a sentence, where no network of the paper's is in it.
     """
@@ -199,7 +200,7 @@ def initialise_from(model: VGG, state_of_a: State, *, last: bool = True) -> list
     origins = _convolutions(_outline(source))
     pairs = [("classifier.0", "classifier.0"), ("classifier.3", "classifier.3")]
     if last and source.classes == target.classes:
-        pairs.append((_LAST, _LAST))
+        pairs.append((LAST, LAST))
     for place, number in _convolutions(model).items():
         if place in _FIRST_FOUR_OF_A:
             pairs.append((f"features.{number}", f"features.{origins[place]}"))
@@ -227,19 +228,19 @@ def load_all(model: VGG, state: State, *, last: bool = True) -> bool:
     if last and source.classes == target.classes:
         model.load_state_dict(state)
         return False
-    own_last = {name: weight for name, weight in model.state_dict().items() if name.startswith(_LAST)}
+    own_last = {name: weight for name, weight in model.state_dict().items() if name.startswith(LAST)}
     model.load_state_dict({**state, **own_last})
     return True
 
 
 def outputs(state: State) -> int:
     """How many classes a network tells apart."""
-    return len(state[f"{_LAST}.weight"])
+    return len(state[f"{LAST}.weight"])
 
 
 def reordered(state: State, order: Sequence[int]) -> dict[str, Tensor]:
     """The same network with its outputs in another order: output n is what output order[n] was."""
-    return {name: value[list(order)] if name.startswith(_LAST) else value for name, value in state.items()}
+    return {name: value[list(order)] if name.startswith(LAST) else value for name, value in state.items()}
 
 
 def _states(content: Mapping, depth: int = 2) -> Iterator[tuple[str, Mapping]]:
@@ -264,8 +265,18 @@ def _plain_names(state: Mapping) -> dict[str, Tensor]:
     if len(prefixes) > 1:
         raise ValueError(f"it holds {len(prefixes)} networks ({_some(prefixes)}); save one of them")
     if prefixes and prefixes[0]:  # the network as a part of another module, as Lightning's
-        return {name.removeprefix(prefixes[0]): value for name, value in plain.items() if name.startswith(prefixes[0])}
-    return plain
+        plain = {name.removeprefix(prefixes[0]): value for name, value in plain.items() if name.startswith(prefixes[0])}
+    return _named_by_torchvision(plain) if "pre_logits.fc1.weight" in plain else plain
+
+
+def _named_by_torchvision(state: State) -> dict[str, Tensor]:
+    """A state of one of timm's VGGs as torchvision has it."""
+    named = {}
+    for name, value in state.items():
+        layer, _, what = name.rpartition(".")
+        is_convolution = layer in _OF_TIMM and isinstance(value, Tensor) and value.ndim == 4 and _is_dense(value)
+        named[f"{_OF_TIMM.get(layer, layer)}.{what}"] = value.flatten(1) if is_convolution else value
+    return named
 
 
 def _some(names: Sequence[str]) -> str:

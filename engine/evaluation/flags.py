@@ -60,8 +60,8 @@ class EvaluateFlags(InputFlags):
     """
 
     checkpoint: tuple[str, ...]
-    """Checkpoints of train.py, or torchvision:PATH for a state dict of torchvision's. Several networks are fused by averaging
-    their posteriors."""
+    """Checkpoints of train.py, or torchvision:PATH for a state dict of torchvision's or timm's. Several networks are fused by
+    averaging their posteriors."""
     protocol: Literal["center", "dense", "multicrop", "multicrop+dense"] = "dense"
     """What the network is shown. center: the centre crop, as in train.py's validation. dense: every place of the whole image.
     multicrop: a grid of 5×5 crops. multicrop+dense: the mean of both."""
@@ -82,7 +82,7 @@ class FeatureFlags(InputFlags):
     """
 
     checkpoint: str
-    """A checkpoint of train.py, or torchvision:PATH for a state dict of torchvision's."""
+    """A checkpoint of train.py, or torchvision:PATH for a state dict of torchvision's or timm's."""
     output: Path
     """Folder to write to: train.npy and val.npy, float32 [images, 4096], train-labels.npy and val-labels.npy, int64
     [images], and classes.txt."""

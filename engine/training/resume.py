@@ -62,9 +62,9 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoin
         )
     if ranks.is_main:
         say(f"going on from {path}: step {checkpoint.steps:,}, {checkpoint.samples_seen:,} images seen")
+        then = to_dict(Config()) | checkpoint.config  # a flag that there was not did what its default does
         for setting, value in to_dict(config).items():
-            # Of a flag that is younger than the checkpoint, the default is what the run did until now.
-            before = checkpoint.config.get(setting, getattr(Config, setting, None))
+            before = then[setting]
             if setting not in _FREE_SETTINGS and before != value:
                 say(f"  note: {setting} was {before} until now and is {value} from here on")
         if checkpoint.world_size != ranks.world_size:

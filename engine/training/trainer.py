@@ -35,8 +35,9 @@ from engine.training.assembly import assemble, too_little_memory
 from engine.training.checkpoint_writer import CheckpointWriter
 from engine.training.clock import Clock, TimedBatches, timing_events
 from engine.training.decoder_share import DecoderShare
+from engine.training.optimizer import load_momenta, state_of
 from engine.training.preemption import SharedBatches, StopRequests
-from model.vgg import VGG
+from model.vgg import BLOCKS, VGG
 from pipeline.dali.loader import Batch, DaliLoader
 
 
@@ -66,10 +67,8 @@ class Trainer:
         self._steps, self._samples_seen, self._history = 0, 0, []
         self._resumed = checkpoint is not None
         if checkpoint:
-            optimizer = checkpoint.optimizer
-            self._optimizer.load_state_dict(self._shared.own_optimizer(optimizer) if self._shared else optimizer)
-            for group in self._optimizer.param_groups:  # the flags of this run, not those of the checkpoint
-                group.update(momentum=config.momentum, weight_decay=config.weight_decay)
+            optimizer = checkpoint.optimizer  # of which the momenta count; rates and decay are this run's flags'
+            load_momenta(self._optimizer, model, self._shared.own_optimizer(optimizer) if self._shared else optimizer)
             if checkpoint.scaler:  # empty where the checkpoint's precision needed no scaling
                 self._scaler.load_state_dict(checkpoint.scaler)
             if checkpoint.ema and self._average:
@@ -91,6 +90,7 @@ class Trainer:
         self._stopped = False
         self._writer = CheckpointWriter()
         self._total_steps = self._count_steps()
+        self._head_alone = False
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         if ranks.is_main:
             say(self._describe())
@@ -132,6 +132,7 @@ class Trainer:
             self._decoder_share = self._share_decoding(loader, timed)
         batches = self._shared_batches(timed, passes=self._passes)
         requests.save_is_due = lambda: self._minutes_since_save() >= config.checkpoint_minutes
+        self._choose_what_is_trained()
         self._step.warm_up(*self._blank_batch())
         self._clock.start(self._steps)
         self._last_save = time.monotonic()
@@ -139,6 +140,7 @@ class Trainer:
             if self._validation_is_due():  # the run was stopped in the middle of it
                 self._end_epoch(log)
             while self._goes_on():
+                self._choose_what_is_trained()
                 self._set_learning_rate()
                 first = self._samples_seen + self._ranks.rank * share
                 self._loss_sum += self._step(batches, first_sample=first, before_gradients=requests.hear_others)
@@ -212,12 +214,22 @@ class Trainer:
     def _minutes_since_save(self) -> float:
         return (time.monotonic() - self._last_save) / 60
 
-    # ---- learning rate -------------------------------------------------------------------------------------------
+    # ---- what is trained, and the learning rate ------------------------------------------------------------------
+
+    def _choose_what_is_trained(self) -> None:
+        """The last layer alone for --head-epochs, then all that is not frozen."""
+        head_alone = self._samples_seen < self._config.head_epochs * self._data.train_images
+        if head_alone == self._head_alone:
+            return
+        self._head_alone = head_alone
+        waiting = [weight for group in self._optimizer.param_groups if group["waits"] for weight in group["params"]]
+        self._step.left_alone = waiting if head_alone else ()
+        self._model.keep_statistics(BLOCKS if head_alone else self._config.frozen_blocks)
 
     def _set_learning_rate(self) -> None:
         rate = self._learning_rate()
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_factor"]
 
     def _learning_rate(self) -> float:
         config, epoch = self._config, self._samples_seen / self._data.train_images
@@ -356,7 +368,7 @@ class Trainer:
         if self._decoder_share:
             self._decoder_share.after_pause()
         self._finish_write()
-        model, optimizer = self._model.state_dict(), self._optimizer.state_dict()
+        model, optimizer = self._model.state_dict(), state_of(self._optimizer, self._model)
         average = self._average.model.state_dict() if self._average else None
         if self._shared:
             with self._clock.saving():
@@ -433,6 +445,8 @@ class Trainer:
     def _describe(self) -> str:
         config, ranks, data = self._config, self._ranks, self._data
         parameters = sum(weight.numel() for weight in self._model.parameters())
+        frozen = sum(weight.numel() for weight in self._model.parameters() if not weight.requires_grad)
+        of_them = f", {frozen / 1e6:.1f} M of them frozen" if frozen else ""
         shared = ""
         if self._shared:
             parameters += self._shared.parameters_elsewhere
@@ -440,8 +454,8 @@ class Trainer:
         place = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
         network = f"{config.arch} with batch norm" if config.batch_norm else config.arch
         return (
-            f"{network} ({parameters / 1e6:.1f} M parameters) on {printable(config.data)}: {data.train_images:,} images, "
-            f"{len(data.classes)} classes, crop {config.crop}, {config.crops}\n"
+            f"{network} ({parameters / 1e6:.1f} M parameters{of_them}) on {printable(config.data)}: "
+            f"{data.train_images:,} images, {len(data.classes)} classes, crop {config.crop}, {config.crops}\n"
             f"{place}, {self._precision.name}, {'compiled' if self._compiled else 'eager'}; batch {config.batch_size} = "
             f"{ranks.world_size} ranks × {self._passes} passes × {data.micro_batch} images{shared}; "
             f"{self._total_steps:,} steps; {printable(str(config.out))}"

@@ -42,6 +42,7 @@ def test_defaults_are_the_papers():
 IMAGENET = {
     "out": Path("runs/D-imagenet"), "resume": "auto", "recipe": None, "seed": 0, "epochs": 74, "steps": None,
     "arch": "D", "batch_norm": False, "dropout": 0.5, "init": "xavier", "init_from": None, "weights": None,
+    "freeze": "none", "head_epochs": 0.0, "weight_decay_on": "all", "head_lr_factor": 1.0,
     "data": "imagenet", "train_scale": "256", "crop": 224, "crop_mode": "paper", "crop_area": "0.08-1",
     "crop_aspect": "3/4-4/3", "validation_scale": None, "std": "1,1,1", "order": "global", "window_shards": 16,
     "max_bad_images": None, "allow_changed_data": False,
@@ -177,6 +178,14 @@ def test_without_a_training_scale_validation_keeps_torchvisions_share_of_the_ima
         (["--label-smoothing", "1"], r"--label-smoothing 1.0: must be in \[0, 1\)"),
         (["--ema", "1"], r"--ema 1.0: must be in \[0, 1\)"),
         (["--weights", "a.pt", "--init-from", "b.pt"], "--weights and --init-from: give one of them"),
+        (["--freeze", "classifier"], "invalid choice 'classifier' for argument '--freeze'"),
+        (
+            ["--freeze", "features"],
+            "--freeze and --head-epochs keep layers as a run starts with them; say with --weights",
+        ),
+        (["--head-epochs", "1", "--init-from", "a.pt"], "--freeze and --head-epochs keep layers as a run starts with"),
+        (["--head-epochs", "-1", "--weights", "a.pt"], "--head-epochs -1.0: must not be negative"),
+        (["--head-lr-factor", "0"], "--head-lr-factor 0.0: must be above 0"),
         (["--seed", "-1"], "--seed"),
         (["--hw-decoder-load", "1.5"], r"--hw-decoder-load 1.5: must be in \[0, 1\]"),
         (["--recipe", "none.yaml"], "--recipe none.yaml: cannot be read"),

@@ -5,6 +5,7 @@ from collections import OrderedDict
 import numpy as np
 import onnxruntime
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 from torch import nn
@@ -106,7 +107,7 @@ def test_what_was_written_for_torchvision_is_read_again_with_its_names_and_its_m
     assert run(capsys, "--checkpoint", checkpoint, "--format", "torchvision", "--output", file)[0] == 0
     network = load_network(f"torchvision:{file}")
     assert network.classes == tuple(CLASSES)
-    again = network.build(torch.device("cpu"))
+    again = network.for_std((1.0, 1.0, 1.0)).build(torch.device("cpu"))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.mean_rgb, network.std_rgb))
     check_equal(lambda images: again((images - mean) / std), model)
     contents = torch.load(file)
@@ -164,6 +165,29 @@ def test_a_network_whose_images_are_divided_is_read_with_its_std(tmp_path):
         divided = network.build(torch.device("cpu"))(images / torch.tensor(std).view(3, 1, 1))
         whole = network.for_std((1.0, 1.0, 1.0)).build(torch.device("cpu"))(images)
     torch.testing.assert_close(whole, divided, rtol=0, atol=1e-5 * divided.abs().max().item())
+
+
+@pytest.mark.seconds
+def test_a_safetensors_file_is_torchvisions_state_with_names_and_mean(tmp_path, capsys):
+    model, checkpoint = trained(tmp_path, "A", batch_norm=True)
+    file = tmp_path / "vgg11_bn.safetensors"
+    code, results, said = run(capsys, "--checkpoint", checkpoint, "--format", "safetensors", "--output", file)
+    assert code == 0
+    assert results["bytes"] == file.stat().st_size
+    assert "torchvision.models.vgg11_bn(num_classes=3)" in said
+    theirs = torchvision.models.vgg11_bn(num_classes=3, init_weights=False)
+    theirs.avgpool, theirs.classifier[0] = nn.Identity(), nn.Linear(512, 4096)  # as the usage says
+    theirs.eval().load_state_dict(safetensors.torch.load_file(file))
+    prepared = Normalize([value / 255 for value in MEAN_RGB], [0.229, 0.224, 0.225])
+    check_equal(lambda images: theirs(prepared(images / 255)), model)
+    with safetensors.safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["format"] == "pt"
+    assert json.loads(metadata["vgg-dali"])["classes"] == CLASSES
+    network = load_network(f"torchvision:{file}")
+    assert (network.classes, network.crop) == (tuple(CLASSES), 32)
+    again = network.for_std((1.0, 1.0, 1.0)).build(torch.device("cpu"))
+    check_equal(lambda images: again(images - torch.tensor(network.mean_rgb).view(3, 1, 1)), model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

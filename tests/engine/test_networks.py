@@ -383,6 +383,15 @@ def test_files_of_other_programs_are_read(small, tmp_path, write):
     assert (network.classes, network.outputs) == (None, 3)
 
 
+@pytest.mark.parametrize("described", ["[", "[" * 100_000, "3", '{"mean_rgb": [1, 2, 3], "classes": ["a"]}'])
+def test_a_description_in_a_safetensors_file_that_is_not_its_networks(small, tmp_path, described):
+    path = tmp_path / "w.safetensors"
+    state = {name: value.contiguous() for name, value in small.items()}
+    pytest.importorskip("safetensors.torch").save_file(state, path, {"vgg-dali": described})
+    with pytest.raises(UserError, match="its class names or its mean are not those of its network; export it anew"):
+        load_network(f"torchvision:{path}")
+
+
 def test_without_its_package_a_safetensors_file_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     path = tmp_path / "w.safetensors"

@@ -290,8 +290,37 @@ def test_state_dicts_as_other_trainers_save_them(entry, place):
 
 
 @pytest.mark.parametrize(
+    ("batch_norm", "place"), [(False, WRAPS[6]), (True, lambda state: {"state_dict_ema": WRAPS[0](state)})]
+)
+@pytest.mark.seconds
+def test_timms_networks_give_equal_logits(batch_norm, place):
+    """Whose FC6 is a convolution of 7×7, FC7 one of 1×1, and FC8 sees the mean of the one place that is left."""
+    reference = torchvision_network("A", batch_norm)
+    fc6, _, _, fc7, _, _, fc8 = reference.classifier
+    theirs = {name: value for name, value in reference.state_dict().items() if name.startswith("features")}
+    theirs |= {"pre_logits.fc1.weight": fc6.weight.view(4096, 512, 7, 7), "pre_logits.fc1.bias": fc6.bias}
+    theirs |= {"pre_logits.fc2.weight": fc7.weight.view(4096, 4096, 1, 1), "pre_logits.fc2.bias": fc7.bias}
+    theirs |= {"head.fc.weight": fc8.weight, "head.fc.bias": fc8.bias}
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        maps = reference.features(images)
+        for layer in ("fc1", "fc2"):
+            weight, bias = (theirs[f"pre_logits.{layer}.{what}"] for what in ("weight", "bias"))
+            maps = torch.conv2d(maps, weight, bias).relu()
+        expected = maps.mean((2, 3)) @ theirs["head.fc.weight"].T + theirs["head.fc.bias"]
+        state, _ = unwrapped(place(theirs))
+        assert describe(state) == ("A", batch_norm, 10, 224)
+        model = outline("A", classes=10, batch_norm=batch_norm).eval()
+        model.load_state_dict(state, assign=True)
+        logits = model(images)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
     ("content", "sentence"),
     [
+        ({"features.0.weight": torch.ones(1), "pre_logits.fc1.weight": torch.ones(1)}, "it has no classifier.6.weight"),
         (torch.ones(2), "it holds a Tensor, not a state dict"),
         ([1], "it holds a list, not a state dict"),
         ({}, "not the weights of a VGG: it has no features.0.weight, classifier.0.weight, classifier.6.weight"),
