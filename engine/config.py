@@ -166,7 +166,7 @@ class LoadingFlags:
     """How images get to the device."""
 
     decoder: Literal["auto", "gpu", "cpu"] = "auto"
-    """Where JPEGs are decoded. auto: where the network runs."""
+    """Where JPEGs are decoded. auto: where the network runs. Data prepared with --format raw has nothing to decode."""
     hw_decoder_load: float = 0.65
     """Share of the images that --decoder gpu gives to the GPU's JPEG engine, where it has one (A100, H100 …), in [0, 1].
     The best value depends on THREADS. Validation, and runs with --deterministic, give it all images or none."""

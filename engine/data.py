@@ -101,7 +101,9 @@ class Data:
 
     @property
     def decoder(self) -> str:
-        """Where JPEGs are decoded: "gpu" or "cpu"."""
+        """Where JPEGs are decoded: "gpu" or "cpu"; "none" where the images are kept as pixels."""
+        if isinstance(self.manifest, Prepared) and self.manifest.train.is_raw:
+            return "none"
         auto = "gpu" if self.ranks.device.type == "cuda" else "cpu"
         return auto if self.loading.decoder == "auto" else self.loading.decoder
 
@@ -295,9 +297,9 @@ class TrainingData(Data):
 
 
 def default_threads(cores: int, decoder: str) -> int:
-    """DALI's CPU threads in a rank that has so many cores. decoder: "gpu" or "cpu"."""
+    """DALI's CPU threads in a rank that has so many cores. decoder: "gpu", "cpu" or "none"."""
     threads = cores + 1  # each waits at the end of every operator
-    return threads if decoder == "cpu" else min(threads, _MOST_THREADS_BESIDE_A_GPU)
+    return min(threads, _MOST_THREADS_BESIDE_A_GPU) if decoder == "gpu" else threads
 
 
 def open_data(

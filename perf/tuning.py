@@ -79,6 +79,8 @@ def coordinates(job: Job, config: Config) -> dict[str, list[Coordinate]]:
 
     def other_decoder(now: Settings) -> list[Settings]:
         """With as many threads as it has by default: those that are best for the one are not for the other."""
+        if now["decoder"] == "none":
+            return []
         other = "cpu" if now["decoder"] == "gpu" else "gpu"
         return [{"decoder": other, "threads": default_threads(cores, other)}]
 

@@ -8,9 +8,15 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 
 from pipeline.plan.samples import GRAPH_INPUTS, Samples
+from pipeline.shards.raw import Pixels
 from pipeline.shards.tiles import cut_to_windows
 
 _DALI_TYPES = {np.bool_: types.BOOL, np.int32: types.INT32, np.int64: types.INT64, np.float32: types.FLOAT}
+_BESIDE_PIXELS = {name: dtype for name, dtype in GRAPH_INPUTS.items() if name not in ("start", "shape")}
+
+
+class DamagedImage(RuntimeError):
+    """An image that is kept as pixels is not what its index says: what a decoder's error is for others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +28,7 @@ class GraphOptions:
     device_id: int | None = None
     """The GPU, or None for the CPU."""
     decoder: str = "cpu"
-    """"gpu" (needs a device_id) or "cpu"."""
+    """"gpu" (needs a device_id), "cpu" or, for images that are kept as pixels, "none"."""
     hw_decoder_load: float = 0.65
     """The share of the images, in [0, 1], that decoder "gpu" gives to the GPU's JPEG engine. The default is DALI's."""
     half: bool = False
@@ -46,7 +52,8 @@ def image_pipeline(
     """Build (without starting) the pipeline read → decode the window → resize and flip → subtract the mean.
 
     source: returns the bytes' source and the inputs() of a plan's Samples, one batch a call. from_files: the bytes' source is
-    a path, uint8 [n, W]; else the bytes themselves, each image's followed by whatever fills up its row of uint8 [n, W].
+    a path, uint8 [n, W]; else the bytes themselves, each image's followed by whatever fills up its row of uint8 [n, W]; or,
+    with decoder "none", a list of windows, uint8 [height, width, 3] each, which must stay as they are as long as they exist.
     batch_size: samples in a batch, or at most so many where the images are whole. whole: have the CPU's decoder decode whole
     images, as the GPU's does, so that the same files fail. Outputs: images [batch_size, height, width, 3 or 4] (NHWC) and
     labels int64 [batch_size], on the device.
@@ -62,17 +69,22 @@ def image_pipeline(
         enable_conditionals=True,
     )
     def graph():
+        names = _BESIDE_PIXELS if options.decoder == "none" else GRAPH_INPUTS
         encoded, *inputs = fn.external_source(
             source,
-            num_outputs=1 + len(GRAPH_INPUTS),
+            num_outputs=1 + len(names),
             batch=True,
-            dtype=[types.UINT8, *(_DALI_TYPES[dtype] for dtype in GRAPH_INPUTS.values())],
+            dtype=[types.UINT8, *(_DALI_TYPES[dtype] for dtype in names.values())],
+            # DALI holds the arrays until nobody needs them. For a GPU it copies them into memory that the GPU can read from.
+            no_copy=options.decoder == "none" and not on_gpu,
         )
-        given = {name: inputs[place] for place, name in enumerate(GRAPH_INPUTS)}
-        images = decode_windows(
-            read_files(encoded) if from_files else encoded, given["start"], given["shape"], options, whole=whole
-        )
-        if on_gpu and options.decoder == "cpu":
+        given = {name: inputs[place] for place, name in enumerate(names)}
+        if options.decoder == "none":
+            images = fn.reshape(encoded, layout="HWC")  # the windows
+        else:
+            encoded = read_files(encoded) if from_files else encoded
+            images = decode_windows(encoded, given["start"], given["shape"], options, whole=whole)
+        if on_gpu and options.decoder != "gpu":
             images = images.gpu()
         if given["resized"]:  # per sample: an image that has the right size is only cropped
             images = fn.resize(
@@ -92,8 +104,15 @@ def image_pipeline(
     return graph()
 
 
-def graph_inputs(samples: Samples, encoded: np.ndarray, *, from_files: bool) -> tuple[np.ndarray, ...]:
-    """What image_pipeline takes of a batch as it was fetched. Bytes are cut to what the samples' windows need."""
+def graph_inputs(samples: Samples, encoded: np.ndarray | Pixels, *, from_files: bool) -> tuple:
+    """What image_pipeline takes of a batch as it was fetched. Bytes are cut to what the samples' windows need.
+
+    Raises DamagedImage.
+    """
+    if isinstance(encoded, Pixels):
+        if encoded.damaged:
+            raise DamagedImage(next(iter(encoded.damaged.values())))
+        return encoded.windows, *samples.inputs(_BESIDE_PIXELS)
     if from_files:
         return encoded, *samples.inputs()
     encoded, origin = cut_to_windows(encoded, samples.start, samples.shape)
