@@ -274,7 +274,12 @@ class S3Storage:
             if len(targets) == 1:  # nothing of it is there
                 _fill_with_zeros(f"{self.url}/{name}", offsets[0], targets[0])
                 return {0}
-            return {n for n in range(len(targets)) if self._read(name, offsets[n : n + 1], targets[n : n + 1])}
+            return self._read_each(name, offsets, targets)
+        except BaseException as error:
+            # What obstore 0.12 does where the file ends within ranges that it has made one request.
+            if type(error).__name__ != "PanicException" or len(targets) == 1:
+                raise
+            return self._read_each(name, offsets, targets)
         beyond = set()
         for n, (offset, target, content) in enumerate(zip(offsets, targets, ranges, strict=True)):
             if len(content) == len(target):
@@ -283,6 +288,9 @@ class S3Storage:
                 _fill_with_zeros(f"{self.url}/{name}", offset, target)
                 beyond.add(n)
         return beyond
+
+    def _read_each(self, name: str, offsets: Sequence[int], targets: Sequence[memoryview]) -> set[int]:
+        return {n for n in range(len(targets)) if self._read(name, offsets[n : n + 1], targets[n : n + 1])}
 
 
 def _is_server(endpoint: str) -> bool:
