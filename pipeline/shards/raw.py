@@ -11,27 +11,84 @@ The index has the sizes, so it is known where each row lies before anything is r
 same: where it is another one, these are not the pixels that the index means.
 """
 
+import threading
+import weakref
 from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.shards.storage import Storage
 
-_NOT_THERE = np.zeros((1, 1, 3), dtype=np.uint8)
-
 
 class Pixels(NamedTuple):
     """The windows of a batch's images."""
 
     windows: list[np.ndarray]
-    """uint8 [height, width, 3] each; one black pixel where an image is damaged."""
+    """uint8 [height, width, 3] each; of a damaged image, anything."""
     damaged: dict[int, str]
     """The indices of those, with the reasons."""
 
-    @classmethod
-    def of(cls, images: int) -> "Pixels":
-        """A batch that read_windows() has still to fill in."""
-        return cls([_NOT_THERE] * images, {})
+
+class PixelReader:
+    """Reads windows of the images in shards, from any number of threads."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._free: list[np.ndarray] = []
+        self._of_thread = threading.local()
+
+    def batch(self, shape: np.ndarray) -> Pixels:
+        """Windows of these sizes (int [n, 2]), to be read; their memory is used again when nobody holds any of them any more.
+
+        New memory would take as long as reading into it: the kernel fills it with zeros.
+        """
+        ends = np.cumsum(3 * shape.prod(axis=1, dtype=np.int64))
+        memory = self._free.pop() if self._free else np.empty(0, dtype=np.uint8)
+        if len(memory) < ends[-1]:
+            memory = np.empty(ends[-1] * 5 // 4, dtype=np.uint8)  # batches differ
+        whole = np.frombuffer(memory.data, dtype=np.uint8)  # every window holds this, and nothing else does
+        weakref.finalize(whole, self._free.append, memory).atexit = False
+        parts = zip(np.split(whole, ends), shape.tolist(), strict=False)
+        return Pixels([part.reshape(*sides, 3) for part, sides in parts], {})
+
+    def read(self, name: str, source: np.ndarray, start: np.ndarray, targets: list[tuple[Pixels, int]]) -> None:
+        """Read windows of the images of shard `name`. Raises DataSourceError.
+
+        source: int64 [n, 4], as ShardTable has it; offsets ascend. start: int [n, 2], first pixel (y, x) of each window, which
+        lies within its image. targets: the batch of each window, and its index there.
+        """
+        windows = [pixels.windows[index] for pixels, index in targets]
+        # Whole rows are read, since their bytes lie together; of narrower windows into memory that stays in the core's cache.
+        most = 3 * sum(len(window) * width for window, width in zip(windows, source[:, 3].tolist(), strict=True))
+        scratch, used = self._scratch(most), 0
+        offsets, memory, expected, parts = [], [], [], []
+        for window, (_, offset, height, width), (top, left) in zip(
+            windows, source.tolist(), start.tolist(), strict=True
+        ):
+            rows, columns, _ = window.shape
+            whole = window
+            if columns < width:
+                whole = scratch[used : used + 3 * rows * width].reshape(rows, width, 3)
+                used += whole.size
+                parts.append((window, whole[:, left : left + columns]))
+            expected.append(_header(height, width))
+            offsets += [offset, offset + len(expected[-1]) + 3 * width * top]
+            memory += [memoryview(bytearray(len(expected[-1]))), whole.reshape(-1).data]
+        beyond = self._storage.read(name, offsets, memory)
+        for window, part in parts:
+            window[:] = part
+        for n, (pixels, index) in enumerate(targets):
+            if not beyond.isdisjoint((2 * n, 2 * n + 1)):
+                pixels.damaged[index] = "beyond the end of its shard"
+            elif memory[2 * n] != expected[n]:
+                pixels.damaged[index] = "not the PPM file that the index says"
+
+    def _scratch(self, length: int) -> np.ndarray:
+        """Memory of this thread, uint8 [length or more]."""
+        found = getattr(self._of_thread, "memory", None)
+        if found is None or len(found) < length:
+            found = self._of_thread.memory = np.empty(length, dtype=np.uint8)
+        return found
 
 
 def ppm(image: np.ndarray) -> bytes:
@@ -43,43 +100,6 @@ def ppm_bytes(sizes: np.ndarray) -> np.ndarray:
     """The lengths of the files of images of these sizes (int64 [n, 2], of 1–99,999 pixels a side): int64 [n]."""
     more_digits = (sizes[:, :, None] >= 10 ** np.arange(1, 5)).sum(axis=(1, 2))
     return len(_header(1, 1)) + more_digits + 3 * sizes.prod(axis=1)
-
-
-def read_windows(
-    storage: Storage,
-    name: str,
-    source: np.ndarray,
-    start: np.ndarray,
-    shape: np.ndarray,
-    targets: list[tuple[Pixels, int]],
-) -> None:
-    """Read windows of the images of shard `name` into their places.
-
-    source: int64 [n, 4], as ShardTable has it; offsets ascend. start, shape: int [n, 2], first pixel (y, x) and size of each
-    window, which lies within its image. targets: the batch of each window, and its index there. Raises DataSourceError.
-    """
-    offsets, memory, parts = [], [], []
-    for (_, offset, height, width), (top, left), (rows, columns) in zip(
-        source.tolist(), start.tolist(), shape.tolist(), strict=True
-    ):
-        expected = _header(height, width)
-        header, window = bytearray(len(expected)), np.empty((rows, columns, 3), dtype=np.uint8)
-        # A window's rows lie together in the file with all of their columns. Those of a narrower window go through memory that
-        # is used again and again, and so stays in the core's cache.
-        whole = window if columns == width else np.empty((rows, width, 3), dtype=np.uint8)
-        offsets += [offset, offset + len(expected) + 3 * width * top]
-        memory += [memoryview(header), whole.reshape(-1).data]
-        parts.append((expected, header, window, whole[:, left : left + columns]))
-    beyond = storage.read(name, offsets, memory)
-    for n, ((pixels, index), (expected, header, window, part)) in enumerate(zip(targets, parts, strict=True)):
-        if not beyond.isdisjoint((2 * n, 2 * n + 1)):
-            pixels.damaged[index] = "beyond the end of its shard"
-        elif header != expected:
-            pixels.damaged[index] = "not the PPM file that the index says"
-        else:
-            if part.base is not window:
-                window[:] = part
-            pixels.windows[index] = window
 
 
 def _header(height: int, width: int) -> bytes:

@@ -8,10 +8,10 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from pipeline.shards.raw import Pixels, read_windows
+from pipeline.shards.raw import PixelReader, Pixels
 from pipeline.shards.shard_table import ShardTable
 
-_PIECE_BYTES = 4 << 20  # of pixels that one thread reads in one go, unless a single image has more
+_PIECE_BYTES = 1 << 20  # of pixels that one thread reads in one go, unless a single image has more: it stays in a cache
 
 
 class _Batch(Protocol):
@@ -49,6 +49,7 @@ class ShardReader:
         """threads: None for as many as suit the storage. batches_ahead: how many batches are under way at a time, at least."""
         self._table, self._batches_ahead = table, batches_ahead
         self._threads = threads or table.storage.threads
+        self._pixel_reader = PixelReader(table.storage)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="shard reader")
 
     def fetch(self, batches: Iterator[B], group: Callable[[B], int] | None = None) -> Iterator[Fetched[B]]:
@@ -122,9 +123,9 @@ class ShardReader:
     def _pixels(
         self, batches: list[B], source: np.ndarray
     ) -> tuple[list[Fetched[B]], Callable[[str, np.ndarray], None]]:
-        """The same of images that are kept as pixels, whose windows take memory when they are read."""
+        """The same of images that are kept as pixels, of which windows are read."""
         start, shape = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("start", "shape"))
-        pixels = [Pixels.of(len(batch.source)) for batch in batches]
+        pixels = [self._pixel_reader.batch(batch.shape) for batch in batches]
         targets = [(each, n) for each in pixels for n in range(len(each.windows))]
         read_bytes = 3 * shape[:, 0].astype(np.int64) * source[:, 3]
 
@@ -132,6 +133,6 @@ class ShardReader:
             edges = np.flatnonzero(np.diff(np.cumsum(read_bytes[indices]) // _PIECE_BYTES)) + 1
             for piece in np.split(indices, edges):
                 places = [targets[n] for n in piece.tolist()]
-                read_windows(self._table.storage, name, source[piece], start[piece], shape[piece], places)
+                self._pixel_reader.read(name, source[piece], start[piece], places)
 
         return list(zip(batches, pixels, strict=True)), read

@@ -291,6 +291,27 @@ def windows_of(plan: TrainPlan) -> list[np.ndarray]:
     return [window for _, pixels in batches if isinstance(pixels, Pixels) for window in pixels.windows]
 
 
+def test_memory_is_used_again_but_not_before_everybody_has_let_go_of_it(folder):
+    table = table_of(folder)
+    source = ShardReader(table, threads=2, batches_ahead=2)
+    fetched = source.fetch(training(train_plan(table)))
+    _, first = next(fetched)
+    assert isinstance(first, Pixels)
+    held = first.windows[3]  # of a whole batch, one window
+    before = held.copy()
+    del first
+    for _ in range(30):
+        next(fetched)
+    assert np.array_equal(held, before)
+    free = source._pixel_reader._free
+    assert 1 <= len(free) <= 4
+    del fetched
+    source._pool.shutdown()
+    freed = len(free)
+    del held
+    assert len(free) == freed + 1
+
+
 def test_an_image_twice_in_a_batch(folder):
     table = table_of(folder)
     plan = train_plan(table)
