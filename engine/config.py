@@ -198,7 +198,8 @@ class LoadingFlags:
 
     decoder: Literal["auto", "cpu", "gpu", "split"] = "auto"
     """Where JPEGs are decoded. auto: where the network runs. split: in training, the CPU decodes a share of each batch, and the
-    GPU the rest; which share is found in some 100 steps, and then stays. Whether it is faster is not measured yet."""
+    GPU the rest; which share is found in some 100 steps, and then stays. Whether it is faster is not measured yet.
+    Data prepared with --format raw has nothing to decode."""
     hw_decoder_load: float = 0.65
     """Share of the images that --decoder gpu gives to the GPU's JPEG engine, where it has one (A100, H100 …), in [0, 1].
     The best value depends on THREADS. Validation, and runs with --deterministic, give it all images or none."""

@@ -20,7 +20,7 @@ from engine.precision import Precision
 from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import Batch, DaliLoader, SyntheticLoader
 from pipeline.dali.lost_images import LostImages
-from pipeline.dali.opening import Plan, default_threads, fetch_ahead, open_data_set, open_loader
+from pipeline.dali.opening import Plan, default_threads, fetch_ahead, one_decoder, open_data_set, open_loader
 from pipeline.dataset.digits import DIGITS
 from pipeline.dataset.manifest import Manifest, load_manifest
 from pipeline.dataset.scan import SPLITS
@@ -101,9 +101,8 @@ class Data:
 
     @property
     def one_decoder(self) -> str:
-        """Where JPEGs are decoded, all of a batch: "gpu" or "cpu"."""
-        auto = "gpu" if self.ranks.device.type == "cuda" else "cpu"
-        return self.loading.decoder if self.loading.decoder in ("gpu", "cpu") else auto
+        """Where JPEGs are decoded, all of a batch: "gpu" or "cpu"; "none" where the images are kept as pixels."""
+        return one_decoder(self.loading.decoder, self.manifest, on_gpu=self.ranks.device.type == "cuda")
 
     @property
     def decoder(self) -> str:
@@ -238,8 +237,9 @@ class TrainingData(Data):
 
     @property
     def decoder(self) -> str:
+        one = self.one_decoder
         shared = self.loading.decoder == "split" and self.manifest is not None and not self.config.deterministic
-        return "split" if shared else self.one_decoder
+        return "split" if shared and one != "none" else one
 
     @property
     def first_share(self) -> float:

@@ -115,8 +115,9 @@ def run_stages(bench: Bench, trace: Path | None) -> Findings:
     if bench.has_images:
         begin("reading")
         timings["reading"] = time_reading(bench)
-        begin("decoding")
-        timings["decoding"] = time_decoding(bench)
+        if bench.data.decoder != "none":
+            begin("decoding")
+            timings["decoding"] = time_decoding(bench)
         begin("the loader")
         timings["loader"], found.first_batch_seconds = time_loader(bench)
     model = build_model(bench)

@@ -82,6 +82,8 @@ def coordinates(job: Job, config: Config) -> dict[str, list[Coordinate]]:
 
     def other_decoders(now: Settings) -> list[Settings]:
         """Each with as many threads as it has by default: those that are best for the one are not for the other."""
+        if now["decoder"] == "none":
+            return []
         decoders = ("cpu", "gpu") if config.deterministic else ("cpu", "gpu", "split")
         return [
             {"decoder": other, "threads": default_threads(cores, other)}

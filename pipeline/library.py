@@ -20,7 +20,7 @@ from common.process import usable_cores
 from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import Batch, DaliLoader
 from pipeline.dali.lost_images import LostImages
-from pipeline.dali.opening import default_threads, fetch_ahead, open_data_set, open_loader
+from pipeline.dali.opening import default_threads, fetch_ahead, one_decoder, open_data_set, open_loader
 from pipeline.plan.samples import IMAGENET_MEAN_RGB, LOST_LABEL, Samples
 from pipeline.plan.training import IMAGENET_COLOUR_SHIFT, ColourShift, RandomResized, TrainPlan
 from pipeline.plan.validation import ValidationPlan
@@ -70,15 +70,14 @@ class _Loader:
     def __post_init__(self) -> None:
         device = torch.device(self.device)
         on_gpu = device.type == "cuda"
-        auto = "gpu" if on_gpu else "cpu"
-        decoder = auto if self.decoder == "auto" else self.decoder
         _check(on_gpu or device.type == "cpu", f"device {device}: must be cpu or cuda")
-        _check(on_gpu or decoder == "cpu", f"decoder {decoder!r}: needs a GPU as device")
+        _check(on_gpu or self.decoder != "gpu", "decoder 'gpu': needs a GPU as device")
         _check(on_gpu or not self.half, "half: needs a GPU as device")
         _check(0 <= self.rank < self.world_size, f"rank {self.rank}: must be in [0, {self.world_size})")
         share, remainder = divmod(self.batch_size, self.world_size)
         _check(share > 0 and not remainder, f"batch_size {self.batch_size}: not a multiple of {self.world_size} ranks")
         self._manifest = open_data_set(str(self.data))
+        decoder = one_decoder(self.decoder, self._manifest, on_gpu=on_gpu)
         self._table = self._manifest.train if self._split == "train" else self._manifest.val
         self._lost = LostImages(manifest=self._manifest, split=self._split, max_bad_images=self.max_bad_images)
         self._share = share

@@ -8,9 +8,15 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 
 from pipeline.plan.samples import GRAPH_INPUTS, Samples
+from pipeline.shards.raw import Pixels
 from pipeline.shards.tiles import cut_to_windows
 
 _DALI_TYPES = {np.bool_: types.BOOL, np.int32: types.INT32, np.int64: types.INT64, np.float32: types.FLOAT}
+_BESIDE_PIXELS = {name: dtype for name, dtype in GRAPH_INPUTS.items() if name not in ("start", "shape")}
+
+
+class DamagedImage(RuntimeError):
+    """An image that is kept as pixels is not what its index says: what a decoder's error is for others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +29,7 @@ class GraphOptions:
     """The GPU, or None for the CPU."""
     decoder: str = "cpu"
     """"gpu" (needs a device_id), "cpu", or "split": some images of each batch by the CPU's decoder, the others by the GPU's or,
-    without a device_id, by the CPU's too."""
+    without a device_id, by the CPU's too. "none" for images that are kept as pixels."""
     hw_decoder_load: float = 0.65
     """The share of the images, in [0, 1], that decoder "gpu" gives to the GPU's JPEG engine. The default is DALI's."""
     std_rgb: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -49,13 +55,15 @@ def image_pipeline(
     """Build (without starting) the pipeline read → decode the window → resize and flip → subtract the mean, divide by std.
 
     source: returns the bytes' source and the inputs() of a plan's Samples, one batch a call. from_files: the bytes' source is
-    a path, uint8 [n, W]; else the bytes themselves, each image's followed by whatever fills up its row of uint8 [n, W].
+    a path, uint8 [n, W]; else the bytes themselves, each image's followed by whatever fills up its row of uint8 [n, W]; or,
+    with decoder "none", a list of windows, uint8 [height, width, 3] each, which must stay as they are as long as they exist.
     Where the decoder is "split", what first_of() gives comes last. batch_size: samples in a batch, or at most so many where the
     images are whole. whole: have the CPU's decoder decode whole images, as the GPU's does, so that the same files fail.
     Outputs: images [batch_size, height, width, 3 or 4] (NHWC) and labels int64 [batch_size], on the device.
     """
     on_gpu = options.device_id is not None
-    input_types = [types.UINT8, *(_DALI_TYPES[dtype] for dtype in GRAPH_INPUTS.values())]
+    names = _BESIDE_PIXELS if options.decoder == "none" else GRAPH_INPUTS
+    input_types = [types.UINT8, *(_DALI_TYPES[dtype] for dtype in names.values())]
     if options.decoder == "split":
         input_types.append(types.BOOL)
 
@@ -73,17 +81,22 @@ def image_pipeline(
             num_outputs=len(input_types),
             batch=True,
             dtype=input_types,
+            # DALI holds the arrays until nobody needs them. For a GPU it copies them into memory that the GPU can read from.
+            no_copy=options.decoder == "none" and not on_gpu,
         )
-        given = {name: inputs[place] for place, name in enumerate(GRAPH_INPUTS)}
-        images = decode_windows(
-            read_files(encoded) if from_files else encoded,
-            given["start"],
-            given["shape"],
-            options,
-            whole=whole,
-            by_cpu=inputs[-1] if options.decoder == "split" else None,
-        )
-        if on_gpu and options.decoder == "cpu":
+        given = {name: inputs[place] for place, name in enumerate(names)}
+        if options.decoder == "none":
+            images = fn.reshape(encoded, layout="HWC")  # the windows
+        else:
+            images = decode_windows(
+                read_files(encoded) if from_files else encoded,
+                given["start"],
+                given["shape"],
+                options,
+                whole=whole,
+                by_cpu=inputs[-1] if options.decoder == "split" else None,
+            )
+        if on_gpu and options.decoder in ("cpu", "none"):
             images = images.gpu()
         if given["resized"]:  # per sample: an image that has the right size is only cropped
             images = fn.resize(
@@ -103,8 +116,15 @@ def image_pipeline(
     return graph()
 
 
-def graph_inputs(samples: Samples, encoded: np.ndarray, *, from_files: bool) -> tuple[np.ndarray, ...]:
-    """What image_pipeline takes of a batch as it was fetched. Bytes are cut to what the samples' windows need."""
+def graph_inputs(samples: Samples, encoded: np.ndarray | Pixels, *, from_files: bool) -> tuple:
+    """What image_pipeline takes of a batch as it was fetched. Bytes are cut to what the samples' windows need.
+
+    Raises DamagedImage.
+    """
+    if isinstance(encoded, Pixels):
+        if encoded.damaged:
+            raise DamagedImage(next(iter(encoded.damaged.values())))
+        return encoded.windows, *samples.inputs(_BESIDE_PIXELS)
     if from_files:
         return encoded, *samples.inputs()
     encoded, origin = cut_to_windows(encoded, samples.start, samples.shape)

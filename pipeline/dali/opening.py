@@ -34,8 +34,16 @@ def open_data_set(data: str) -> Manifest | Prepared:
     return open_prepared(data) if is_prepared(data) else open_manifest(Path(data))
 
 
+def one_decoder(decoder: str, data: Manifest | Prepared | None, *, on_gpu: bool) -> str:
+    """Where all of a batch is decoded: "gpu" or "cpu"; "none" where the images are kept as pixels. decoder: as --decoder has it;
+    all but "gpu" and "cpu" is where the images go."""
+    if isinstance(data, Prepared) and data.train.is_raw:
+        return "none"
+    return decoder if decoder in ("gpu", "cpu") else "gpu" if on_gpu else "cpu"
+
+
 def default_threads(cores: int, decoder: str) -> int:
-    """DALI's CPU threads in a rank that has so many cores. decoder: "gpu", "cpu" or "split"."""
+    """DALI's CPU threads in a rank that has so many cores. decoder: as GraphOptions has it."""
     threads = cores + 1  # each waits at the end of every operator
     return min(threads, _MOST_THREADS_BESIDE_A_GPU) if decoder == "gpu" else threads
 

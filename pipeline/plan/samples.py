@@ -1,5 +1,6 @@
 """What a plan decides about samples, and where in its source each of them lies."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -41,9 +42,9 @@ class Samples(NamedTuple):
     rows: np.ndarray
     """int64 [n]: the table's row that each sample shows."""
 
-    def inputs(self) -> tuple[np.ndarray, ...]:
-        """What the DALI graph takes besides the images' bytes, in the order of GRAPH_INPUTS."""
-        return tuple(getattr(self, name) for name in GRAPH_INPUTS)
+    def inputs(self, names: Iterable[str] | None = None) -> tuple[np.ndarray, ...]:
+        """What the DALI graph takes besides the images' bytes, in the order of the names; None: of GRAPH_INPUTS."""
+        return tuple(getattr(self, name) for name in names or GRAPH_INPUTS)
 
     def first_pixels(self) -> "Samples":
         """The same files, but the window is their first pixel: where that cannot be decoded, nothing can."""

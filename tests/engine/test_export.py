@@ -107,7 +107,7 @@ def test_what_was_written_for_torchvision_is_read_again_with_its_names_and_its_m
     assert run(capsys, "--checkpoint", checkpoint, "--format", "torchvision", "--output", file)[0] == 0
     network = load_network(f"torchvision:{file}")
     assert network.classes == tuple(CLASSES)
-    again = network.for_std((1.0, 1.0, 1.0)).build(torch.device("cpu"))
+    again = network.build(torch.device("cpu"))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.mean_rgb, network.std_rgb))
     check_equal(lambda images: again((images - mean) / std), model)
     contents = torch.load(file)

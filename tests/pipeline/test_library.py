@@ -301,8 +301,10 @@ def test_more_that_cannot_be(folder, tmp_path):
         pipeline.Loader  # noqa: B018
 
 
-def test_prepared_data_serve_too(folder, tmp_path):
-    assert packing.main([str(folder), str(tmp_path / "prepared"), "--short-side", "36"]) == 0
+@pytest.mark.parametrize("kind", ["jpeg", "raw"])
+def test_prepared_data_serve_too(folder, tmp_path, kind):
+    flags = ["--short-side", "36", "--format", kind]
+    assert packing.main([str(folder), str(tmp_path / "prepared"), *flags]) == 0
     labels = joined(list(train_loader(str(tmp_path / "prepared"), 3, scale=(36, 36))))[1].tolist()
     assert sorted(labels[:IMAGES]) == list(range(IMAGES))
     assert sorted(joined(list(val_loader(tmp_path / "prepared", 3)))[1].tolist()) == list(range(IMAGES))

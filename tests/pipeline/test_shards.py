@@ -71,7 +71,7 @@ def make_loader(plan: TrainPlan, *, lose=None, start: int = 0, decoder: str = "c
     reader = ShardReader(plan.table, threads=3, batches_ahead=2)
     return DaliLoader(
         lambda skip: plan.batches(start=start, rank=0, world_size=1, micro_batch=plan.batch_size, skip=skip),
-        GraphOptions(crop=plan.crop, decoder=decoder, threads=2),
+        GraphOptions(crop=plan.crop, decoder="none" if plan.table.is_raw else decoder, threads=2),
         lose=lose or (lambda samples, dead, reasons: pytest.fail(f"lost an image: {reasons}")),
         batch_size=plan.batch_size,
         fetch=lambda batches: reader.fetch(batches, plan.read_group),
