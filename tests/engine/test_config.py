@@ -49,7 +49,7 @@ IMAGENET = {
     "fc_ranks": None, "collective_minutes": 15.0, "lost_seconds": 60.0, "grad_compression": "none",
     "pad_channels": False, "deterministic": False, "decoder": "auto", "hw_decoder_load": 0.65, "threads": None, "prefetch": 2,
     "read_threads": None, "read_ahead": 8, "checkpoint_minutes": 30.0, "keep": 2, "log_every": 20, "wandb": False,
-    "inspect": None,
+    "profile_memory": False, "inspect": None, "dry_run": False,
 }  # fmt: skip
 
 
