@@ -49,7 +49,7 @@ def train(config: Config, requests: StopRequests) -> dict:
         if config.profile_memory and not config.dry_run:
             record_memory(ranks.device)
         checkpoint = open_checkpoint(config, ranks, None if config.dry_run else lock)
-        is_open = config.micro_batch is None
+        may_halve = config.micro_batch is None  # given, it is never changed
         if checkpoint:
             config = with_micro_batch_of(checkpoint, config, ranks)
         initial = None if checkpoint else initial_network(config)
@@ -65,7 +65,7 @@ def train(config: Config, requests: StopRequests) -> dict:
             done = start_from(initial, model, config, data.classes)
             if ranks.is_main:
                 say(done)
-        if is_open:
+        if may_halve:
             data = halve_until_it_fits(data, model)
             config = replace(config, micro_batch=data.config.micro_batch)
         on_rank_0(ranks, lambda: claim_out(config, checkpoint, lock))

@@ -378,6 +378,7 @@ def check(config: Config) -> None:
         f"--keep {config.keep}: must be at least 1": config.keep >= 1,
         f"--log-every {config.log_every}: must be at least 1": config.log_every >= 1,
         "--wandb: wandb is not installed here; pip install wandb": not config.wandb or _is_installed("wandb"),
+        "--inspect and --dry-run: give one of them": not (config.inspect and config.dry_run),
         f"--inspect {config.inspect}: must be in [1, 400]": config.inspect is None or 1 <= config.inspect <= 400,
     }
     for message, holds in checks.items():

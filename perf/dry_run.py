@@ -80,10 +80,10 @@ def _lines(config: Config, results: dict) -> list[str]:
     shared = f", FC6 and FC7 shared by {results['sharing']}" if results["sharing"] > 1 else ""
     seconds = results["floor_seconds"]
     time = (
-        f"at least {clock(seconds)} for the steps alone, {1e3 * results['floor_step_seconds']:.2f} ms each at the hardware's "
-        "rates, which no step reaches"
+        f"at least {clock(seconds)} for all of them, {1e3 * results['floor_step_seconds']:.2f} ms each at the hardware's rates, "
+        "which no step reaches; validation and checkpoints come on top"
         if seconds is not None
-        else f"unknown, since the rates of this device ({results['device']}) are"
+        else f"unknown: the table of cards does not have this device ({results['device']})"
     )
     of_states = ", ".join(f"{name} {_gib(memory[name])}" for name in memory if name != "total" and memory[name])
     minutes = f"{config.checkpoint_minutes:g} minutes" if config.checkpoint_minutes else "step"

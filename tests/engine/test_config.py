@@ -135,6 +135,7 @@ def test_scales(scale, train, validation):
         (["--label-smoothing", "1"], r"--label-smoothing 1.0: must be in \[0, 1\)"),
         (["--ema", "1"], r"--ema 1.0: must be in \[0, 1\)"),
         (["--weights", "a.pt", "--init-from", "b.pt"], "--weights and --init-from: give one of them"),
+        (["--inspect", "4", "--dry-run"], "--inspect and --dry-run: give one of them"),
         (["--seed", "-1"], "--seed"),
         (["--hw-decoder-load", "1.5"], r"--hw-decoder-load 1.5: must be in \[0, 1\]"),
         (["--recipe", "none.yaml"], "--recipe none.yaml: cannot be read"),

@@ -45,14 +45,14 @@ class Limited(nn.Module):
         return y
 
 
-def limit_networks(monkeypatch, images: int, error: Exception = FULL) -> list[Limited]:
-    """Every network of these tests, from now on; returns the limits of those that were made."""
+def limit_networks(monkeypatch, images: int, error: Exception = FULL, *, place: int = 0) -> list[Limited]:
+    """Every network of these tests, from now on; returns the limits of those that were made. place: among the layers."""
     made: list[Limited] = []
 
     def limited_network_of(config, *, classes, device):
         network = network_of(config, classes=classes, device=device)
         made.append(Limited(images, error))
-        return network.insert(0, made[-1])
+        return network.insert(place, made[-1])
 
     monkeypatch.setattr(engine.training.assembly, "network_of", limited_network_of)
     monkeypatch.setattr(engine.training.resume, "check_weights", lambda *_: None)  # it is no VGG
@@ -124,7 +124,7 @@ def test_other_errors_are_no_lack_of_memory(tmp_path, monkeypatch):
 
 def test_a_trial_leaves_nothing_behind(tmp_path, monkeypatch):
     """Neither the activations of one that failed, on which an error may hold fast, nor gradients, nor new statistics."""
-    limits = limit_networks(monkeypatch, 5)
+    limits = limit_networks(monkeypatch, 5, place=3)  # behind batch normalisation
     config = parse_args([*SMALL, "--batch-norm", "--out", str(tmp_path)])
     data = open_training_data(config, RANKS, Precision("fp32", "cpu"))
     network: Any = engine.training.assembly.network_of(config, classes=10, device=RANKS.device)

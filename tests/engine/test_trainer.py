@@ -8,6 +8,8 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -596,6 +598,15 @@ def test_a_line_has_the_mean_loss_and_the_rate_of_the_steps_since_the_one_before
         assert lines["2"][step]["data_wait"] == pytest.approx(0.5 / 2.0)
         assert lines["2"][step]["mfu"] == pytest.approx(len(of_steps) * 4 / 2.0 * 0.05)
         assert "images_per_joule" not in lines["2"][step], "without a GPU"
+
+
+def test_of_two_machines_one_takes_half_of_the_images(monkeypatch):
+    """Whose energy is that of its GPUs."""
+    monkeypatch.setattr(trainer, "RunLog", lambda config, **settings: settings)
+    ranks = dataclasses.replace(RANKS, world_size=16, local_world_size=8)
+    data = SimpleNamespace(classes=["a"], mean_rgb=(0, 0, 0))
+    run: Any = SimpleNamespace(_ranks=ranks, _config=None, _steps=0, _total_steps=1, _history=[], _data=data)
+    assert trainer.Trainer._open_log(run)["machine_share"] == 0.5  # type: ignore[index]
 
 
 @pytest.mark.usefixtures("unseen")

@@ -41,7 +41,7 @@ def test_it_tells_what_the_run_then_does_and_writes_nothing(tmp_path, monkeypatc
     assert told["steps"] == -(-2 * images // 12)
     assert (told["passes"], told["micro_batch"], told["world_size"]) == (2, 6, 1)
     assert (told["floor_seconds"], told["device"], told["steps_done"]) == (None, "CPU", 0)
-    assert "time: unknown, since the rates of this device (CPU) are" in captured.err
+    assert "time: unknown: the table of cards does not have this device (CPU)\n" in captured.err
     assert f"{told['steps']:,} steps\n" in captured.err
     assert train.main([*flags, "--steps", "1"]) == 0
     assert told["parameters"] == sum(weight.numel() for weight in load(Path("out/last.pt")).model.values())

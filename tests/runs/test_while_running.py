@@ -289,6 +289,7 @@ with runlog.RunLog(
     line(1)
     time.sleep(0.5)
     line(2)
+    time.sleep(0.3)
     log.validation(step=2, epoch=1, accuracy=Accuracy(loss=1, top1=0.5, top5=1, images=4, lost=0), confusion=None)
     line(3)
     time.sleep(0.5)
