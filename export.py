@@ -3,7 +3,8 @@
 
 torchvision: a state dict for torchvision.models.vgg11 to vgg19 or vgg11_bn to vgg19_bn, whose images torchvision's Normalize
 makes. torchvision finds weights only in it, so the mean for Normalize is said when it is written; this project's programs, given
-torchvision:PATH, find the mean and the class names too.
+torchvision:PATH, find the mean and the class names too. safetensors: the same in a file of that format, which is read without
+running code; crop, mean and class names are in its metadata "vgg-dali", as JSON.
 
 torch-export: a program for torch.export.load. onnx: an ONNX model in one file. Both take "images", float32 [batch, 3, crop,
 crop], RGB pixels in 0–255 less the mean, any batch, and give "logits", float32 [batch, classes]. Crop, mean and class names
@@ -37,9 +38,11 @@ class Flags:
     """
 
     checkpoint: str
-    """A checkpoint of this trainer, or torchvision:PATH for a state dict. Averaged weights are used where there are any."""
-    format: Literal["torchvision", "torch-export", "onnx"]
-    """torchvision: a state dict for its networks. torch-export: a program for torch.export.load. onnx: an ONNX model."""
+    """A checkpoint of this trainer, or torchvision:PATH for a state dict of torchvision's or timm's. Averaged weights are used
+    where there are any."""
+    format: Literal["torchvision", "safetensors", "torch-export", "onnx"]
+    """torchvision: a state dict for its networks. safetensors: the same in such a file. torch-export: a program for
+    torch.export.load. onnx: an ONNX model."""
     output: Path
     """The file to write. An existing file is replaced when the new one is complete."""
 

@@ -25,7 +25,6 @@ def write(flags: FeatureFlags) -> dict:
     from common.ranks import on_rank_0, ranks_of_this_run
     from engine.data import open_data
     from engine.evaluation.features import WIDTH, svm_accuracy, write_features
-    from engine.evaluation.report import default_scale
     from engine.networks import load_network
     from engine.precision import choose_precision, set_numerics
     from pipeline.dataset.scan import SPLITS
@@ -35,7 +34,7 @@ def write(flags: FeatureFlags) -> dict:
         network = load_network(flags.checkpoint)
         if ranks.is_main and network.entry:
             say(f"the weights are those of {network.origin}")
-        scales = flags.chosen_scales() or (default_scale(network),)
+        scales = flags.chosen_scales() or (network.test_scale,)
         if min(scales) < network.crop:
             raise UserError(f"--scales {min(scales)}: the network takes images of {network.crop} pixels at least")
         precision = choose_precision(flags.precision, ranks.device)

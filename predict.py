@@ -38,12 +38,12 @@ class Flags:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, or folders, of which all images are taken."""
     checkpoint: str
-    """A checkpoint of this trainer, or torchvision:PATH for a state dict of torchvision's. If a checkpoint has averaged weights
-    (--ema), these are used."""
+    """A checkpoint of this trainer, or torchvision:PATH for a state dict of torchvision's or timm's. If a checkpoint has averaged
+    weights (--ema), these are used."""
     top: int = 5
     """Number of classes to name for each image."""
     scale: int | None = None
-    """Shorter side Q of the rescaled image in pixels. Default: the training scale, or the middle of its range."""
+    """Shorter side Q of the rescaled image in pixels. Default: that of the training's validations."""
     json: bool = False
     """Print only the line of JSON."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -62,7 +62,7 @@ def run(flags: Flags) -> dict:
         raise UserError(f"--top {flags.top}: must be at least 1")
     paths = find_images(flags.images)
     network = load_network(flags.checkpoint)
-    scale = flags.scale or (sum(network.train_scale) // 2 if network.train_scale else 256 * network.crop // 224)
+    scale = flags.scale or network.test_scale
     if scale < network.crop:
         raise UserError(f"--scale {scale}: must be at least the network's crop, {network.crop}")
     with ranks_of_this_run(flags.device) as ranks:

@@ -1,9 +1,9 @@
 """python -m benchmarks.gpu_report [--data DIR] [--dry-run]: everything that waits for a GPU to be measured, in one go.
 
 Runs, each in a process of its own: the tests in tests/gpu; profile/throughput.py for A, D and E in bf16 and fp16, on noise and
-on images; benchmarks.inputs for D; benchmarks.loaders with the GPU's decoder; benchmarks.steps against torchvision's and timm's
-networks. A run that fails is told of by name, and the others go on. Writes docs/gpu/<card>.json, and the table of all cards in
-docs/performance.md.
+on images; benchmarks.inputs for D, on all cores and on fewer; benchmarks.loaders with the GPU's decoder; benchmarks.steps
+against torchvision's and timm's networks. A run that fails is told of by name, and the others go on. Writes
+docs/gpu/<card>.json, and the table of all cards in docs/performance.md.
 
 Without --data, the images are pieces of scikit-learn's photographs. Nothing is downloaded.
 """
@@ -27,7 +27,7 @@ from benchmarks.photographs import photograph_folder
 from benchmarks.turns import RATE, table
 from common.errors import UserError
 from common.files import replacing, writing_to
-from common.process import end, run_program
+from common.process import end, run_program, usable_cores
 from common.progress import say
 from common.ranks import ranks_of_this_run
 from engine.config import SYNTHETIC
@@ -41,6 +41,8 @@ _ARCHS, _PRECISIONS = ("A", "D", "E"), ("bf16", "fp16")
 _AT_224 = ("--crop", "224", "--train-scale", "256", "--device", "cuda")
 _SIZES = (256, 128, 64, 32)
 """Images at a time; the next one where the GPU's memory is too small."""
+_CORES = (6, 16)
+"""Of a machine that has more: which decoder is the best depends on how many cores each GPU has."""
 _SECONDS_A_RUN = 1800
 _GENERATED = "generated photographs"
 _NOTHING = "Nothing yet: `make gpu-report` on a machine with a GPU writes this section."
@@ -118,6 +120,12 @@ def plan(data: Path, work: Path) -> tuple[list[Run], dict[str, str]]:
         runs.append(Run("throughput", f"{arch} {precision}, {of}", command, "--micro-batch", out / REPORT_JSON))
     command = ["-m", "benchmarks.inputs", *_AT_224, "--arch", "D", "--precision", "bf16", "--data", images, *size]
     runs.append(Run("inputs", "D bf16, inputs", command, "--micro-batch"))
+    for cores in _CORES:
+        name = f"D bf16, inputs on {cores} cores"
+        if cores < usable_cores():
+            runs.append(Run("inputs", name, [*command, "--cores", str(cores)], "--micro-batch"))
+        elif cores > usable_cores():
+            left_out[name] = f"this machine has {usable_cores()}"
     for precision in _PRECISIONS:
         command = ["-m", "benchmarks.steps", *_AT_224, "--arch", "D", "--precision", precision, "--variants"]
         runs.append(Run("steps", f"D {precision}, against others", command, "--batch-size"))

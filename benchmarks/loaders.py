@@ -3,9 +3,10 @@
 DIR holds train/<class>/*.JPEG and val/<class>/*. All loaders get the same files, batch size and cores, and make the paper's
 sample: shorter side rescaled to S, random 224×224 crop, random flip, random colour shift, mean subtracted, float32. Ours
 leaves them in channels_last, as the network wants them; the others are not charged for that. Ours is also measured on DIR as
-pipeline.prepare packs it: at S = 256 with a shorter side of 256 pixels, else with a longer side of at most 512. At S = 256
-ffcv joins, where it is installed, with its authors' ImageNet recipe (500 pixels, JPEG quality 90; its own random crops, no
-colour shift). "tensors" are decoded by torchcodec where it is installed, else by torchvision, which gives that up.
+pipeline.prepare packs it, as JPEGs and as pixels ("raw"): at S = 256 with a shorter side of 256 pixels, else with a longer side
+of at most 512. At S = 256 ffcv joins, where it is installed, with its authors' ImageNet recipe (500 pixels, JPEG quality 90; its
+own random crops, no colour shift), and with smaller images that it keeps as pixels (benchmarks/ffcv.py). "tensors" are decoded
+by torchcodec where it is installed, else by torchvision, which gives that up.
 
 With --device cuda, DALI's loaders decode on the GPU and leave the images there, ours and the usual one; torchvision's and
 ffcv stay on the CPU, and are not charged for the copy.
@@ -44,7 +45,7 @@ from engine.precision import choose_precision
 from pipeline.plan.samples import IMAGENET_MEAN_RGB
 from pipeline.plan.training import IMAGENET_COLOUR_SHIFT
 
-PREPARED = "this project, prepared"
+PREPARED, RAW = "this project, prepared", "this project, prepared raw"
 _SCALES = {"S=256": "256", "S in [256;512]": "256-512"}
 """As train.py's --train-scale has them."""
 _DEFAULT_FLAGS = ["--device", "cpu", "--batch-size", "256", "--prefetch", "2"]
@@ -63,12 +64,14 @@ def main(argv: list[str] | None) -> dict:
     scales = {}
     with ranks_of_this_run(config.device) as ranks:
         for name, scale in _SCALES.items():
-            data = open_training_data(replace(config, train_scale=scale), ranks, choose_precision("fp32", ranks.device))
+            data = open_training_data(
+                replace(config, train_scale=scale, crop_mode="paper"), ranks, choose_precision("fp32", ranks.device)
+            )
             with tempfile.TemporaryDirectory() as work:
                 scales[name] = compare_calls(
                     name,
                     {loader: batches.__next__ for loader, batches in make_loaders(data, Path(work)).items()},
-                    times=(OURS, PREPARED),
+                    times=(OURS, PREPARED, RAW),
                     images=data.micro_batch,
                     device=ranks.device,
                     pause_seconds=_PAUSE_SECONDS,
@@ -80,20 +83,21 @@ def main(argv: list[str] | None) -> dict:
 
 def make_loaders(data: TrainingData, work: Path) -> dict[str, Iterator]:
     """Endless iterators of batches, by name. work: a folder for what some of them read."""
-    ours, prepared = data.train_batches(0), prepared_copy(data, work / "prepared").train_batches(0)
     folder = Path(data.config.data, "train")
     loaders = {
-        OURS: ours,
+        OURS: data.train_batches(0),
         "DALI, decode all": usual_dali(folder, data),
         "torchvision, PIL": torchvision_loader(folder, default_loader, data),
         "torchvision, tensors": torchvision_loader(folder, tensor_reader(), data),
-        PREPARED: prepared,
+        PREPARED: prepared_copy(data, work / "prepared").train_batches(0),
+        RAW: prepared_copy(data, work / "raw", quality=None).train_batches(0),
     }
     if data.config.train_scale == "256":
         try:
-            peer = ffcv_loader(folder, work / "images.beton", data)
-            next(peer)  # numba compiles
-            loaders["ffcv"] = peer
+            for name, write_mode in (("ffcv", "jpg"), ("ffcv, raw", "raw")):
+                peer = ffcv_loader(folder, work / f"{write_mode}.beton", data, write_mode)
+                next(peer)  # numba compiles
+                loaders[name] = peer
         except ImportError as error:
             say(f"ffcv is left out: {error}")
     return loaders
@@ -130,7 +134,7 @@ def usual_dali(folder: Path, data: TrainingData) -> Iterator:
             crop_pos_y=fn.random.uniform(range=(0.0, 1.0)),
             mirror=fn.random.coin_flip(),
             mean=mean - shift,
-            std=[1.0] * 3,
+            std=list(data.config.std_rgb),
             output_layout="HWC",
             dtype=types.FLOAT,
         )
@@ -153,7 +157,7 @@ def tensor_reader() -> Callable[[str], torch.Tensor]:
 
 def torchvision_loader(folder: Path, read: Callable, data: TrainingData) -> Iterator:
     """torchvision's transforms in as many worker processes as there are threads of the others."""
-    transform = training_transform(data.config.scale, data.config.crop, IMAGENET_MEAN_RGB, IMAGENET_COLOUR_SHIFT)
+    transform = training_transform(data.config, IMAGENET_MEAN_RGB, IMAGENET_COLOUR_SHIFT)
     images = ImageFolder(folder, transform, loader=read)
     # One permutation after the other: no epoch's end interrupts the clock.
     order = RandomSampler(images, num_samples=sys.maxsize, generator=torch.Generator().manual_seed(0))

@@ -26,10 +26,13 @@ def check_photographs(config: Config) -> None:
         raise UserError(f"--data {config.data}: give a folder of photographs, with train/<class>/* and val/<class>/*")
 
 
-def prepared_copy(data: TrainingData, folder: Path) -> TrainingData:
-    """The same images, as pipeline.prepare packs them for the scales that they are trained at. folder: made for them."""
+def prepared_copy(data: TrainingData, folder: Path, *, quality: int | None = 90) -> TrainingData:
+    """The same images, as pipeline.prepare packs them for the scales that they are trained at.
+
+    folder: made for them. quality: of the JPEGs; None: they are kept as pixels.
+    """
     low, high = data.config.scale
-    settings = Settings(short_side=f"{low}" if low == high else f"max:{high}", quality=90, shard_images=2048)
+    settings = Settings(short_side=f"{low}" if low == high else f"max:{high}", quality=quality, shard_images=2048)
     prepare(Path(data.config.data), folder, settings, threads=data.threads, ranks=data.ranks)
     return open_training_data(replace(data.config, data=str(folder)), data.ranks, data.precision)
 

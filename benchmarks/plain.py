@@ -35,33 +35,42 @@ class ColourShift(nn.Module):
         return image + (self._shift_of_alpha @ (torch.randn(3) * COLOUR_SHIFT_SIGMA))[:, None, None]
 
 
-def training_transform(
-    scale: tuple[int, int], crop: int, mean_rgb: Sequence[float], colour_shift: Matrix
-) -> v2.Compose:
-    """A PIL image, or a uint8 tensor [3, h, w], → float32 [3, crop, crop] (section 3.1): rescaled, cropped, flipped, shifted.
+def training_transform(config: Config, mean_rgb: Sequence[float], colour_shift: Matrix) -> v2.Compose:
+    """A PIL image, or a uint8 tensor [3, h, w], → float32 [3, crop, crop]: rescaled and cropped, flipped, shifted.
 
-    scale: lowest and highest S in pixels, drawn per image. mean_rgb: subtracted, in 0–255. colour_shift: ColourShift's matrix.
-    Draws from torch's generator.
+    Crops are the configuration's. mean_rgb: subtracted, in 0–255. colour_shift: ColourShift's matrix. Draws from torch's
+    generator.
     """
-    lowest, highest = scale
+    lowest, highest = config.scale
+    crops: list[nn.Module]
+    if config.crop_mode == "random-resized":
+        crops = [v2.RandomResizedCrop(config.crop, scale=config.area, ratio=config.aspect)]
+    else:
+        rescale = v2.Resize(lowest) if lowest == highest else v2.RandomShortestSize(list(range(lowest, highest + 1)))
+        crops = [rescale, v2.RandomCrop(config.crop)]
     return v2.Compose(
         [
-            v2.Resize(lowest) if lowest == highest else v2.RandomShortestSize(list(range(lowest, highest + 1))),
-            v2.RandomCrop(crop),
+            *crops,
             v2.RandomHorizontalFlip(),
-            *_less_the_mean(mean_rgb),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32),
             ColourShift(colour_shift),
+            v2.Normalize(mean=list(mean_rgb), std=list(config.std_rgb)),
         ]
     )
 
 
-def validation_transform(scale: int, crop: int, mean_rgb: Sequence[float]) -> v2.Compose:
-    """The same without anything random: rescaled to `scale`, the centre crop, the mean subtracted."""
-    return v2.Compose([v2.Resize(scale), v2.CenterCrop(crop), *_less_the_mean(mean_rgb)])
-
-
-def _less_the_mean(mean_rgb: Sequence[float]) -> list[nn.Module]:
-    return [v2.ToImage(), v2.ToDtype(torch.float32), v2.Normalize(mean=list(mean_rgb), std=[1.0] * 3)]
+def validation_transform(config: Config, mean_rgb: Sequence[float]) -> v2.Compose:
+    """The same without anything random: rescaled to the validation scale, the centre crop, the mean subtracted."""
+    return v2.Compose(
+        [
+            v2.Resize(config.test_scale),
+            v2.CenterCrop(config.crop),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32),
+            v2.Normalize(mean=list(mean_rgb), std=list(config.std_rgb)),
+        ]
+    )
 
 
 def usual_step(
@@ -104,8 +113,8 @@ def train_plainly(config: Config, mean_rgb: Sequence[float], colour_shift: Matri
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     data, batch_size = Path(config.data), config.batch_size
-    training_set = ImageFolder(data / "train", training_transform(config.scale, config.crop, mean_rgb, colour_shift))
-    validation_set = ImageFolder(data / "val", validation_transform(config.validation_scale, config.crop, mean_rgb))
+    training_set = ImageFolder(data / "train", training_transform(config, mean_rgb, colour_shift))
+    validation_set = ImageFolder(data / "val", validation_transform(config, mean_rgb))
     training = DataLoader(
         training_set, batch_size, shuffle=True, drop_last=True, num_workers=_WORKERS, persistent_workers=True
     )

@@ -25,7 +25,7 @@ from engine.config import Config, parse_args
 from engine.monitoring.curves import draw_runs
 from engine.monitoring.run_files import read_run
 from engine.training.assembly import network_of
-from model.weights import to_torchvision
+from model.weights import NOT_DIVIDED, to_torchvision
 
 _ARCH: Final = "E"
 _DEFAULT_FLAGS = ["--crop", "32", "--train-scale", "36", "--batch-size", "50", "--epochs", "5", "--schedule", "cosine"]
@@ -80,7 +80,8 @@ def write_small_normal(config: Config, classes: int, path: Path) -> None:
     """
     config = replace(config, arch=_ARCH, init="normal", batch_norm=False)
     model = network_of(config, classes=classes, device=torch.device("cpu"))
-    state, _ = to_torchvision({name: weight / 10 for name, weight in model.state_dict().items()}, (0.0, 0.0, 0.0))
+    small = {name: weight / 10 for name, weight in model.state_dict().items()}
+    state, _ = to_torchvision(small, (0.0, 0.0, 0.0), NOT_DIVIDED)
     with replacing(path) as file:
         torch.save(state, file)
 

@@ -36,7 +36,7 @@ _NAMES = {"A": "vgg11", "B": "vgg13", "D": "vgg16", "E": "vgg19"}
 def main(argv: list[str] | None) -> dict:
     parser = flag_parser("steps", "Compare training steps: images per second. It takes all flags of train.py.")
     parser.add_argument(
-        "--variants", action="store_true", help="ours with each --fuse, without and with --pad-channels, too"
+        "--variants", action="store_true", help="ours too with each way to fuse, and with padded channels"
     )
     add_turn_flags(parser)
     options, flags = parser.parse_known_args(argv)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import stat
 import tempfile
 import tokenize
@@ -35,10 +36,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     On any exception the temporary file is removed and what was at `path` stays as it was. Raises OSError.
     """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # mkstemp's 0600 would shut out the user's group; and to read the umask is to set it, for the other threads too.
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "w+b") as file:
-            os.fchmod(descriptor, 0o666 & ~_umask())  # mkstemp's 0600 would shut out the user's group
             yield file
             file.flush()
             os.fsync(descriptor)
@@ -172,9 +174,3 @@ def private_folder() -> Path:
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise UserError(f"{folder}: somebody else can write to it; set XDG_CACHE_HOME to a folder of yours")
     return folder
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -386,21 +386,23 @@ def usable_cores(root: Path = Path("/")) -> int:
 
     A quota of two and a half cores counts as three: threads share what is left of the last one. root: of the file system.
     """
-    quotas = [quota for folder in cpu_groups(root) if (quota := cpu_quota(folder))]
+    quotas = [quota for folder in control_groups(root, "cpu") if (quota := cpu_quota(folder))]
     return max(1, min([len(os.sched_getaffinity(0)), *(-int(-quota // 1) for quota in quotas)]))
 
 
-def cpu_groups(root: Path) -> Iterator[Path]:
+def control_groups(root: Path, controller: str) -> Iterator[Path]:
     """Folders of the control groups that may limit this process: its own and those above it, version 2 and version 1.
+
+    controller: "cpu" or "memory".
 
     In a container, the path is often that on the host, while the file system begins at the container's own group.
     """
     with suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
+            if controllers and controller not in controllers.split(","):
                 continue
-            mounts = ("cpu", "cpu,cpuacct", "cpuacct,cpu") if controllers else ("", "unified")
+            mounts = (controller, "cpu,cpuacct", "cpuacct,cpu") if controllers else ("", "unified")
             group = Path(os.path.normpath(f"/{path}"))
             for above in (group, *group.parents):
                 for mount in mounts:

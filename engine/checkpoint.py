@@ -16,6 +16,7 @@ import tarfile
 import warnings
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -28,7 +29,7 @@ from common.errors import TrainingError, UserError
 from common.files import is_storage_trouble, link_over, replacing
 from common.progress import printable, say
 from model.vgg import CONFIGURATIONS, STRIDE
-from model.weights import is_finite, is_plain
+from model.weights import NOT_DIVIDED, is_finite, is_plain
 from pipeline.plan.training import IMAGENET_COLOUR_SHIFT
 
 LAST, BEST = "last.pt", "best.pt"
@@ -68,8 +69,12 @@ class Checkpoint:
     """Whether the network has batch normalisation."""
     colour_shift: list[list[float]] = field(default_factory=lambda: [list(row) for row in IMAGENET_COLOUR_SHIFT])
     """The 3×3 matrix of the training's colour shift: see pipeline.plan.samples.ColourShift."""
+    std_rgb: list[float] = field(default_factory=lambda: list(NOT_DIVIDED))
+    """What the pixels were divided by, after the mean was subtracted."""
     ema: dict | None = None
     """The moving average of the weights, under the keys of `model`; None where the run kept none."""
+    decoder_share: float | None = None
+    """The CPU's share of each batch with --decoder split, once it is found; a run that goes on keeps to it."""
 
 
 def save(checkpoint: Checkpoint, out: Path, *, is_best: bool, keep: int) -> Path:
@@ -231,15 +236,16 @@ def _first_bytes(path: Path) -> bytes:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        from safetensors import SafetensorError  # not in requirements.txt
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open  # not in requirements.txt
     except ImportError as error:
         raise ValueError(
             f"it is a safetensors file; pip install safetensors, and give it as torchvision:{path}"
         ) from error
     try:
-        with _name_in_utf_8(path) as name:
-            return load_file(name)
+        with _name_in_utf_8(path) as name, safe_open(name, framework="pt") as file:
+            state = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118  # it is no dict
+            state._metadata = file.metadata() or {}  # type: ignore[attr-defined]  # where torch's state dicts have theirs
+            return state
     except OSError as error:
         raise Unreachable(f"cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
@@ -356,7 +362,15 @@ _FORMS: dict[str, tuple[Callable, str]] = {
         lambda value: _are_three(value, lambda row: _are_three(row, _is_number)),
         "a list of three lists of three numbers",
     ),
+    "std_rgb": (
+        lambda value: _are_three(value, lambda std: _is_number(std) and 1 <= std <= 255),
+        "a list of three numbers in 1–255",
+    ),
     "ema": (lambda value: value is None or _is_state(value), "a state dict of dense tensors"),
+    "decoder_share": (
+        lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
+        "a number in [0, 1]",
+    ),
 }
 
 

@@ -5,6 +5,7 @@ Nothing here imports torch, so that --help and a mistyped flag answer at once.
 """
 
 import dataclasses
+import math
 import os
 import sys
 from importlib.util import find_spec
@@ -18,10 +19,11 @@ from common.files import replacing
 from common.flags import FlagParser, expand_switch, parse_dataclass
 from common.flat_yaml import read_flat_yaml
 from common.progress import printable
+from pipeline.dataset.digits import DIGITS
 
-DIGITS = "digits"
 SYNTHETIC = "synthetic"
 _PROG = "train.py"
+_FROZEN_BLOCKS = {"none": 0, "block1": 1, "block2": 2, "block3": 3, "block4": 4, "features": 5}
 
 
 def default_data() -> str:
@@ -68,8 +70,14 @@ class NetworkFlags:
     """Start with the first four convolutions and the three fully-connected layers of configuration A from this checkpoint
     (section 3.1 of the paper), or from torchvision:PATH; the other layers are new."""
     weights: str | None = None
-    """Start a new training with all layers of this checkpoint, or, with torchvision:PATH, of a state dict of torchvision's. If
-    the classes are others, the last layer is new. A run that is resumed continues with its own weights."""
+    """Start a new training with all layers of this checkpoint, or, with torchvision:PATH, of a state dict of torchvision's or
+    timm's (.pth or .safetensors). If the classes are others, the last layer is new. A run that is resumed continues with its
+    own weights."""
+    freeze: Literal["none", "block1", "block2", "block3", "block4", "features"] = "none"
+    """With --weights: the convolutions that keep their weights, and the statistics of their batch normalisation, all the time.
+    block3: those of the first three blocks, counted from the image. features: all of them."""
+    head_epochs: float = 0.0
+    """With --weights: epochs at the start in which the last layer alone is trained."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +93,20 @@ class ImageFlags:
     from which one is drawn for each image. (digits: 36)"""
     crop: int = 224
     """Side of the network's input in pixels, a multiple of 32. (digits: 32)"""
+    crop_mode: Literal["paper", "random-resized"] = "paper"
+    """What of a training image the network sees. paper: a crop at a random place of the image rescaled to TRAIN_SCALE.
+    random-resized: a rectangle of random area, shape and place, resized to the crop, as with torchvision's
+    RandomResizedCrop."""
+    crop_area: str = "0.08-1"
+    """With --crop-mode random-resized: the rectangle's share of the image's area, as a range."""
+    crop_aspect: str = "3/4-4/3"
+    """With --crop-mode random-resized: the rectangle's width divided by its height, as a range."""
+    validation_scale: int | None = None
+    """Shorter side Q of the rescaled validation image in pixels, of which the network sees the centre crop. Default: the training
+    scale, or the middle of its range; with --crop-mode random-resized 256/224 of the crop."""
+    std: str = "1,1,1"
+    """What red, green and blue (0–255) are divided by after the mean is subtracted. 58.395,57.12,57.375 is what torchvision's
+    networks are trained with. Weights from a network with another std are rescaled, so that they give the same results."""
     order: Literal["global", "window"] = "global"
     """Order of the training images in an epoch. global: a random permutation of all images. window: shards in random order,
     and within each group of WINDOW_SHARDS shards all images in random order; only for prepared data, on storage that is
@@ -112,7 +134,12 @@ class TrainingFlags:
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 5e-4
-    """L2 penalty on all weights and biases."""
+    """L2 penalty on the weights."""
+    weight_decay_on: Literal["all", "weights"] = "all"
+    """all: the penalty is on biases and on batch normalisation's scales too. weights: only on what convolutions and
+    fully-connected layers multiply by."""
+    head_lr_factor: float = 1.0
+    """The last layer's learning rate is LR times this, all through the schedule; 10 is usual where that layer is new."""
     label_smoothing: float = 0.0
     """Share of the target that is spread evenly over all classes, in [0, 1). Validation does not use it."""
     ema: float = 0.0
@@ -170,8 +197,10 @@ class ComputingFlags:
 class LoadingFlags:
     """How images get to the device."""
 
-    decoder: Literal["auto", "gpu", "cpu"] = "auto"
-    """Where JPEGs are decoded. auto: where the network runs."""
+    decoder: Literal["auto", "cpu", "gpu", "split"] = "auto"
+    """Where JPEGs are decoded. auto: where the network runs. split: in training, the CPU decodes a share of each batch, and the
+    GPU the rest; which share is found in some 100 steps, and then stays. Whether it is faster is not measured yet.
+    Data prepared with --format raw has nothing to decode."""
     hw_decoder_load: float = 0.65
     """Share of the images that --decoder gpu gives to the GPU's JPEG engine, where it has one (A100, H100 …), in [0, 1].
     The best value depends on THREADS. Validation, and runs with --deterministic, give it all images or none."""
@@ -220,9 +249,40 @@ class Config(RunFlags, NetworkFlags, ImageFlags, TrainingFlags, ComputingFlags, 
         return parse_scale(self.train_scale)
 
     @property
-    def validation_scale(self) -> int:
-        """The paper's Q for one test scale (section 4.1): S, or the middle of its range."""
-        return sum(self.scale) // 2
+    def area(self) -> tuple[float, float]:
+        """Lowest and highest share of the image's area that a random-resized crop has."""
+        return parse_range(self.crop_area)
+
+    @property
+    def aspect(self) -> tuple[float, float]:
+        """Lowest and highest width / height of a random-resized crop."""
+        return parse_range(self.crop_aspect)
+
+    @property
+    def std_rgb(self) -> tuple[float, float, float]:
+        """What the pixels (0–255) are divided by. Raises ValueError unless these are three numbers."""
+        red, green, blue = map(float, self.std.split(","))
+        return red, green, blue
+
+    @property
+    def test_scale(self) -> int:
+        """The validation scale Q in pixels: by default the paper's for one test scale (section 4.1), S or the middle of its
+        range."""
+        if self.validation_scale is not None:
+            return self.validation_scale
+        return usual_test_scale(self.crop) if self.crop_mode == "random-resized" else sum(self.scale) // 2
+
+    @property
+    def crops(self) -> str:
+        """How the training crops are taken, for people."""
+        if self.crop_mode == "paper":
+            return f"scale {self.train_scale}"
+        return f"random-resized from {self.crop_area} of the area, aspect {self.crop_aspect}"
+
+    @property
+    def frozen_blocks(self) -> int:
+        """How many blocks of convolutions --freeze means."""
+        return _FROZEN_BLOCKS[self.freeze]
 
 
 _DEFAULTS_BY_DATA: dict[str, dict] = {
@@ -244,6 +304,22 @@ def parse_scale(text: str) -> tuple[int, int]:
     """The lowest and the highest number of "256" or "256-512". Raises ValueError."""
     lowest, _, highest = text.partition("-")
     return int(lowest), int(highest or lowest)
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """The lowest and the highest number of "0.08-1", "3/4-4/3" or "1". Raises ValueError."""
+
+    def number(text: str) -> float:
+        numerator, _, denominator = text.partition("/")
+        return float(numerator) / (float(denominator or 1) or math.nan)
+
+    lowest, _, highest = text.partition("-")
+    return number(lowest), number(highest or lowest)
+
+
+def usual_test_scale(crop: int) -> int:
+    """Q in pixels for a network that was trained at no scale S: torchvision tests its own so, at 256 for 224 pixels."""
+    return 256 * crop // 224
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
@@ -345,12 +421,47 @@ def check(config: Config) -> None:
         raise UserError(
             f"--train-scale {config.train_scale}: give one number of pixels, as 256, or a range, as 256-512"
         ) from None
+    try:
+        area, aspect = config.area, config.aspect
+    except ValueError:
+        raise UserError(
+            f"--crop-area {config.crop_area}, --crop-aspect {config.crop_aspect}: give ranges, as 0.08-1 and 3/4-4/3"
+        ) from None
+    try:
+        std_rgb = config.std_rgb
+    except ValueError:
+        raise UserError(
+            f"--std {config.std}: give a number for each of red, green and blue, with commas, as 58.395,57.12,57.375"
+        ) from None
+    is_resized = config.crop_mode == "random-resized"
+    # The default counts as not given: config.yaml, which has all flags, is a recipe too.
+    default_scale = _DEFAULTS_BY_DATA.get(config.data, {}).get("train_scale", Config.train_scale)
     checks = {
+        f"--train-scale {config.train_scale}: --crop-mode random-resized has no scale; leave one of the two out": (
+            not is_resized or config.train_scale == default_scale
+        ),
+        f"--crop-area {config.crop_area}: needs --crop-mode random-resized": (
+            is_resized or config.crop_area == Config.crop_area
+        ),
+        f"--crop-aspect {config.crop_aspect}: needs --crop-mode random-resized": (
+            is_resized or config.crop_aspect == Config.crop_aspect
+        ),
+        f"--crop-area {config.crop_area}: must be in (0, 1]": 0 < area[0] <= 1 and 0 < area[1] <= 1,
+        f"--crop-area {config.crop_area}: the first number must not exceed the second": area[0] <= area[1],
+        f"--crop-aspect {config.crop_aspect}: must be in [0.01, 100]": all(0.01 <= value <= 100 for value in aspect),
+        f"--crop-aspect {config.crop_aspect}: the first number must not exceed the second": aspect[0] <= aspect[1],
         f"--crop {config.crop}: must be a multiple of 32, as 224, since VGG halves its input five times": (
             config.crop >= 32 and config.crop % 32 == 0
         ),
         f"--train-scale {config.train_scale}: the first number must not exceed the second": lowest <= highest,
-        f"--train-scale {config.train_scale}: must be at least the crop, {config.crop}": lowest >= config.crop,
+        f"--train-scale {config.train_scale}: must be at least the crop, {config.crop}": (
+            is_resized or lowest >= config.crop
+        ),
+        f"--validation-scale {config.validation_scale}: must be at least the crop, {config.crop}": (
+            config.validation_scale is None or config.validation_scale >= config.crop
+        ),
+        # Less than a grey level would be of pixels in 0–1.
+        f"--std {config.std}: must be in [1, 255], as pixels are in 0–255": all(1 <= std <= 255 for std in std_rgb),
         f"--batch-size {config.batch_size}: must be at least 1": config.batch_size >= 1,
         f"--micro-batch {config.micro_batch}: must be at least 1": config.micro_batch is None
         or config.micro_batch >= 1,
@@ -359,6 +470,8 @@ def check(config: Config) -> None:
         f"--lr {config.lr}: must be above 0": config.lr > 0,
         f"--momentum {config.momentum}: must be in [0, 1)": 0 <= config.momentum < 1,
         f"--weight-decay {config.weight_decay}: must not be negative": config.weight_decay >= 0,
+        f"--head-lr-factor {config.head_lr_factor}: must be above 0": config.head_lr_factor > 0,
+        f"--head-epochs {config.head_epochs}: must not be negative": config.head_epochs >= 0,
         f"--dropout {config.dropout}: must be in [0, 1)": 0 <= config.dropout < 1,
         f"--label-smoothing {config.label_smoothing}: must be in [0, 1)": 0 <= config.label_smoothing < 1,
         f"--ema {config.ema}: must be in [0, 1)": 0 <= config.ema < 1,
@@ -369,6 +482,9 @@ def check(config: Config) -> None:
         f"--collective-minutes {config.collective_minutes}: must be above 0": config.collective_minutes > 0,
         f"--lost-seconds {config.lost_seconds}: must be at least 1": config.lost_seconds >= 1,
         "--weights and --init-from: give one of them": not (config.weights and config.init_from),
+        "--freeze and --head-epochs keep layers as a run starts with them; say with --weights what it starts with": (
+            config.weights is not None or not (config.frozen_blocks or config.head_epochs)
+        ),
         f"--plateau-epochs {config.plateau_epochs}: must be at least 1": config.plateau_epochs >= 1,
         f"--step-epochs {config.step_epochs}: must be at least 1": config.step_epochs >= 1,
         f"--warmup-epochs {config.warmup_epochs}: must not be negative": config.warmup_epochs >= 0,

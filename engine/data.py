@@ -14,25 +14,23 @@ from common.errors import UserError
 from common.progress import printable, say
 from common.ranks import Ranks, on_rank_0
 from engine.checkpoint import Checkpoint
-from engine.config import DIGITS, SYNTHETIC, Config, LoadingFlags
-from engine.lost_images import LostImages
+from engine.config import SYNTHETIC, Config, LoadingFlags
 from engine.networks import Network
 from engine.precision import Precision
 from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import Batch, DaliLoader, SyntheticLoader
-from pipeline.dataset.digits import digits_folder
-from pipeline.dataset.manifest import Manifest, load_manifest, open_manifest
+from pipeline.dali.lost_images import LostImages
+from pipeline.dali.opening import Plan, default_threads, fetch_ahead, one_decoder, open_data_set, open_loader
+from pipeline.dataset.digits import DIGITS
+from pipeline.dataset.manifest import Manifest, load_manifest
 from pipeline.dataset.scan import SPLITS
 from pipeline.plan.samples import IMAGENET_MEAN_RGB, Samples
-from pipeline.plan.training import IMAGENET_COLOUR_SHIFT, ColourShift, TrainPlan
+from pipeline.plan.training import IMAGENET_COLOUR_SHIFT, ColourShift, RandomResized, TrainPlan
 from pipeline.plan.validation import ValidationPlan
 from pipeline.plan.whole_images import WholePlan
 from pipeline.preparation.statistics import find_statistics
 from pipeline.shards.index import Prepared, is_prepared, open_prepared
-from pipeline.shards.reader import Fetch, ShardReader
-from pipeline.shards.shard_table import ShardTable
-
-Plan = TrainPlan | ValidationPlan | WholePlan
+from pipeline.shards.reader import Fetch
 
 _SYNTHETIC_CLASSES = 1000
 _SYNTHETIC_IMAGES = 1_281_167  # ImageNet's, so that an epoch means the same
@@ -40,8 +38,8 @@ _SYNTHETIC_IMAGES = 1_281_167  # ImageNet's, so that an epoch means the same
 # A rank's validation batch never depends on the number of ranks: kernels chosen for another batch size round otherwise,
 # and an image on the edge would count differently.
 _VALIDATION_BATCH = 128
-_MOST_THREADS_BESIDE_A_GPU = 8
-"""With more, a GPU's decoder is no faster, and training on that GPU slower (docs/performance.md)."""
+_CORES_TO_FEED_A_GPU = 12
+"""About as many decode what a GPU trains D on (docs/performance.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +52,8 @@ class Viewing:
     """Shorter side of the rescaled image in pixels, at least `crop`."""
     mean_rgb: tuple[float, float, float]
     """What is subtracted from the pixels (0–255)."""
+    std_rgb: tuple[float, float, float]
+    """What they are then divided by."""
     batch_size: int
     """Images of the crop's size that a rank computes at a time; of larger ones, as many as have no more pixels."""
     pad_channels: bool = False
@@ -100,10 +100,14 @@ class Data:
         return self.manifest.fingerprint if self.manifest else SYNTHETIC
 
     @property
+    def one_decoder(self) -> str:
+        """Where JPEGs are decoded, all of a batch: "gpu" or "cpu"; "none" where the images are kept as pixels."""
+        return one_decoder(self.loading.decoder, self.manifest, on_gpu=self.ranks.device.type == "cuda")
+
+    @property
     def decoder(self) -> str:
-        """Where JPEGs are decoded: "gpu" or "cpu"."""
-        auto = "gpu" if self.ranks.device.type == "cuda" else "cpu"
-        return auto if self.loading.decoder == "auto" else self.loading.decoder
+        """As one_decoder; or, in training alone, "split": each batch is shared between the two."""
+        return self.one_decoder
 
     @property
     def threads(self) -> int:
@@ -122,7 +126,7 @@ class Data:
             lambda skip: plan.batches(rank=rank, world_size=world_size, batch_size=size, skip=skip),
             size,
             "val",
-            self._options(viewing.crop, viewing.pad_channels),
+            self._options(viewing.crop, viewing.std_rgb, viewing.pad_channels),
         )
         return loader, plan.steps(world_size=world_size, batch_size=size)
 
@@ -151,7 +155,7 @@ class Data:
             lambda skip: plan.batches(rank=rank, world_size=world_size, skip=skip),
             plan.largest_batch,
             split,
-            self._options(None, viewing.pad_channels),
+            self._options(None, viewing.std_rgb, viewing.pad_channels),
         )
         return loader, plan.images(rank=rank, world_size=world_size)
 
@@ -163,25 +167,31 @@ class Data:
         )
 
     def fetch(self, plan: Plan) -> Fetch | None:
-        """What adds the images' bytes to the plan's batches, in threads of its own; None where DALI reads files itself."""
-        if not isinstance(plan.table, ShardTable):
-            return None
-        reader = ShardReader(plan.table, threads=self.loading.read_threads, batches_ahead=self.loading.read_ahead)
-        return lambda batches: reader.fetch(batches, plan.read_group)
+        """What adds the images' bytes to the plan's batches; None where DALI reads files itself."""
+        return fetch_ahead(plan, threads=self.loading.read_threads, batches_ahead=self.loading.read_ahead)
 
-    def _options(self, crop: int | None, pad_channels: bool, *, shares_engine: bool = False) -> GraphOptions:
-        """shares_engine: whether the GPU's JPEG engine may decode a part of each batch.
+    def _options(
+        self,
+        crop: int | None,
+        std_rgb: tuple[float, float, float],
+        pad_channels: bool,
+        *,
+        mixes_decoders: bool = False,
+    ) -> GraphOptions:
+        """mixes_decoders: whether the GPU's JPEG engine may decode a part of each batch, and the CPU another one.
 
-        It then gets the images that come first by kind and size, so that an image's pixels depend on its batch-mates, and so on
-        micro-batch and rank count. Where a result must not, the engine decodes all or none. None, unless all are asked for:
-        nvImageCodec marks the engine's images good before they are decoded.
+        The engine then gets the images that come first by kind and size, and the CPU those that come first in the batch. So an
+        image's pixels depend on its batch-mates, and with them on micro-batch and rank count. Where a result must not, one
+        decoder has all images, and the engine decodes all or none of them. None, unless all are asked for: nvImageCodec marks
+        the engine's images good before they are decoded.
         """
         device, load = self.ranks.device, self.loading.hw_decoder_load
         return GraphOptions(
             crop=crop,
+            std_rgb=std_rgb,
             device_id=device.index if device.type == "cuda" else None,
-            decoder=self.decoder,
-            hw_decoder_load=load if shares_engine or load == 1 else 0.0,
+            decoder=self.decoder if mixes_decoders else self.one_decoder,
+            hw_decoder_load=load if mixes_decoders or load == 1 else 0.0,
             half=self.precision.half_images,
             pad_channels=pad_channels,
             threads=self.threads,
@@ -196,11 +206,9 @@ class Data:
         split: str,
         options: GraphOptions,
     ) -> DaliLoader:
-        def lose(samples: Samples, dead: np.ndarray, reasons: list[str]) -> None:
-            plan.lose(samples, dead)
-            self.lost[split].add(samples, reasons)
-
-        return DaliLoader(batches_after, options, lose=lose, batch_size=batch_size, fetch=self.fetch(plan))
+        return open_loader(
+            plan, batches_after, options, lost=self.lost[split], batch_size=batch_size, fetch=self.fetch(plan)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,17 +228,29 @@ class TrainingData(Data):
         config = self.config
         return Viewing(
             crop=config.crop,
-            scale=config.validation_scale,
+            scale=config.test_scale,
             mean_rgb=self.mean_rgb,
+            std_rgb=config.std_rgb,
             batch_size=min(config.batch_size, config.micro_batch or _VALIDATION_BATCH),
             pad_channels=config.pad_channels,
         )
 
     @property
+    def decoder(self) -> str:
+        one = self.one_decoder
+        shared = self.loading.decoder == "split" and self.manifest is not None and not self.config.deterministic
+        return "split" if shared and one != "none" else one
+
+    @property
+    def first_share(self) -> float:
+        """Of each batch, what the CPU's decoder gets at first where the two share it."""
+        return min(1.0, self.ranks.cpu_share / _CORES_TO_FEED_A_GPU)
+
+    @property
     def train_options(self) -> GraphOptions:
         """Of the training loader."""
         config = self.config
-        return self._options(config.crop, config.pad_channels, shares_engine=not config.deterministic)
+        return self._options(config.crop, config.std_rgb, config.pad_channels, mixes_decoders=not config.deterministic)
 
     def train_batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches of this rank, endless, from sample number `start` on."""
@@ -238,13 +258,15 @@ class TrainingData(Data):
             return self.resident_batches()
         plan = self.train_plan()
         rank, world_size, size = self.ranks.rank, self.ranks.world_size, self.micro_batch
-        return self.loader(
+        loader = self.loader(
             plan,
             lambda skip: plan.batches(start=start, rank=rank, world_size=world_size, micro_batch=size, skip=skip),
             size,
             "train",
             self.train_options,
         )
+        loader.share = self.first_share
+        return loader
 
     def resident_batches(self) -> Iterator[Batch]:
         """A micro-batch of noise that stays on the device, yielded for ever."""
@@ -275,15 +297,18 @@ class TrainingData(Data):
     def train_plan(self) -> TrainPlan:
         """What the training loader shows; not for synthetic data, which has no plan."""
         assert self.manifest
+        config = self.config
+        is_resized = config.crop_mode == "random-resized"
         return TrainPlan(
             table=self.manifest.train,
-            batch_size=self.config.batch_size,
-            crop=self.config.crop,
-            scale=self.config.scale,
-            seed=self.config.seed,
+            batch_size=config.batch_size,
+            crop=config.crop,
+            scale=config.scale,
+            seed=config.seed,
+            random_resized=RandomResized(config.area, config.aspect) if is_resized else None,
             mean_rgb=self.mean_rgb,
             colour_shift=self.colour_shift,
-            window_shards=self.config.window_shards if self.config.order == "window" else None,
+            window_shards=config.window_shards if config.order == "window" else None,
         )
 
     def look(self, plan: TrainPlan | ValidationPlan, numbers: np.ndarray) -> tuple[Tensor, Samples]:
@@ -299,19 +324,13 @@ class TrainingData(Data):
             for step in itertools.count(skip):
                 yield plan.samples(filled_up[step % steps])
 
-        split = "train" if isinstance(plan, TrainPlan) else "val"
+        split, config = "train" if isinstance(plan, TrainPlan) else "val", self.config
         loader = self.loader(
-            plan, batches_after, size, split, self._options(self.config.crop, self.config.pad_channels)
+            plan, batches_after, size, split, self._options(config.crop, config.std_rgb, config.pad_channels)
         )
         images = torch.cat([next(loader)[0].cpu() for _ in range(steps)])
         # Asked for after the loading, which may have found images to do without.
         return images[: len(numbers)], plan.samples(numbers)
-
-
-def default_threads(cores: int, decoder: str) -> int:
-    """DALI's CPU threads in a rank that has so many cores. decoder: "gpu" or "cpu"."""
-    threads = cores + 1  # each waits at the end of every operator
-    return threads if decoder == "cpu" else min(threads, _MOST_THREADS_BESIDE_A_GPU)
 
 
 def open_data(
@@ -322,8 +341,8 @@ def open_data(
     Rank 0 scans a new data set while the others wait; after that, every rank maps the same files. On a machine that does
     not share rank 0's folders, its ranks make the manifest there: it must come out the same.
     """
-    if loading.decoder == "gpu" and ranks.device.type != "cuda":
-        raise UserError("--decoder gpu: needs a GPU; use --decoder cpu or auto")
+    if loading.decoder in ("gpu", "split") and ranks.device.type != "cuda":
+        raise UserError(f"--decoder {loading.decoder}: needs a GPU; use --decoder cpu or auto")
     manifest = None if source == SYNTHETIC else _shared_manifest(source, ranks)
     lost = (
         {split: LostImages(manifest=manifest, split=split, max_bad_images=max_bad_images) for split in SPLITS}
@@ -394,8 +413,8 @@ def _shared_manifest(data: str, ranks: Ranks) -> Manifest | Prepared:
 
 
 def _open_first(data: str) -> tuple[Path, Path, str]:
-    manifest = open_manifest(digits_folder() if data == DIGITS else Path(data))
-    return manifest.root, manifest.folder, manifest.fingerprint
+    manifest = open_data_set(data)
+    return Path(manifest.root), manifest.folder, manifest.fingerprint
 
 
 def _open_again(data: str, root: Path, folder: Path, fingerprint: str) -> tuple[Path, Path]:

@@ -17,7 +17,7 @@ from common.errors import TrainingError, UserError
 from common.files import replacing
 from engine.networks import DESCRIPTION, Network
 from model.vgg import STRIDE, VGG
-from model.weights import TORCHVISION_STD, to_torchvision
+from model.weights import NOT_DIVIDED, TORCHVISION_STD, to_torchvision
 
 Logits = Callable[[Tensor], Tensor]
 """Pixels of images, float32 [n, 3, crop, crop] in 0–255, n from 1 on → logits [n, classes]."""
@@ -84,7 +84,8 @@ def _largest_difference(network: Network, logits: Logits) -> float:
     model, generator = _evaluated(network), torch.Generator().manual_seed(0)
     batches = [255 * torch.rand(n, 3, network.crop, network.crop, generator=generator) for n in (1, 3)]
     with torch.no_grad():
-        expected = torch.cat([model(_less_mean(network, pixels)) for pixels in batches])
+        std = torch.tensor(network.std_rgb).view(3, 1, 1)
+        expected = torch.cat([model(_less_mean(network, pixels) / std) for pixels in batches])
         result = torch.cat([logits(pixels) for pixels in batches])
     return ((result - expected).abs().max() / expected.abs().max()).item()
 
@@ -104,10 +105,14 @@ def _description(network: Network) -> str:
     return json.dumps({name: getattr(network, name) for name in names})
 
 
-def _torchvision_contents(network: Network) -> bytes:
+def _torchvision_state(network: Network) -> OrderedDict[str, Tensor]:
     _torchvision_name(network)  # refuses what torchvision does not have
-    state, _ = to_torchvision(network.state, network.mean_rgb)
-    contents = OrderedDict((name, value.contiguous()) for name, value in state.items())
+    state, _ = to_torchvision(network.state, network.mean_rgb, network.std_rgb)
+    return OrderedDict((name, value.contiguous()) for name, value in state.items())
+
+
+def _torchvision_contents(network: Network) -> bytes:
+    contents = _torchvision_state(network)
     # Where torch keeps versions of modules, and load_state_dict() does not mind more: for this project's own programs.
     described = {"classes": network.classes, "mean_rgb": network.mean_rgb}
     contents._metadata = {DESCRIPTION: described}  # type: ignore[attr-defined]  # as Module.state_dict() does
@@ -117,18 +122,35 @@ def _torchvision_contents(network: Network) -> bytes:
 
 
 def _read_torchvision(network: Network, contents: bytes) -> Logits:
+    return _in_torchvision(network, torch.load(io.BytesIO(contents), weights_only=True))
+
+
+def _safetensors_contents(network: Network) -> bytes:
+    from safetensors.torch import save  # not in requirements.txt
+
+    # Its metadata are texts. Other programs look for "format", which says that these are torch's tensors.
+    return save(_torchvision_state(network), {"format": "pt", DESCRIPTION: _description(network)})
+
+
+def _read_safetensors(network: Network, contents: bytes) -> Logits:
+    from safetensors.torch import load  # not in requirements.txt
+
+    return _in_torchvision(network, load(contents))
+
+
+def _in_torchvision(network: Network, state: dict[str, Tensor]) -> Logits:
     with torch.device("meta"):
         model = getattr(torchvision.models, _torchvision_name(network))(num_classes=network.outputs)
         if network.crop != _TORCHVISION_CROP:
             model.avgpool = nn.Identity()
             model.classifier[0] = nn.Linear(_fc6_inputs(network), 4096)
-    model.to_empty(device="cpu").eval().load_state_dict(torch.load(io.BytesIO(contents), weights_only=True))
-    _, mean = to_torchvision(network.state, network.mean_rgb)
+    model.to_empty(device="cpu").eval().load_state_dict(state)
+    _, mean = to_torchvision(network.state, network.mean_rgb, network.std_rgb)
     return lambda pixels: model(normalize(pixels / 255, list(mean), list(TORCHVISION_STD)))
 
 
 def _torchvision_usage(network: Network) -> str:
-    _, mean = to_torchvision(network.state, network.mean_rgb)
+    _, mean = to_torchvision(network.state, network.mean_rgb, network.std_rgb)
     fc6 = ""
     if network.crop != _TORCHVISION_CROP:
         fc6 = f", avgpool = Identity(), classifier[0] = Linear({_fc6_inputs(network)}, 4096)"
@@ -146,7 +168,9 @@ def _exported(network: Network) -> torch.export.ExportedProgram:
     # An example of two images: of one, torch.export would conclude that there is always one.
     example = torch.zeros(2, 3, network.crop, network.crop)
     batch = {"images": {0: torch.export.Dim("batch")}}
-    return torch.export.export(_evaluated(network), (example,), dynamic_shapes=batch)
+    # Without the division: who uses the file has to know the mean alone.
+    model = _evaluated(network.for_std(NOT_DIVIDED))
+    return torch.export.export(model, (example,), dynamic_shapes=batch)
 
 
 def _torch_export_contents(network: Network) -> bytes:
@@ -192,6 +216,7 @@ def _program_usage(load: str) -> Callable[[Network], str]:
 
 FORMATS = {
     "torchvision": Format(_torchvision_contents, _read_torchvision, _torchvision_usage),
+    "safetensors": Format(_safetensors_contents, _read_safetensors, _torchvision_usage, packages=("safetensors",)),
     "torch-export": Format(
         _torch_export_contents, _read_torch_export, _program_usage("torch.export.load(FILE).module()")
     ),

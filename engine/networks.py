@@ -1,7 +1,8 @@
-"""Trained networks to use or to start from: this trainer's checkpoints, and torchvision's state dicts."""
+"""Trained networks to use or to start from: this trainer's checkpoints, and state dicts of torchvision's and timm's."""
 
 import contextlib
 import dataclasses
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -14,13 +15,17 @@ from common.errors import UserError
 from common.progress import printable, say
 from engine import checkpoint as checkpoints
 from engine.checkpoint import Checkpoint
-from engine.config import Config, parse_scale
+from engine.config import Config, parse_scale, usual_test_scale
 from model.vgg import VGG
 from model.weights import (
+    NOT_DIVIDED,
+    RGB,
+    TORCHVISION_MEAN_RGB,
+    TORCHVISION_STD_RGB,
     Description,
     as_float32,
     describe,
-    from_torchvision,
+    for_std,
     initialise_from,
     load_all,
     outputs,
@@ -45,15 +50,26 @@ class Network:
     """Side of the square input in pixels."""
     classes: tuple[str, ...] | None
     """Class names in label order; None where nobody says: a state dict has none."""
-    mean_rgb: tuple[float, float, float]
+    mean_rgb: RGB
     """What is subtracted from the pixels (0–255) of its input."""
+    std_rgb: RGB = NOT_DIVIDED
+    """What they are then divided by."""
     train_scale: tuple[int, int] | None
-    """Lowest and highest scale S that it was trained at, in pixels; None where nobody says."""
+    """Lowest and highest scale S that it was trained at, in pixels; None where nobody says, and where there was none."""
+    validation_scale: int | None = None
+    """The --validation-scale of its training, in pixels; None where none was given."""
     state: dict[str, torch.Tensor]
-    """State dict with torchvision's keys, finite, float32, on the CPU; its input is pixels in 0–255 less the mean."""
+    """State dict with torchvision's keys, finite, float32, on the CPU; its input is (pixels in 0–255 − mean) / std."""
 
     entry: str = ""
     """Where another trainer's file has the state dict under a name, that name, as state_dict_ema."""
+
+    @property
+    def test_scale(self) -> int:
+        """Q in pixels where nobody asks for another: that of its training's validations, as far as it is known."""
+        if self.validation_scale:
+            return self.validation_scale
+        return sum(self.train_scale) // 2 if self.train_scale else usual_test_scale(self.crop)
 
     @property
     def outputs(self) -> int:
@@ -65,6 +81,10 @@ class Network:
         """Its name, and the entry of the file, for people."""
         return f"{self.name} ({self.entry})" if self.entry else self.name
 
+    def for_std(self, std_rgb: RGB) -> "Network":
+        """The same network for images that are divided by this std."""
+        return dataclasses.replace(self, std_rgb=std_rgb, state=for_std(self.state, self.std_rgb, std_rgb))
+
     def build(self, device: torch.device) -> VGG:
         """The network on a device, in evaluation mode and channels_last."""
         with torch.device("meta"):  # no initial weights, which would only be overwritten
@@ -74,7 +94,7 @@ class Network:
 
 
 def load_network(spec: str) -> Network:
-    """The network in a checkpoint, spec being its path, or in a state dict of torchvision's, torchvision:PATH.
+    """The network in a checkpoint, spec being its path, or in a state dict of torchvision's or timm's, torchvision:PATH.
 
     Of a checkpoint with an average of the weights (--ema), the average. Raises UserError: no such file, or a damaged or
     foreign one.
@@ -83,9 +103,12 @@ def load_network(spec: str) -> Network:
 
 
 def initial_network(config: Config) -> Network | None:
-    """The network that --weights or --init-from names; None where neither is given. Raises UserError as load_network does."""
+    """The network that --weights or --init-from names, for the run's --std; None where neither is given.
+
+    Raises UserError as load_network does.
+    """
     spec = config.weights or config.init_from
-    return load_network(spec) if spec else None
+    return load_network(spec).for_std(config.std_rgb) if spec else None
 
 
 def start_from(network: Network, model: VGG, config: Config, classes: Sequence[str]) -> str:
@@ -233,6 +256,7 @@ def _from_checkpoint(spec: str) -> Network:
     except ValueError as error:
         raise UserError(f"checkpoint {path}: {error}") from error
     red, green, blue = checkpoint.mean_rgb
+    red_std, green_std, blue_std = checkpoint.std_rgb
     return Network(
         name=spec,
         arch=checkpoint.arch,
@@ -240,18 +264,31 @@ def _from_checkpoint(spec: str) -> Network:
         crop=checkpoint.crop,
         classes=tuple(checkpoint.classes),
         mean_rgb=(red, green, blue),
+        std_rgb=(red_std, green_std, blue_std),
         train_scale=_train_scale(checkpoint, path),
+        validation_scale=_validation_scale(checkpoint, path),
         state=state,
     )
 
 
-def _train_scale(checkpoint: Checkpoint, path: Path) -> tuple[int, int]:
+def _train_scale(checkpoint: Checkpoint, path: Path) -> tuple[int, int] | None:
+    if checkpoint.config.get("crop_mode") == "random-resized":
+        return None
     with contextlib.suppress(ValueError):
         lowest, highest = parse_scale(str(checkpoint.config.get("train_scale")))
         if checkpoint.crop <= lowest <= highest:
             return lowest, highest
     raise UserError(
         f"checkpoint {path}: its configuration names no train_scale that its network could have been trained at"
+    )
+
+
+def _validation_scale(checkpoint: Checkpoint, path: Path) -> int | None:
+    scale = checkpoint.config.get("validation_scale")
+    if scale is None or (isinstance(scale, int) and checkpoint.crop <= scale < 2**63):
+        return scale
+    raise UserError(
+        f"checkpoint {path}: its configuration's validation_scale is not a number of pixels from its crop on"
     )
 
 
@@ -263,8 +300,8 @@ def _from_torchvision(spec: str) -> Network:
             raise ValueError(f"it is a checkpoint of this trainer; give {path}, without {TORCHVISION}")
         state, entry = unwrapped(content)
         description = describe(state)
-        state, mean_rgb = from_torchvision(as_float32(state))
-        classes, mean_rgb = _described(content, description.classes) or (None, mean_rgb)
+        state = as_float32(state)
+        classes, mean_rgb = _described(content, description.classes) or (None, TORCHVISION_MEAN_RGB)
     except ValueError as error:
         raise UserError(f"{spec}: {error}") from error
     return Network(
@@ -274,19 +311,22 @@ def _from_torchvision(spec: str) -> Network:
         crop=description.crop,
         classes=classes,
         mean_rgb=mean_rgb,
+        std_rgb=TORCHVISION_STD_RGB,
         train_scale=None,
         state=state,
         entry=entry,
     )
 
 
-def _described(content: object, outputs: int) -> tuple[tuple[str, ...] | None, tuple[float, float, float]] | None:
+def _described(content: object, outputs: int) -> tuple[tuple[str, ...] | None, RGB] | None:
     """Class names and mean of a state dict that export.py has written; None for others. Raises ValueError where they are bad."""
     metadata = getattr(content, "_metadata", None)
     described = metadata.get(DESCRIPTION) if isinstance(metadata, dict) else None
     if described is None:
         return None
-    with contextlib.suppress(TypeError, ValueError, KeyError):
+    with contextlib.suppress(TypeError, ValueError, KeyError, RecursionError):
+        if isinstance(described, str):  # of a safetensors file
+            described = json.loads(described)
         red, green, blue = map(float, described["mean_rgb"])
         names = described["classes"] and tuple(described["classes"])
         are_names = not names or (

@@ -32,6 +32,12 @@ FUSIONS = ("none", "pool", "conv")
 """Which passes over memory are saved. pool: a bias in front of a pooling is added behind it. conv: this, and the convolutions
 that a ReLU follows immediately are one kernel with bias and ReLU. Batch and local response normalisation stand between."""
 
+BLOCKS = 5
+"""Of convolutions, in each configuration."""
+
+LAST = "classifier.6"
+"""The name of FC8, the layer that belongs to the classes."""
+
 
 class VGG(nn.Module):
     """A configuration of the paper as torchvision lays it out: the same state-dict keys, shapes and outputs.
@@ -75,6 +81,31 @@ class VGG(nn.Module):
             Dropout(dropout),
             nn.Linear(FC_WIDTH, classes),
         )
+        self._blocks_with_kept_statistics = 0
+
+    def freeze(self, blocks: int) -> None:
+        """Train the first so many blocks of convolutions no more: they get no gradients, and keep_statistics()."""
+        for layer in self._first(blocks):
+            layer.requires_grad_(False)
+        self.keep_statistics(blocks)
+
+    def keep_statistics(self, blocks: int) -> None:
+        """From now on, batch normalisation in the first so many blocks, and in no others, normalises with the statistics that it
+        has, in training too, and does not change them."""
+        self._blocks_with_kept_statistics = blocks
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "VGG":
+        """As torch's, but for what keep_statistics() says."""
+        super().train(mode)
+        for layer in self._first(self._blocks_with_kept_statistics):
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.eval()
+        return self
+
+    def _first(self, blocks: int) -> nn.Sequential:
+        ends = [number for number, layer in enumerate(self.features, 1) if isinstance(layer, nn.MaxPool2d)]
+        return self.features[: [0, *ends][blocks]]
 
     def forward(self, images: Tensor) -> Tensor:
         """images: [n, 3, crop, crop], or [n, 4, crop, crop], the fourth channel zero. Returns logits [n, classes]."""
@@ -146,7 +177,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tenso
     images, weight, output = ctx.saved_tensors
     gradient = torch.ops.aten.threshold_backward(gradient, output, 0)  # as ReLU's own
     settings = [len(weight)], (1, 1), (ctx.padding, ctx.padding), (1, 1), False, (0, 0), 1
-    mask = [ctx.needs_input_grad[0], True, True]
+    mask = list(ctx.needs_input_grad[:3])
     of_images, of_weight, of_bias = torch.ops.aten.convolution_backward(gradient, images, weight, *settings, mask)
     return of_images, of_weight, of_bias, None
 

@@ -1,4 +1,4 @@
-"""Weights that come from elsewhere: from torchvision, from configuration A (section 3.1), from a network of other classes.
+"""Weights that come from elsewhere: torchvision, timm, configuration A (section 3.1), a network of other classes.
 
 A state here is a state dict with torchvision's keys, as VGG has them. The functions do not change the states that they are
 given, and share with them the tensors that stay as they are.
@@ -12,16 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from common.progress import printable
-from model.vgg import CONFIGURATIONS, STRIDE, VGG
+from model.vgg import CONFIGURATIONS, LAST, STRIDE, VGG
 
 State = Mapping[str, Tensor]
+RGB = tuple[float, float, float]
 
-# What torchvision's networks subtract from the pixels and then divide them by, in units of 255 (its Normalize).
-TORCHVISION_MEAN = (0.485, 0.456, 0.406)
-TORCHVISION_STD = (0.229, 0.224, 0.225)
+# What torchvision's networks subtract from the pixels and then divide them by (its Normalize): in units of 255, and in 0–255.
+TORCHVISION_MEAN: RGB = (0.485, 0.456, 0.406)
+TORCHVISION_STD: RGB = (0.229, 0.224, 0.225)
+TORCHVISION_MEAN_RGB: RGB = (255 * 0.485, 255 * 0.456, 255 * 0.406)
+TORCHVISION_STD_RGB: RGB = (255 * 0.229, 255 * 0.224, 255 * 0.225)
+NOT_DIVIDED: RGB = (1.0, 1.0, 1.0)
+"""The std of a network whose images are pixels (0–255) less a mean, and no more."""
 
 _FIRST = "features.0.weight"
-_LAST = "classifier.6"
 # What DataParallel, DistributedDataParallel and torch.compile put into the names of what they wrap; VGG has no such parts.
 _WRAPPERS = ("module", "_orig_mod")
 # Entries under which other trainers save a state dict, an average of the weights before the weights themselves: it is what
@@ -29,6 +33,8 @@ _WRAPPERS = ("module", "_orig_mod")
 _ENTRIES = (
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model", "network", "net"
 )  # fmt: skip
+# timm's VGGs have convolutions for FC6 and FC7, which see the whole map and then one place: flattened, their weights are ours.
+_OF_TIMM = {"pre_logits.fc1": "classifier.0", "pre_logits.fc2": "classifier.3", "head.fc": LAST}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # A's first four convolutions by block and place in it: conv1_1, conv2_1, conv3_1, conv3_2.
 _FIRST_FOUR_OF_A = ((1, 1), (2, 1), (3, 1), (3, 2))
@@ -53,11 +59,11 @@ def describe(state: State) -> Description:
     """
     if strange := next((name for name, value in state.items() if not isinstance(value, Tensor)), None):
         raise ValueError(f"these are not the weights of a VGG: {printable(str(strange))} is not a tensor")
-    if missing := [name for name in (_FIRST, "classifier.0.weight", f"{_LAST}.weight") if name not in state]:
+    if missing := [name for name in (_FIRST, "classifier.0.weight", f"{LAST}.weight") if name not in state]:
         no_classifier = _FIRST in state and not any(name.startswith("classifier") for name in state)
         lack = "its fully-connected layers are missing" if no_classifier else f"it has no {', '.join(missing)}"
         raise ValueError(f"these are not the weights of a VGG: {lack}")
-    fc6, fc8 = state["classifier.0.weight"], state[f"{_LAST}.weight"]
+    fc6, fc8 = state["classifier.0.weight"], state[f"{LAST}.weight"]
     if fc6.ndim != 2 or fc8.ndim != 2 or not len(fc8):
         raise ValueError("these are not the weights of a VGG: its fully-connected layers are not matrices")
     crop = STRIDE * max(1, math.isqrt(fc6.shape[1] // 512))
@@ -82,7 +88,7 @@ def unwrapped(content: object) -> tuple[dict[str, Tensor], str]:
 
     content: a state dict, or a dictionary that holds one under a usual name ("model", "state_dict", …; of several, an average
     of the weights comes first). The entry is "" for a state dict. Names lose what DataParallel, torch.compile and an enclosing
-    module have put into them. The tensors stay as they are.
+    module have put into them; timm's become torchvision's. The tensors stay as they are, but for the shape of timm's.
 
     Raises ValueError, a sentence, where no network of the paper's is in it.
     """
@@ -144,30 +150,33 @@ def is_finite(value: Tensor) -> bool:
     return bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
-def from_torchvision(state: State) -> tuple[dict[str, Tensor], tuple[float, float, float]]:
-    """A torchvision network's state → (a state with the same logits, the mean RGB to subtract from its pixels in 0–255).
+def for_std(state: State, now: Sequence[float], wanted: Sequence[float]) -> dict[str, Tensor]:
+    """The state of a network that gives the same logits where its images are divided by another std.
 
-    torchvision's networks see (pixel/255 - mean) / std = (pixel - 255·mean) / (255·std): the mean is subtracted from our
-    images too, and the division goes into the first convolution. So what is padded with zeros is the same image, and the
-    logits are equal at the borders too; with the mean in the bias they would not be.
+    now, wanted: what the pixels (0–255), less the mean, are divided by for R, G, B. The first convolution takes the difference
+    up. So what is padded with zeros is the same image, and the logits are equal at the borders too. The same std changes no
+    bit of weights in 32 bits or fewer.
     """
-    weight = (state[_FIRST].double() / _divisors(state[_FIRST].device)).to(_at_least_single(state[_FIRST].dtype))
-    red, green, blue = (255 * mean for mean in TORCHVISION_MEAN)
-    return {**state, _FIRST: weight}, (red, green, blue)
+    weight = state[_FIRST]
+    before, after = (
+        torch.tensor(std, dtype=torch.float64, device=weight.device).view(1, 3, 1, 1) for std in (now, wanted)
+    )
+    # Weights of 16 bits become float32: rounded again, they would be others.
+    single = torch.promote_types(weight.dtype, torch.float32)
+    return {**state, _FIRST: (weight.double() * after / before).to(single)}
 
 
-def to_torchvision(state: State, mean_rgb: Sequence[float]) -> tuple[dict[str, Tensor], tuple[float, float, float]]:
-    """The inverse of from_torchvision: → (torchvision's state, the mean for torchvision's Normalize).
+def to_torchvision(state: State, mean_rgb: Sequence[float], std_rgb: Sequence[float]) -> tuple[dict[str, Tensor], RGB]:
+    """A state as torchvision's network has it: → (its state, the mean for torchvision's Normalize, with torchvision's own std).
 
-    mean_rgb: what the network was trained with, in 0–255. That mean / 255 belongs into Normalize, with torchvision's own std;
-    it is TORCHVISION_MEAN, up to rounding, where the network was trained with ImageNet's.
+    mean_rgb, std_rgb: what the network was trained with, in 0–255. That mean / 255 belongs into Normalize; it is
+    TORCHVISION_MEAN, up to rounding, where the network was trained with ImageNet's.
 
     Keys and shapes are torchvision's for the networks that it has: A, B, D, E at 224 pixels. For another crop, its network
     has to be given the same FC6, and nn.Identity() for its average pool.
     """
-    weight = (state[_FIRST].double() * _divisors(state[_FIRST].device)).to(_at_least_single(state[_FIRST].dtype))
     red, green, blue = (value / 255 for value in mean_rgb)
-    return {**state, _FIRST: weight}, (red, green, blue)
+    return for_std(state, std_rgb, TORCHVISION_STD_RGB), (red, green, blue)
 
 
 def initialise_from(model: VGG, state_of_a: State, *, last: bool = True) -> list[str]:
@@ -191,7 +200,7 @@ def initialise_from(model: VGG, state_of_a: State, *, last: bool = True) -> list
     origins = _convolutions(_outline(source))
     pairs = [("classifier.0", "classifier.0"), ("classifier.3", "classifier.3")]
     if last and source.classes == target.classes:
-        pairs.append((_LAST, _LAST))
+        pairs.append((LAST, LAST))
     for place, number in _convolutions(model).items():
         if place in _FIRST_FOUR_OF_A:
             pairs.append((f"features.{number}", f"features.{origins[place]}"))
@@ -219,19 +228,19 @@ def load_all(model: VGG, state: State, *, last: bool = True) -> bool:
     if last and source.classes == target.classes:
         model.load_state_dict(state)
         return False
-    own_last = {name: weight for name, weight in model.state_dict().items() if name.startswith(_LAST)}
+    own_last = {name: weight for name, weight in model.state_dict().items() if name.startswith(LAST)}
     model.load_state_dict({**state, **own_last})
     return True
 
 
 def outputs(state: State) -> int:
     """How many classes a network tells apart."""
-    return len(state[f"{_LAST}.weight"])
+    return len(state[f"{LAST}.weight"])
 
 
 def reordered(state: State, order: Sequence[int]) -> dict[str, Tensor]:
     """The same network with its outputs in another order: output n is what output order[n] was."""
-    return {name: value[list(order)] if name.startswith(_LAST) else value for name, value in state.items()}
+    return {name: value[list(order)] if name.startswith(LAST) else value for name, value in state.items()}
 
 
 def _states(content: Mapping, depth: int = 2) -> Iterator[tuple[str, Mapping]]:
@@ -256,8 +265,18 @@ def _plain_names(state: Mapping) -> dict[str, Tensor]:
     if len(prefixes) > 1:
         raise ValueError(f"it holds {len(prefixes)} networks ({_some(prefixes)}); save one of them")
     if prefixes and prefixes[0]:  # the network as a part of another module, as Lightning's
-        return {name.removeprefix(prefixes[0]): value for name, value in plain.items() if name.startswith(prefixes[0])}
-    return plain
+        plain = {name.removeprefix(prefixes[0]): value for name, value in plain.items() if name.startswith(prefixes[0])}
+    return _named_by_torchvision(plain) if "pre_logits.fc1.weight" in plain else plain
+
+
+def _named_by_torchvision(state: State) -> dict[str, Tensor]:
+    """A state of one of timm's VGGs as torchvision has it."""
+    named = {}
+    for name, value in state.items():
+        layer, _, what = name.rpartition(".")
+        is_convolution = layer in _OF_TIMM and isinstance(value, Tensor) and value.ndim == 4 and _is_dense(value)
+        named[f"{_OF_TIMM.get(layer, layer)}.{what}"] = value.flatten(1) if is_convolution else value
+    return named
 
 
 def _some(names: Sequence[str]) -> str:
@@ -290,13 +309,3 @@ def _outline(description: Description) -> VGG:
 def _shapes(state: State) -> dict[str, torch.Size]:
     """Without batch normalisation's counters of batches: files of torch before 0.4.1 have none."""
     return {name: value.shape for name, value in state.items() if not name.endswith("num_batches_tracked")}
-
-
-def _at_least_single(dtype: torch.dtype) -> torch.dtype:
-    """Weights of 16 bits become float32: rounded again after the division, they would be others."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _divisors(device: torch.device) -> Tensor:
-    """255·std of each colour, float64, in the shape in which it meets a convolution's weight [out, in, height, width]."""
-    return 255 * torch.tensor(TORCHVISION_STD, dtype=torch.float64, device=device).view(1, 3, 1, 1)

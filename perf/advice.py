@@ -31,7 +31,14 @@ def for_input(report: Report, part: str) -> list[Advice]:
             _try(f"--threads {2 * threads}", "more files are read at a time; waiting costs no core"),
             _try(f"--prefetch {2 * config['prefetch']}", "evens out slow files"),
         ]
-    return flags + _if(not shards, "--data PREPARED", "what pipeline.prepare makes: smaller images in few large files")
+    prepared = ""
+    if not shards:
+        prepared = "what pipeline.prepare makes: smaller images in few large files"
+    elif part == "decoding":
+        prepared = "what pipeline.prepare --format raw makes: nothing to decode, and many more bytes to read"
+    elif config["decoder"] == "none":
+        prepared = "what pipeline.prepare makes without --format raw: far fewer bytes to read"
+    return flags + _if(prepared, "--data PREPARED", prepared)
 
 
 def for_the_step(report: Report, bound: str) -> list[Advice]:

@@ -289,15 +289,26 @@ def peak_seconds_an_image(job: Job, device: torch.device) -> float | None:
     return flops / job.batch / (job.ranks * peaks.flops_per_second)
 
 
-def saved_bytes(job: Job) -> int:
+def frozen_parameters(job: Job, frozen_blocks: int) -> int:
+    """Elements of the weights and biases of so many blocks of convolutions."""
+    return sum(weight.numel() for weight in _on_meta(job, frozen_blocks).parameters() if not weight.requires_grad)
+
+
+def _on_meta(job: Job, frozen_blocks: int) -> VGG:
+    with torch.device("meta"):
+        model = VGG(job.arch, classes=job.classes, crop=job.crop, batch_norm=job.batch_norm, fuse=job.fuse)
+    model.freeze(frozen_blocks)
+    return model
+
+
+def saved_bytes(job: Job, frozen_blocks: int = 0) -> int:
     """Bytes that autograd keeps of one forward pass for the backward pass, weights apart: activations, indices, masks, and the
     weights' copies in half precision.
 
     They are counted while the eager network runs on the meta device. What torch.compile keeps is not known before it compiles.
     """
-    with torch.device("meta"):
-        model = VGG(job.arch, classes=job.classes, crop=job.crop, batch_norm=job.batch_norm, fuse=job.fuse)
-        images = torch.empty(job.batch // job.passes, 3, job.crop, job.crop)
+    model = _on_meta(job, frozen_blocks)
+    images = torch.empty(job.batch // job.passes, 3, job.crop, job.crop, device="meta")
     is_half = job.precision != "fp32"
     if is_half:  # there is no autocast on the meta device
         model, images = model.to(torch.bfloat16), images.to(torch.bfloat16)

@@ -11,7 +11,7 @@ from engine.data import TrainingData
 from engine.training import schedule
 from engine.training.assembly import ranks_that_share
 from engine.training.trainer import samples_of_other_data
-from perf.costs import Job, saved_bytes
+from perf.costs import Job, frozen_parameters, saved_bytes
 from perf.hybrid import least_step_seconds
 from perf.peaks import peaks_of
 
@@ -21,27 +21,35 @@ _FLOAT32_BYTES = 4
 def dry_run(config: Config, data: TrainingData, job: Job, checkpoint: Checkpoint | None) -> dict:
     """Tell, on rank 0, and return it as plain values; every rank must call this. job: the run's.
 
-    Time is the least that the device's rates allow, for the steps alone; None for a device that is not in the table. Memory is
-    that of torch's tensors on one rank: what weights, gradients, momentum and average take, and the activations of a pass as
-    the eager network keeps them.
+    Time is the least that the device's rates allow, for the steps alone; None for a device that is not in the table, and with
+    --freeze. Memory is that of torch's tensors on one rank: what weights, gradients, momentum and average take, and the
+    activations of a pass as the eager network keeps them.
     """
     ranks = data.ranks
     sharing = ranks_that_share(config, ranks)
     parameters, own_parameters = (_parameters(job, count) for count in (1, sharing))
-    states = {"weights": 1, "gradients": 1, "momentum": int(config.momentum > 0), "average": int(config.ema > 0)}
-    memory = {name: count * own_parameters * _FLOAT32_BYTES for name, count in states.items()}
-    memory["activations"] = saved_bytes(job)
+    frozen = frozen_parameters(job, config.frozen_blocks)  # of convolutions, which no ranks share
+    has_momentum, has_average = config.momentum > 0, config.ema > 0
+    memory = {
+        "weights": own_parameters * _FLOAT32_BYTES,
+        "gradients": (own_parameters - frozen) * _FLOAT32_BYTES,
+        "momentum": (own_parameters - frozen) * has_momentum * _FLOAT32_BYTES,
+        "average": own_parameters * has_average * _FLOAT32_BYTES,
+        "activations": saved_bytes(job, config.frozen_blocks),
+    }
     done, seen = (checkpoint.steps, checkpoint.samples_seen) if checkpoint else (0, 0)
     if checkpoint and checkpoint.fingerprint != data.fingerprint:
         seen = samples_of_other_data(checkpoint, data.train_images)
     steps = schedule.total_steps(config, data.train_images, steps_done=done, samples_seen=seen)
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
     peaks = peaks_of(name, job.precision)
-    step_seconds = least_step_seconds(job, peaks, ranks, sharing) if peaks else None
+    # The costs are those of training all layers.
+    step_seconds = least_step_seconds(job, peaks, ranks, sharing) if peaks and not frozen else None
     results = {
         "dry_run": True,
         "arch": config.arch,
         "parameters": parameters,
+        "frozen_parameters": frozen,
         "data": config.data,
         "classes": len(data.classes),
         "train_images": data.train_images,
@@ -58,7 +66,7 @@ def dry_run(config: Config, data: TrainingData, job: Job, checkpoint: Checkpoint
         "floor_step_seconds": step_seconds,
         "floor_seconds": step_seconds and max(0, steps - done) * step_seconds,
         "memory_bytes": {**memory, "total": sum(memory.values())},
-        "checkpoint_bytes": parameters * _FLOAT32_BYTES * (sum(states.values()) - states["gradients"]),
+        "checkpoint_bytes": _FLOAT32_BYTES * (parameters * (1 + has_average) + (parameters - frozen) * has_momentum),
         "out": str(config.out),
         "stopped": False,
     }
@@ -77,20 +85,23 @@ def _lines(config: Config, results: dict) -> list[str]:
     network = f"{config.arch} with batch norm" if config.batch_norm else config.arch
     done, steps, memory = results["steps_done"], results["steps"], results["memory_bytes"]
     begins = f"from the checkpoint at step {done:,}" if done else f"from {_beginning(config)}"
+    frozen = f" ({results['frozen_parameters'] / 1e6:.1f} M of them frozen)" if results["frozen_parameters"] else ""
     shared = f", FC6 and FC7 shared by {results['sharing']}" if results["sharing"] > 1 else ""
     seconds = results["floor_seconds"]
     time = (
         f"at least {clock(seconds)} for all of them, {1e3 * results['floor_step_seconds']:.2f} ms each at the hardware's rates, "
         "which no step reaches; validation and checkpoints come on top"
         if seconds is not None
+        else "unknown: the floor is that of training all layers"
+        if frozen
         else f"unknown: the table of cards does not have this device ({results['device']})"
     )
     of_states = ", ".join(f"{name} {_gib(memory[name])}" for name in memory if name != "total" and memory[name])
     minutes = f"{config.checkpoint_minutes:g} minutes" if config.checkpoint_minutes else "step"
     return [
-        f"network: {network}, {results['parameters'] / 1e6:.1f} M parameters, {begins}",
+        f"network: {network}, {results['parameters'] / 1e6:.1f} M parameters{frozen}, {begins}",
         f"data: {printable(config.data)}: {results['train_images']:,} training images, {results['validation_images']:,} of "
-        f"validation, {results['classes']} classes; crop {config.crop}, scale {config.train_scale}",
+        f"validation, {results['classes']} classes; crop {config.crop}, {config.crops}",
         f"device: {results['device']}, {results['precision']}",
         f"batch: {config.batch_size} = {results['world_size']} ranks × {results['passes']} passes × {results['micro_batch']} "
         f"images{shared}",

@@ -15,7 +15,7 @@ from nvidia.dali import fn, pipeline_def, types
 from common.errors import UserError
 from engine.data import TrainingData
 from perf.timing import SETTLING_STEPS
-from pipeline.dali.graph import decode_windows, graph_inputs, read_files
+from pipeline.dali.graph import decode_windows, first_of, graph_inputs, read_files
 from pipeline.dali.recovery import cause_of, is_about_an_image
 from pipeline.plan.samples import Samples
 from pipeline.shards.index import Prepared
@@ -111,10 +111,11 @@ def decoding_alone(data: TrainingData, start: int) -> Callable[[], tuple]:
 
     @_pipeline(data, device_id=device.index if on_gpu else None)
     def decoding():
-        encoded, begin, shape = fn.external_source(
-            lambda: next(inputs), num_outputs=3, batch=True, dtype=[types.UINT8, types.INT32, types.INT32], no_copy=True
+        dtypes = [types.UINT8, types.INT32, types.INT32, types.BOOL]
+        encoded, begin, shape, by_cpu = fn.external_source(
+            lambda: next(inputs), num_outputs=len(dtypes), batch=True, dtype=dtypes, no_copy=True
         )
-        return decode_windows(encoded, begin, shape, data.train_options)
+        return decode_windows(encoded, begin, shape, data.train_options, by_cpu=by_cpu)
 
     pipeline = decoding()
 
@@ -148,6 +149,7 @@ def _pipeline(data: TrainingData, *, device_id: int | None) -> Callable:
         device_id=device_id,
         prefetch_queue_depth=data.loading.prefetch,
         exec_dynamic=True,
+        enable_conditionals=True,
     )
 
 
@@ -156,14 +158,15 @@ def _batches(data: TrainingData, start: int) -> Iterator[Samples]:
     return data.train_plan().batches(start=start, rank=rank, world_size=world_size, micro_batch=data.micro_batch)
 
 
-def _resident(data: TrainingData, start: int) -> list[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
-    """What the decoder takes: the bytes of each image, start and shape of each window."""
+def _resident(data: TrainingData, start: int) -> list[tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]]:
+    """What the decoder takes: the bytes of each image, start and shape of each window, and which the CPU's decoder has at first
+    where two share them."""
     plan, resident, resident_bytes = data.train_plan(), [], 0
     fetch = data.fetch(plan)
     for samples, encoded in fetched(_batches(data, start), fetch):
         encoded, begin, shape = graph_inputs(samples, encoded, from_files=fetch is None)[:3]
         images = list(encoded) if fetch else [_read(plan.table.name(source), data) for source in samples.source]
-        resident.append((images, begin, shape))
+        resident.append((images, begin, shape, first_of(len(images), data.first_share)))
         resident_bytes += sum(len(image) for image in images)
         if resident_bytes >= _MOST_RESIDENT_BYTES or len(resident) == _MOST_RESIDENT_BATCHES:
             break

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from common.process import cpu_groups, cpu_quota, usable_cores
+from common.process import control_groups, cpu_quota, usable_cores
 from perf.report import Hardware
 
 # Torch takes seconds to import, and a sweep asks for the card and the revision before each of its runs.
@@ -75,7 +75,7 @@ def watched(root: Path = Path("/")) -> Path | frozenset[int]:
     quota alone (unless all quotas together are more than the machine has, which does not show here). root: of the file system.
     """
     cores = frozenset(os.sched_getaffinity(0))
-    quotas = [(quota, folder) for folder in cpu_groups(root) if (quota := cpu_quota(folder))]
+    quotas = [(quota, folder) for folder in control_groups(root, "cpu") if (quota := cpu_quota(folder))]
     quota, group = min(quotas, default=(len(cores), root))
     return group if quota < len(cores) and _group_seconds(group) is not None else cores
 

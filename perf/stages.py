@@ -5,6 +5,7 @@ ready later. With --order window, a window of shards is read while the one befor
 windows are counted, from the middle of one to the middle of another.
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from engine.data import TrainingData, open_training_data
 from engine.precision import Precision, choose_precision, set_numerics
 from engine.training.assembly import Assembly, assemble, network_of
 from engine.training.data_parallel import GRADIENT_DTYPES
+from engine.training.decoder_share import find_share
 from engine.training.step import TrainStep
 from model.vgg import VGG
 from perf.costs import Job
@@ -36,7 +38,7 @@ from perf.layers import layer_seconds
 from perf.report import Trace
 from perf.timing import Limits, Timing, measure
 from perf.trace import summarise_trace
-from pipeline.dali.loader import Batch, SyntheticLoader
+from pipeline.dali.loader import Batch, DaliLoader, SyntheticLoader
 
 ALL_REDUCE, WITHOUT_ALL_REDUCE = "the all-reduce", "the step without its all-reduce"
 _HOST_STEPS, _TRACED_STEPS = 5, 3
@@ -114,8 +116,9 @@ def run_stages(bench: Bench, trace: Path | None) -> Findings:
     if bench.has_images:
         begin("reading")
         timings["reading"] = time_reading(bench)
-        begin("decoding")
-        timings["decoding"] = time_decoding(bench)
+        if bench.data.decoder != "none":
+            begin("decoding")
+            timings["decoding"] = time_decoding(bench)
         begin("the loader")
         timings["loader"], found.first_batch_seconds = time_loader(bench)
     model = build_model(bench)
@@ -135,7 +138,7 @@ def run_stages(bench: Bench, trace: Path | None) -> Findings:
         timings[ALL_REDUCE] = bench.time(reduce)
     if bench.has_images:
         begin("training")
-        step = training_step(bench, assembly, training_batches(bench))
+        step = fed_step(bench, assembly)
         timings["training"] = time_training(bench, step)
     if ranks.device.type == "cuda":
         found.reserved_bytes = torch.cuda.max_memory_reserved(ranks.device)
@@ -247,6 +250,20 @@ def training_step(bench: Bench, assembly: Assembly, batches: Iterator[Batch]) ->
 def training_batches(bench: Bench) -> Iterator[Batch]:
     """A new loader, for the training loop. Not for synthetic data."""
     return bench.data.train_batches(feed_of(bench.data, TRAINING).start)
+
+
+def fed_step(bench: Bench, assembly: Assembly) -> Callable[[], object]:
+    """A training step that new training_batches() feed. Every rank must call this.
+
+    Where two decoders share each batch, they do it as they would after the beginning of a training.
+    """
+    batches = training_batches(bench)
+    if bench.data.decoder == "split" and isinstance(batches, DaliLoader):
+        share = find_share(batches, bench.data, functools.partial(training_step, bench, assembly))
+        batches = training_batches(bench)  # from where feed_of() begins
+        assert isinstance(batches, DaliLoader)
+        batches.share = share
+    return training_step(bench, assembly, batches)
 
 
 def time_training(bench: Bench, step: Callable[[], object]) -> Timing:

@@ -108,6 +108,8 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     options, flags = parser.parse_known_args(argv)
     options.seconds = options.seconds or (_SECONDS_A_TRIAL if options.tune else _SECONDS_A_STAGE)
     config = parse_args(flags)
+    if config.frozen_blocks or config.head_epochs:
+        raise UserError("--freeze and --head-epochs: the limits here are those of training all layers; leave both out")
     name = f"{config.arch}-{Path(config.data).resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
     return replace(config, out=options.out or Path("runs/profile") / name), options
 

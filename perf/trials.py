@@ -30,10 +30,10 @@ from perf.stages import (
     Bench,
     assemble_step,
     build_model,
+    fed_step,
     open_bench,
     time_loader,
     time_training,
-    training_batches,
     training_step,
 )
 from perf.timing import Limits, rate_of
@@ -178,7 +178,7 @@ def _trial(bench: Bench, stage: str, changes: Settings, number: int) -> Outcome:
     # Its own seed has each trial read other images, not those that are cached by now.
     config = replace(bench.config, **changes, seed=(bench.config.seed + number) % 2**63)
     micro_batch = changes.get("micro_batch", bench.data.micro_batch)
-    data = replace(bench.data, config=config, micro_batch=micro_batch)
+    data = replace(bench.data, config=config, loading=config, micro_batch=micro_batch)
     try:
         rate = _measure(replace(bench, config=config, data=data), stage)
     except Exception as error:  # whatever it is, it must not end the search
@@ -204,5 +204,5 @@ def _measure(bench: Bench, stage: str) -> float:
         if stage == "step":
             timing = bench.time(training_step(bench, assembly, bench.data.resident_batches()))
         else:
-            timing = time_training(bench, training_step(bench, assembly, training_batches(bench)))
+            timing = time_training(bench, fed_step(bench, assembly))
     return rate_of(timing, images=bench.share, ranks=bench.ranks).images_per_second

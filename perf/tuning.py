@@ -29,11 +29,11 @@ from common.files import replacing, writing_to
 from common.progress import printable, say
 from common.ranks import Ranks, on_rank_0
 from engine.config import Config
-from engine.data import default_threads
 from perf.machine import git_revision
 from perf.search import LEAST_GAIN, Coordinate, Search, Trial, Tuned
 from perf.timing import Limits
 from perf.trials import Job, Outcome, Settings, Trials
+from pipeline.dali.opening import default_threads
 
 _PREFETCH = (1, 2, 4)
 _HW_DECODER_LOADS = (0.0, 0.5, 0.65, 0.8, 1.0)
@@ -80,10 +80,16 @@ def coordinates(job: Job, config: Config) -> dict[str, list[Coordinate]]:
     if not config.batch_norm:
         step.append(_choice("fuse", offered("fuse")))
 
-    def other_decoder(now: Settings) -> list[Settings]:
-        """With as many threads as it has by default: those that are best for the one are not for the other."""
-        other = "cpu" if now["decoder"] == "gpu" else "gpu"
-        return [{"decoder": other, "threads": default_threads(cores, other)}]
+    def other_decoders(now: Settings) -> list[Settings]:
+        """Each with as many threads as it has by default: those that are best for the one are not for the other."""
+        if now["decoder"] == "none":
+            return []
+        decoders = ("cpu", "gpu") if config.deterministic else ("cpu", "gpu", "split")
+        return [
+            {"decoder": other, "threads": default_threads(cores, other)}
+            for other in decoders
+            if other != now["decoder"]
+        ]
 
     def micro_batches_beside(now: Settings) -> list[Settings]:
         """The next larger and the next smaller divisor of the rank's share: the far ones take long to try, and win seldom."""
@@ -93,7 +99,7 @@ def coordinates(job: Job, config: Config) -> dict[str, list[Coordinate]]:
 
     if job.hardware.device == "cuda":
         loads = [{"hw_decoder_load": load} for load in _HW_DECODER_LOADS]
-        decoder.append(Coordinate("decoder", other_decoder))
+        decoder.append(Coordinate("decoder", other_decoders))
         step.append(_choice("pad_channels", (False, True)))
         loader.append(Coordinate("hw_decoder_load", lambda now: loads if now["decoder"] == "gpu" else []))
     else:  # on a GPU, the largest that fits is the fastest

@@ -36,6 +36,7 @@ TESTS = {
     "pipeline/plan/validation.py": PLAN,
     "pipeline/dali/graph.py": ["tests/pipeline/test_graph.py", "tests/pipeline/test_loader.py"],
     "engine/training/schedule.py": ["tests/engine/test_schedule.py"],
+    "engine/training/optimizer.py": ["tests/engine/test_optimizer.py"],
     "engine/training/step.py": ["tests/engine/test_step.py"],
     "engine/checkpoint.py": ["tests/engine/test_checkpoint.py"],
     "engine/evaluation/accuracy.py": ["tests/engine/test_accuracy.py"],

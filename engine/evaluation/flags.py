@@ -21,7 +21,7 @@ class InputFlags:
     """As for train.py: a folder with train/ and val/, prepared data in a folder or a bucket, or `digits`."""
     scales: str | None = None
     """Shorter sides Q of the rescaled test image in pixels, separated by commas, as 256,384,512. The results are averaged.
-    Default: each network's training scale, or the middle of its range."""
+    Default: for each network that of its training's validations."""
     flip: Literal["auto", "on", "off"] = "auto"
     """Average over each view of an image and its mirror image; --flip and --no-flip are short for on and off. auto: on,
     as in the paper, except with --protocol center."""
@@ -60,8 +60,8 @@ class EvaluateFlags(InputFlags):
     """
 
     checkpoint: tuple[str, ...]
-    """Checkpoints of train.py, or torchvision:PATH for a state dict of torchvision's. Several networks are fused by averaging
-    their posteriors."""
+    """Checkpoints of train.py, or torchvision:PATH for a state dict of torchvision's or timm's. Several networks are fused by
+    averaging their posteriors."""
     protocol: Literal["center", "dense", "multicrop", "multicrop+dense"] = "dense"
     """What the network is shown. center: the centre crop, as in train.py's validation. dense: every place of the whole image.
     multicrop: a grid of 5×5 crops. multicrop+dense: the mean of both."""
@@ -82,7 +82,7 @@ class FeatureFlags(InputFlags):
     """
 
     checkpoint: str
-    """A checkpoint of train.py, or torchvision:PATH for a state dict of torchvision's."""
+    """A checkpoint of train.py, or torchvision:PATH for a state dict of torchvision's or timm's."""
     output: Path
     """Folder to write to: train.npy and val.npy, float32 [images, 4096], train-labels.npy and val-labels.npy, int64
     [images], and classes.txt."""

@@ -19,8 +19,10 @@ _NO_ROW = -1  # of what fills up a batch, and of images that cannot be decoded
 
 
 def viewing_of(network: Network, scale: int, batch_size: int) -> Viewing:
-    """Images as a network takes them, rescaled to a shorter side of `scale` pixels: with its crop and its mean."""
-    return Viewing(crop=network.crop, scale=scale, mean_rgb=network.mean_rgb, batch_size=batch_size)
+    """Images as a network takes them, rescaled to a shorter side of `scale` pixels: with its crop, its mean and its std."""
+    return Viewing(
+        crop=network.crop, scale=scale, mean_rgb=network.mean_rgb, std_rgb=network.std_rgb, batch_size=batch_size
+    )
 
 
 def center_crops(data: Data, viewing: Viewing) -> tuple[Iterator[Batch], int]:

@@ -31,9 +31,9 @@ def pack(posteriors: Tensor) -> Tensor:
 
 
 def digest(network: Network) -> str:
-    """A name of what a network computes: its layers, weights and mean; 16 hexadecimal digits."""
+    """A name of what a network computes: its layers, weights, mean and std; 16 hexadecimal digits."""
     summary = hashlib.blake2b(digest_size=8)
-    summary.update(repr((network.arch, network.batch_norm, network.crop, network.mean_rgb)).encode())
+    summary.update(repr((network.arch, network.batch_norm, network.crop, network.mean_rgb, network.std_rgb)).encode())
     for name, weight in sorted(network.state.items()):
         summary.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
         summary.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy().data)

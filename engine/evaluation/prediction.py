@@ -70,6 +70,7 @@ def predict(
         lambda skip: plan.batches(rank=0, world_size=1, batch_size=batch_size, skip=skip),
         GraphOptions(
             crop=network.crop,
+            std_rgb=network.std_rgb,
             device_id=device.index,
             decoder="gpu" if device.type == "cuda" else "cpu",
             hw_decoder_load=0.0,  # as a validation has it: an answer must not depend on the other images (engine/data.py)

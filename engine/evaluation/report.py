@@ -10,8 +10,6 @@ from engine.evaluation.posteriors import Hits
 from engine.evaluation.trials import Evaluator, Trial
 from engine.networks import Network
 
-_USUAL_SCALE = 256  # of networks that do not say what they were trained at: torchvision tests its own so
-
 
 def fused(flags: EvaluateFlags, networks: Sequence[Network], evaluator: Evaluator) -> dict:
     """Test the networks by the flags' protocol and average their posteriors. Raises UserError, TrainingError."""
@@ -19,7 +17,7 @@ def fused(flags: EvaluateFlags, networks: Sequence[Network], evaluator: Evaluato
         Trial(
             network=network,
             protocol=flags.protocol,
-            scales=flags.chosen_scales() or (default_scale(network),),
+            scales=flags.chosen_scales() or (network.test_scale,),
             flip=flags.flip,
         )
         for network in networks
@@ -86,12 +84,6 @@ def table(number: int, networks: Sequence[Network], evaluator: Evaluator) -> dic
             for row, counted in hits.items()
         ],
     }
-
-
-def default_scale(network: Network) -> int:
-    """Q where nobody says: section 4.1's for the training scale."""
-    usual = paper_tables.at_crop(_USUAL_SCALE, network.crop)
-    return paper_tables.scale_to_test(network.train_scale or (usual, usual))
 
 
 def _trials(row: paper_tables.Row, by_training: dict[paper_tables.Trained, Network], crop: int) -> list[Trial]:

@@ -53,7 +53,7 @@ def _write(data: TrainingData, count: int, out: Path) -> dict:
     )
     headings = (
         f"Training: the first {count} samples of --seed {config.seed}. Left the source and the crop's window, right what "
-        f"the network sees: {config.crop}×{config.crop} pixels, --train-scale {config.train_scale}.",
+        f"the network sees: {config.crop}×{config.crop} pixels, {config.crops}.",
         f"Validation: {len(rows)} of {len(val.table):,} images, rescaled to S = {val.scale}, centre crop.",
     )
     sheet = draw_sheet(list(zip(headings, tiles, strict=True)))
@@ -70,20 +70,25 @@ def _write(data: TrainingData, count: int, out: Path) -> dict:
 def _training_tiles(
     data: TrainingData, table: FileTable | ShardTable, plan: TrainPlan, numbers: np.ndarray
 ) -> list[Tile]:
-    crops, samples = data.look(plan, numbers)
+    images, samples = data.look(plan, numbers)
     epochs, planned = plan.epochs_and_rows(numbers)
-    scales, shifts = plan.scales(numbers), np.asarray(data.mean_rgb) - samples.mean
+    shifts = np.asarray(data.mean_rgb) - samples.mean
+    if plan.random_resized:
+        shares = samples.shape.prod(axis=1) / table.read(samples.rows).sizes.prod(axis=1)
+        crops = [f"{share:.0%} of the area" for share in shares]
+    else:
+        crops = [f"S {scale}" for scale in plan.scales(numbers)]
     captions = []
     for index, number in enumerate(numbers.tolist()):
         instead = "" if planned[index] == samples.rows[index] else f", instead of image {planned[index]}"
         captions.append(
             (
                 f"{number}: {_name(data, samples.labels[index])}, image {samples.rows[index]}{instead}, epoch {epochs[index]}",
-                f"S {scales[index]}, {'flipped' if samples.flipped[index] else 'not flipped'}, colour shift "
+                f"{crops[index]}, {'flipped' if samples.flipped[index] else 'not flipped'}, colour shift "
                 + " ".join(f"{value:+.1f}".replace("-", "−") for value in shifts[index].tolist()),
             )
         )
-    return _tiles(data, table, samples, crops, captions)
+    return _tiles(data, table, samples, images, captions)
 
 
 def _validation_tiles(
@@ -118,7 +123,7 @@ def _tiles(
             Tile(
                 source=source,
                 window=(top / height, left / width, bottom / height, right / width),
-                crop=as_pictures(crops[index : index + 1], data.mean_rgb)[0],
+                crop=as_pictures(crops[index : index + 1], data.mean_rgb, data.config.std_rgb)[0],
                 caption=(*captions[index], where),
             )
         )

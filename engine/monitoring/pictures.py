@@ -1,15 +1,19 @@
 """Network inputs as pictures that people can look at."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor
 
 
-def as_pictures(images: Tensor, mean_rgb: tuple[float, float, float]) -> np.ndarray:
+def as_pictures(images: Tensor, mean_rgb: Sequence[float], std_rgb: Sequence[float]) -> np.ndarray:
     """Images as a loader gives them ([n, 3 or 4, height, width], on any device) → uint8 [n, height, width, 3].
 
-    The mean (0–255) is added again; a colour shift stays, as the network sees it. Waits for the device.
+    They are multiplied by the std, and the mean (0–255) is added again; a colour shift stays, as the network sees it. Waits for
+    the device.
     """
-    pixels = images[:, :3].float().cpu().permute(0, 2, 3, 1).numpy() + np.asarray(mean_rgb, dtype=np.float32)
+    pixels = images[:, :3].float().cpu().permute(0, 2, 3, 1).numpy() * np.asarray(std_rgb, dtype=np.float32)
+    pixels += np.asarray(mean_rgb, dtype=np.float32)
     return pixels.round().clip(0, 255).astype(np.uint8)
 
 

@@ -59,7 +59,7 @@ class RunLog:
         whose power, utilisation and memory are recorded too; None: those that CUDA_VISIBLE_DEVICES leaves. machine_share:
         of the run's images, what the ranks of this machine take, 0–1. Raises UserError where --wandb cannot start.
         """
-        self._out = config.out
+        self._out, self._std_rgb = config.out, config.std_rgb
         self._total_steps, self._top1, self._classes, self._mean_rgb = total_steps, top1, classes, mean_rgb
         self._failures: collections.Counter[str] = collections.Counter()
         self._warned: set[str] = set()
@@ -130,11 +130,13 @@ class RunLog:
         data_wait: float,
         gpu_memory_gib: float | None,
         mfu: float | None = None,
+        decoder_share: float | None = None,
     ) -> None:
         """Figures of the steps since the last call.
 
         data_wait: share of the time that the step waited for images, 0–1. gpu_memory_gib: most that torch has held so far. mfu:
-        the images' FLOPs over what the GPUs could do at their highest rate, 0–1.
+        the images' FLOPs over what the GPUs could do at their highest rate, 0–1. decoder_share: of each batch, what the CPU
+        decodes now, 0–1; None where it is not shared.
         """
         figures = {
             "epoch": epoch,
@@ -149,6 +151,8 @@ class RunLog:
             figures["images_per_joule"] = images_per_second * self._metered_share / watts
         if gpu_memory_gib is not None:
             figures["gpu_memory_gib"] = gpu_memory_gib
+        if decoder_share is not None:
+            figures["decoder_share"] = decoder_share
         self._record("train", step, **figures)
         if gpus := self._gpu_curves.take_means():
             self._on_dashboards(lambda dashboard: dashboard.scalars(step, gpus))
@@ -162,6 +166,7 @@ class RunLog:
             f"MFU {figures['mfu']:.1%}" if "mfu" in figures else "",
             f"{figures['images_per_joule']:.3g} images/J" if "images_per_joule" in figures else "",
             f"data wait {figures['data_wait']:.0%}",
+            f"CPU decodes {figures['decoder_share']:.0%}" if "decoder_share" in figures else "",
             f"lr {figures['lr']:.1e}",
             f"memory {figures['gpu_memory_gib']:.1f} GiB" if "gpu_memory_gib" in figures else "",
         ]
@@ -182,7 +187,7 @@ class RunLog:
 
     def images(self, *, step: int, images: Tensor) -> None:
         """What the network was shown, as a loader gives it: [n, 3 or 4, height, width]."""
-        sheet = grid(as_pictures(images, self._mean_rgb), _COLUMNS)
+        sheet = grid(as_pictures(images, self._mean_rgb, self._std_rgb), _COLUMNS)
         self._on_dashboards(lambda dashboard: dashboard.picture(step, "train/images", sheet))
 
     def validation(self, *, step: int, epoch: int, accuracy: Accuracy, confusion: Tensor | None) -> None:

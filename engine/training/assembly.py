@@ -12,6 +12,7 @@ from common.ranks import Ranks
 from engine.config import Config
 from engine.precision import Precision
 from engine.training.data_parallel import data_parallel
+from engine.training.optimizer import sgd
 from engine.training.shared_layers import SharedLayers, number_dropout
 from engine.training.step import TrainStep, compile_model
 from engine.training.weight_average import WeightAverage
@@ -56,14 +57,7 @@ def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch:
     if average and compiled:
         compile_as_asked(average.model)  # for the validation
     passes = share // micro_batch
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
-    )
-    if config.momentum:
-        # torch's fused SGD takes its first velocities from memory that nobody has written to, and leaves them so where the
-        # scaler skips that step for a gradient that is not finite: usual in fp16. From zeros, the update is the same.
-        for weight in model.parameters():
-            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    optimizer = sgd(model, config)
     scaler = precision.grad_scaler()
     network = data_parallel(model, ranks, accumulates=passes > 1, grad_compression=config.grad_compression)
     step = TrainStep(
@@ -112,8 +106,8 @@ def ranks_that_share(config: Config, ranks: Ranks) -> int:
 
 
 def network_of(config: Config, *, classes: int, device: torch.device) -> VGG:
-    """The network that a configuration asks for, initialised as it says."""
-    return build(
+    """The network that a configuration asks for, initialised as it says, and with the blocks frozen that it says."""
+    model = build(
         config.arch,
         classes=classes,
         crop=config.crop,
@@ -124,6 +118,8 @@ def network_of(config: Config, *, classes: int, device: torch.device) -> VGG:
         batch_norm=config.batch_norm,
         fuse=config.fuse,
     )
+    model.freeze(config.frozen_blocks)
+    return model
 
 
 def too_little_memory(micro_batch: int) -> TrainingError:

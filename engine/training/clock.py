@@ -1,5 +1,6 @@
 """Where a run's time goes: training apart from start-up (compilation included), evaluation and checkpoints."""
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline.dali.loader import Batch
@@ -81,6 +83,7 @@ class TimedBatches:
         self._images_to_keep = images_to_keep
         self._images: Tensor | None = None
         self._make_event = make_event
+        self._seconds_taken = 0.0
         self._waits: list[tuple[Any, Any]] = []
         self._unused: list[tuple[Any, Any]] = []
 
@@ -107,9 +110,19 @@ class TimedBatches:
         images, self._images = self._images, None
         return images
 
-    def take_wait_seconds(self) -> float:
-        """Seconds since the last call. To be called where the device was just synchronised: its events are read here."""
-        seconds = self._seconds + sum(before.elapsed_time(after) for before, after in self._waits) / 1e3
+    def wait_seconds(self) -> float:
+        """Seconds since the beginning. To be called where the device was just synchronised: its events are read here."""
+        self._seconds += sum(before.elapsed_time(after) for before, after in self._waits) / 1e3
         self._unused += self._waits
-        self._seconds, self._waits = 0.0, []
-        return seconds
+        self._waits = []
+        return self._seconds
+
+    def take_wait_seconds(self) -> float:
+        """Seconds since the last call of this. Otherwise as wait_seconds()."""
+        before, self._seconds_taken = self._seconds_taken, self.wait_seconds()
+        return self._seconds_taken - before
+
+
+def timing_events(device: torch.device) -> Callable[[], Any] | None:
+    """What makes the events of TimedBatches; None on a CPU."""
+    return functools.partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else None

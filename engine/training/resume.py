@@ -49,7 +49,11 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock | None) -> Ch
     checkpoint = checkpoints.load(path)
     check_weights(checkpoint, path)
     _check_optimizer(checkpoint, path)
-    for flag, theirs, ours in (("arch", checkpoint.arch, config.arch), ("crop", checkpoint.crop, config.crop)):
+    for flag, theirs, ours in (
+        ("arch", checkpoint.arch, config.arch),
+        ("crop", checkpoint.crop, config.crop),
+        ("std", ",".join(map(str, checkpoint.std_rgb)), ",".join(map(str, config.std_rgb))),
+    ):
         if theirs != ours:
             raise UserError(
                 f"checkpoint {path} was trained with --{flag} {theirs}, this run asks for {ours}; {_instead(config)}"
@@ -61,8 +65,9 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock | None) -> Ch
         )
     if ranks.is_main:
         say(f"going on from {path}: step {checkpoint.steps:,}, {checkpoint.samples_seen:,} images seen")
+        then = to_dict(Config()) | checkpoint.config  # a flag that there was not did what its default does
         for setting, value in to_dict(config).items():
-            before = checkpoint.config.get(setting)
+            before = then[setting]
             if setting not in _FREE_SETTINGS and before != value:
                 say(f"  note: {setting} was {before} until now and is {value} from here on")
         if checkpoint.world_size != ranks.world_size:

@@ -54,13 +54,21 @@ class TrainStep:
         self._dropout = dropout
         # Each rank's batch normalisation sees its own images: its statistics are averaged, so that they are those of all
         # images, and the ranks agree on them whenever they validate or save.
-        self._statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self._statistics = [
+            (layer, buffer)
+            for layer in model.modules()
+            for buffer in layer.buffers(recurse=False)
+            if buffer.is_floating_point()
+        ]
         self._parallel = model if isinstance(model, DistributedDataParallel) else None
         counters = [buffer for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")]
         # Of one type each, so that one kernel copies all of them.
-        self._buffers = [buffers for buffers in (self._statistics, counters) if buffers]
+        statistics = [buffer for _, buffer in self._statistics]
+        self._buffers = [buffers for buffers in (statistics, counters) if buffers]
         self._buffers_before = [[buffer.clone() for buffer in buffers] for buffers in self._buffers]
         self._phase = _BETWEEN_STEPS
+        self.left_alone: Sequence[Tensor] = ()
+        """Weights that the next steps do not change, nor their momenta."""
 
     def __call__(
         self,
@@ -97,11 +105,15 @@ class TrainStep:
         self._phase = _UPDATING
         if self._shared:
             self._shared.finish_gradients(scaled=self._scaler.is_enabled())
+        for weight in self.left_alone:
+            weight.grad = None  # computed and sent all the same: DDP's static graph has no others
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        if self._statistics and self._parallel:
-            average_over_ranks(self._statistics)
+        # Those that layers keep are the same on all ranks, and their mean could be rounded.
+        moving = [buffer for layer, buffer in self._statistics if layer.training]
+        if moving and self._parallel:
+            average_over_ranks(moving)
         if self._average:
             self._average.update()
         self._phase = _BETWEEN_STEPS

@@ -1,7 +1,8 @@
 """The run: steps, and validation, schedule and checkpoints at the epochs' ends.
 
 The host waits for the device only where a figure is logged (every --log-every steps and at an epoch's end), at the end of
-a validation pass, and where a checkpoint is written.
+a validation pass, and where the state is copied for a checkpoint, or a checkpoint is written; with --decoder split also some
+twenty times at the beginning.
 """
 
 import contextlib
@@ -31,10 +32,13 @@ from engine.monitoring.runlog import IMAGES_SHOWN, RunLog
 from engine.precision import Precision
 from engine.training import schedule
 from engine.training.assembly import assemble, too_little_memory
-from engine.training.clock import Clock, TimedBatches
+from engine.training.checkpoint_writer import CheckpointWriter
+from engine.training.clock import Clock, TimedBatches, timing_events
+from engine.training.decoder_share import DecoderShare
+from engine.training.optimizer import load_momenta, state_of
 from engine.training.preemption import SharedBatches, StopRequests
-from model.vgg import VGG
-from pipeline.dali.loader import Batch
+from model.vgg import BLOCKS, VGG
+from pipeline.dali.loader import Batch, DaliLoader
 
 
 class Trainer:
@@ -68,10 +72,8 @@ class Trainer:
         self._resumed = checkpoint is not None
         self._peak_seconds_an_image = peak_seconds_an_image
         if checkpoint:
-            optimizer = checkpoint.optimizer
-            self._optimizer.load_state_dict(self._shared.own_optimizer(optimizer) if self._shared else optimizer)
-            for group in self._optimizer.param_groups:  # the flags of this run, not those of the checkpoint
-                group.update(momentum=config.momentum, weight_decay=config.weight_decay)
+            optimizer = checkpoint.optimizer  # of which the momenta count; rates and decay are this run's flags'
+            load_momenta(self._optimizer, model, self._shared.own_optimizer(optimizer) if self._shared else optimizer)
             if checkpoint.scaler:  # empty where the checkpoint's precision needed no scaling
                 self._scaler.load_state_dict(checkpoint.scaler)
             if checkpoint.ema and self._average:
@@ -83,13 +85,19 @@ class Trainer:
                 self._samples_seen = samples_of_other_data(checkpoint, data.train_images)
         if self._average:
             self._average.steps = self._steps
+        self._decoder_share: DecoderShare | None = None
+        """Where --decoder split shares each batch; made with the loader."""
+        self._known_share = checkpoint.decoder_share if checkpoint else None
+        self._same_ranks = checkpoint is not None and checkpoint.world_size == ranks.world_size
         self._saved_steps = self._steps
         self._best_top1 = _top1_of_the_best(config.out / checkpoints.BEST)
         self._validated_epoch = self._history[-1]["epoch"] if self._history else 0
         self._stopped = False
+        self._writer = CheckpointWriter()
         self._total_steps = schedule.total_steps(
             config, data.train_images, steps_done=self._steps, samples_seen=self._samples_seen
         )
+        self._head_alone = False
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         if ranks.is_main:
             say(self._describe())
@@ -106,7 +114,7 @@ class Trainer:
                 say(f"this run is complete; {why} goes on, --resume never starts anew")
             return self._results()
         try:
-            with self._open_log() as log:
+            with self._open_log() as log, self._writer:
                 try:
                     self._train(log)
                 except Exception:
@@ -123,16 +131,23 @@ class Trainer:
     def _train(self, log: RunLog | None) -> None:
         config, requests = self._config, self._requests
         share = config.batch_size // self._ranks.world_size
-        timed = self._timed_batches(images_to_keep=IMAGES_SHOWN if log else 0)
+        loader = self._data.train_batches(self._samples_seen)
+        timed = TimedBatches(
+            loader, images_to_keep=IMAGES_SHOWN if log else 0, make_event=timing_events(self._ranks.device)
+        )
+        if self._data.decoder == "split" and isinstance(loader, DaliLoader):
+            self._decoder_share = self._share_decoding(loader, timed)
         batches = self._shared_batches(timed, passes=self._passes)
         requests.save_is_due = lambda: self._minutes_since_save() >= config.checkpoint_minutes
+        self._choose_what_is_trained()
         self._step.warm_up(*self._data.blank_batch())
         self._clock.start(self._steps)
         self._last_save = time.monotonic()
         with requests.training(self._ranks), present_objects_frozen():
             if self._validation_is_due():  # the run was stopped in the middle of it
                 self._end_epoch(log)
-            while not (self._done() or self._stopped):
+            while self._goes_on():
+                self._choose_what_is_trained()
                 self._set_learning_rate()
                 first = self._samples_seen + self._ranks.rank * share
                 self._loss_sum += self._step(batches, first_sample=first, before_gradients=requests.hear_others)
@@ -140,26 +155,31 @@ class Trainer:
                 self._samples_seen += config.batch_size
                 if log:
                     log.advance()
+                if self._decoder_share:
+                    self._decoder_share.after_step()
                 self._stopped = requests.agreed()
                 ends_epoch = self._validation_is_due()
                 if self._steps % config.log_every == 0 or ends_epoch or self._done() or self._stopped:
                     self._log_training(log, timed)
                 if ends_epoch and not self._stopped:
                     self._end_epoch(log)
-                elif self._done() or self._stopped or requests.agreed_to_save:
-                    self._save(is_best=False)
+                elif requests.agreed_to_save or not self._goes_on():
+                    self._save(is_best=False, in_background=self._goes_on())
+                if self._writer.has_failed:
+                    self._saved_steps = self._steps  # it is the disk, or the state
+                    self._finish_write()
             if self._stopped:
                 # Until rank 0 has written: torchrun ends the others when the first one leaves.
                 wait_for_all(self._ranks)
 
     def _end_epoch(self, log: RunLog | None) -> None:
-        """Validate, save, and only then show the result."""
+        """Validate, save, and only then show the result: beside the writing, unless the run ends here."""
         with self._clock.evaluating():
             accuracy, confusion = self._validate()
         is_best = accuracy is not None and accuracy.top1 > self._best_top1
         if accuracy and is_best:
             self._best_top1 = accuracy.top1
-        self._save(is_best=is_best)
+        self._save(is_best=is_best, in_background=self._goes_on())
         if log and accuracy:
             log.validation(step=self._steps, epoch=self._validated_epoch, accuracy=accuracy, confusion=confusion)
 
@@ -168,15 +188,20 @@ class Trainer:
 
         Of layers that ranks share, this takes all of them: where only this rank has failed, the last checkpoint stays the last.
         """
+        with contextlib.suppress(Exception):  # the error that ends the run is the one to tell
+            self._finish_write()
         at_hand = self._requests.failed_together if self._shared else self._ranks.is_main
         if self._step.give_up() and self._steps > self._saved_steps and at_hand:
-            with contextlib.suppress(Exception):  # the error that ends the run is the one to tell
+            with contextlib.suppress(Exception):
                 self._save(is_best=False)
                 if self._ranks.is_main:
                     say(f"saved the state after step {self._steps:,}")
         if self._requests.failed_together:
             with contextlib.suppress(RuntimeError):
                 wait_for_all(self._ranks)  # torchrun ends rank 0 when another one leaves
+
+    def _goes_on(self) -> bool:
+        return not (self._done() or self._stopped)
 
     def _done(self) -> bool:
         return self._why_done() is not None
@@ -196,12 +221,22 @@ class Trainer:
     def _minutes_since_save(self) -> float:
         return (time.monotonic() - self._last_save) / 60
 
-    # ---- learning rate -------------------------------------------------------------------------------------------
+    # ---- what is trained, and the learning rate ------------------------------------------------------------------
+
+    def _choose_what_is_trained(self) -> None:
+        """The last layer alone for --head-epochs, then all that is not frozen."""
+        head_alone = self._samples_seen < self._config.head_epochs * self._data.train_images
+        if head_alone == self._head_alone:
+            return
+        self._head_alone = head_alone
+        waiting = [weight for group in self._optimizer.param_groups if group["waits"] for weight in group["params"]]
+        self._step.left_alone = waiting if head_alone else ()
+        self._model.keep_statistics(BLOCKS if head_alone else self._config.frozen_blocks)
 
     def _set_learning_rate(self) -> None:
         rate = self._learning_rate()
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_factor"]
 
     def _learning_rate(self) -> float:
         config, epoch = self._config, self._samples_seen / self._data.train_images
@@ -250,6 +285,7 @@ class Trainer:
                 mfu=images_per_second * peak_seconds if peak_seconds else None,
                 data_wait=wait_seconds / seconds,
                 gpu_memory_gib=torch.cuda.max_memory_reserved(self._ranks.device) / 2**30 if on_gpu else None,
+                decoder_share=self._decoder_share.share if self._decoder_share else None,
             )
             if (images := batches.take_images()) is not None:
                 log.images(step=self._steps, images=images)
@@ -321,6 +357,7 @@ class Trainer:
             "precision": self._precision.name,
             "compiled": self._compiled,
             "resumed": self._resumed,
+            "decoder_share": self._decoder_share.share if self._decoder_share else None,
             "stopped": self._stopped,
             "checkpoint": str(self._config.out / checkpoints.LAST),
         }
@@ -333,10 +370,15 @@ class Trainer:
             return SharedBatches(batches, self._requests, passes=1, hear_at_once=True)
         return SharedBatches(batches, self._requests, passes=passes)
 
-    def _save(self, *, is_best: bool) -> None:
-        """Rank 0 writes. Where ranks share layers, every rank must call this, since each has a part of what is written."""
+    def _save(self, *, is_best: bool, in_background: bool = False) -> None:
+        """Rank 0 writes, once the checkpoint before is written. Where ranks share layers, every rank must call this, since each
+        has a part of what is written. in_background: from a copy, while the training goes on; else the file is there now.
+        """
         self._last_save, self._saved_steps = time.monotonic(), self._steps
-        model, optimizer = self._model.state_dict(), self._optimizer.state_dict()
+        if self._decoder_share:
+            self._decoder_share.after_pause()
+        self._finish_write()
+        model, optimizer = self._model.state_dict(), state_of(self._optimizer, self._model)
         average = self._average.model.state_dict() if self._average else None
         if self._shared:
             with self._clock.saving():
@@ -349,6 +391,7 @@ class Trainer:
             crop=self._config.crop,
             classes=list(self._data.classes),
             mean_rgb=list(self._data.mean_rgb),
+            std_rgb=list(self._config.std_rgb),
             model=model,
             optimizer=optimizer,
             scaler=self._scaler.state_dict(),
@@ -361,9 +404,16 @@ class Trainer:
             batch_norm=self._config.batch_norm,
             colour_shift=[list(row) for row in self._data.colour_shift],
             ema=average,
+            decoder_share=self._decoder_share.found if self._decoder_share else None,
         )
         with self._clock.saving(), self._requests.writing():
-            checkpoints.save(checkpoint, self._config.out, is_best=is_best, keep=self._config.keep)
+            save = self._writer.begin if in_background else checkpoints.save
+            save(checkpoint, self._config.out, is_best=is_best, keep=self._config.keep)
+
+    def _finish_write(self) -> None:
+        """Wait for the checkpoint that is being written, if one is. Raises what has kept it, or the one before, from the disk."""
+        with self._clock.saving(), self._requests.writing():
+            self._writer.finish()
 
     def _open_log(self) -> contextlib.AbstractContextManager[RunLog | None]:
         if not self._ranks.is_main:
@@ -379,20 +429,22 @@ class Trainer:
             machine_share=self._ranks.local_world_size / self._ranks.world_size,
         )
 
-    def _timed_batches(self, *, images_to_keep: int) -> TimedBatches:
-        on_gpu = self._ranks.device.type == "cuda"
-        return TimedBatches(
-            self._data.train_batches(self._samples_seen),
-            images_to_keep=images_to_keep,
-            make_event=functools.partial(torch.cuda.Event, enable_timing=True) if on_gpu else None,
-        )
+    def _share_decoding(self, loader: DaliLoader, timed: TimedBatches) -> DecoderShare:
+        """What an earlier part of the run has found stays, so that the run goes on bit-exactly; other ranks seek it again."""
+        if self._known_share is not None:
+            loader.share = self._known_share
+        return DecoderShare(loader, timed, self._data, is_found=self._known_share is not None and self._same_ranks)
 
     def _last_good(self) -> str:
+        with contextlib.suppress(Exception):
+            self._finish_write()  # perhaps the first one
         return checkpoints.last_good(self._config.out)
 
     def _describe(self) -> str:
         config, ranks, data = self._config, self._ranks, self._data
         parameters = sum(weight.numel() for weight in self._model.parameters())
+        frozen = sum(weight.numel() for weight in self._model.parameters() if not weight.requires_grad)
+        of_them = f", {frozen / 1e6:.1f} M of them frozen" if frozen else ""
         shared = ""
         if self._shared:
             parameters += self._shared.parameters_elsewhere
@@ -400,8 +452,8 @@ class Trainer:
         place = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
         network = f"{config.arch} with batch norm" if config.batch_norm else config.arch
         return (
-            f"{network} ({parameters / 1e6:.1f} M parameters) on {printable(config.data)}: {data.train_images:,} images, "
-            f"{len(data.classes)} classes, crop {config.crop}, scale {config.train_scale}\n"
+            f"{network} ({parameters / 1e6:.1f} M parameters{of_them}) on {printable(config.data)}: "
+            f"{data.train_images:,} images, {len(data.classes)} classes, crop {config.crop}, {config.crops}\n"
             f"{place}, {self._precision.name}, {'compiled' if self._compiled else 'eager'}; batch {config.batch_size} = "
             f"{ranks.world_size} ranks × {self._passes} passes × {data.micro_batch} images{shared}; "
             f"{self._total_steps:,} steps; {printable(str(config.out))}"

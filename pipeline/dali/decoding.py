@@ -1,18 +1,20 @@
 """Whole images out of a table, each decoded with training's own decoder: to check that it can be, or to prepare it anew."""
 
+import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from nvidia.dali import Pipeline, fn, math, types
+from nvidia.dali.data_node import DataNode
 
 from pipeline.dali.graph import read_files
 from pipeline.dali.recovery import each_alone, is_about_an_image
 from pipeline.dataset.table import FileTable, Table
-from pipeline.shards.reader import Fetched, ShardReader, fetched
+from pipeline.shards.reader import ShardReader, fetched
 from pipeline.shards.shard_table import ShardTable
 
 _ROWS_A_BLOCK = 4096  # read out of the table in one go
@@ -36,6 +38,18 @@ class _Batch(NamedTuple):
     targets: np.ndarray
     """int64 [n, 2]: after the resize."""
 
+    @property
+    def start(self) -> np.ndarray:
+        return self.windows[:, 0]
+
+    @property
+    def shape(self) -> np.ndarray:
+        return self.windows[:, 1]
+
+
+_FetchedBatch = tuple[_Batch, Any]
+"""As Fetched in pipeline/shards/reader.py has it: all of a table are of one kind."""
+
 
 def decode_whole(
     table: FileTable | ShardTable,
@@ -50,16 +64,19 @@ def decode_whole(
     windows: int64 [n, 2, 2], the part of each that is decoded, by its first pixel and its size; None: all of it. For most
     formats the decoder holds the whole image meanwhile, but gives out no second copy. sizes: int64 [n, 2], what each is resized
     to, with training's filter; None leaves them as they are. An image that has its size already comes through bit-identically.
-    threads: of the decoder; the result does not depend on them.
+    threads: of the decoder; the result does not depend on them. Images that are kept as pixels have nothing to decode.
     Yields (uint8 [height, width, 3], "") or (None, why it cannot be decoded). The arrays are the caller's to keep. Raises
     DataSourceError where the storage of files or shards fails, for a minute.
     """
     fetch = None if isinstance(table, FileTable) else ShardReader(table, threads=None, batches_ahead=_PREFETCH).fetch
     images_a_batch = max(_LEAST_IMAGES, _IMAGES_A_THREAD * threads)
     make_pipeline = functools.partial(_pipeline, from_files=isinstance(table, FileTable), resized=sizes is not None)
-    waiting = fetched(_batches(table, rows, windows, sizes, images_a_batch), fetch)
-    in_flight: deque[Fetched[_Batch]] = deque()
-    given_back: deque[Fetched[_Batch]] = deque()
+    waiting: Iterator[_FetchedBatch] = fetched(_batches(table, rows, windows, sizes, images_a_batch), fetch)
+    if isinstance(table, ShardTable) and table.is_raw:
+        yield from _read_whole(waiting, resized=sizes is not None, batch_size=images_a_batch, threads=threads)
+        return
+    in_flight: deque[_FetchedBatch] = deque()
+    given_back: deque[_FetchedBatch] = deque()
 
     def next_inputs() -> tuple:
         in_flight.append(given_back.popleft() if given_back else next(waiting))
@@ -108,6 +125,37 @@ def each_in_order(
         yield future.result() if future else (None, reason)
 
 
+def _read_whole(
+    waiting: Iterator[_FetchedBatch], *, resized: bool, batch_size: int, threads: int
+) -> Iterator[tuple[np.ndarray | None, str]]:
+    """The same of images that are kept as pixels: what has been read is resized at most."""
+    in_flight: deque[dict[int, str]] = deque()
+
+    def next_inputs() -> tuple:
+        batch, pixels = next(waiting)
+        in_flight.append(pixels.damaged)
+        return pixels.windows, batch.targets.astype(np.float32)
+
+    pipeline = _empty_pipeline(batch_size=batch_size, threads=threads, prefetch=_PREFETCH)
+    with pipeline:
+        images, targets = fn.external_source(next_inputs, num_outputs=2, batch=True, dtype=[types.UINT8, types.FLOAT])
+        pipeline.set_outputs(_resized(fn.reshape(images, layout="HWC"), targets))
+
+    def batches() -> Iterator[Sequence[np.ndarray]]:
+        with contextlib.suppress(StopIteration):
+            while True:
+                if resized:
+                    (images,) = pipeline.run()
+                    yield [images.at(index) for index in range(len(images))]
+                else:
+                    yield next_inputs()[0]
+
+    for images in batches():
+        damaged = in_flight.popleft()
+        for index, image in enumerate(images):
+            yield (None, damaged[index]) if index in damaged else (image, "")
+
+
 def _inputs(batch: _Batch, encoded: np.ndarray, which: slice = slice(None), *, resized: bool) -> tuple[np.ndarray, ...]:
     """What the DALI graph takes."""
     windows = batch.windows[which].astype(np.int32)
@@ -152,13 +200,7 @@ def _pipeline(
     """Build the pipeline read → decode and, if asked for, resize, which takes the memory of five more images.
 
     Outputs: images [height, width, 3] and what their headers say now."""
-    pipeline = Pipeline(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=None,
-        prefetch_queue_depth=prefetch,
-        exec_dynamic=True,
-    )
+    pipeline = _empty_pipeline(batch_size=batch_size, threads=threads, prefetch=prefetch)
     with pipeline:
         dtypes = [types.UINT8, types.INT32, types.INT32, types.FLOAT][: 4 if resized else 3]
         encoded, starts, sizes, *targets = fn.external_source(source, num_outputs=len(dtypes), batch=True, dtype=dtypes)
@@ -176,9 +218,23 @@ def _pipeline(
             jpeg_fancy_upsampling=True,
         )
         if resized:
-            images = fn.resize(images, size=targets[0], subpixel_scale=False, antialias=True)
+            images = _resized(images, targets[0])
         pipeline.set_outputs(images, shapes)
     return pipeline
+
+
+def _empty_pipeline(*, batch_size: int, threads: int, prefetch: int) -> Pipeline:
+    return Pipeline(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=None,
+        prefetch_queue_depth=prefetch,
+        exec_dynamic=True,
+    )
+
+
+def _resized(images: DataNode, targets: DataNode) -> DataNode:
+    return fn.resize(images, size=targets, subpixel_scale=False, antialias=True)
 
 
 _CHANGED = "changed to another size since the scan; python -m pipeline.manifest DIR --rescan scans anew"

@@ -1,7 +1,7 @@
 """Loaders: iterators of (images, labels) on the training device, as long as the plan's.
 
-images: [n, 3, crop, crop], channels_last, float32 or float16, mean subtracted, otherwise in units of 0–255 grey levels;
-with a fourth channel, of zeros, where that is asked for. Whole images are [n, 3, height, width], otherwise the same.
+images: [n, 3, crop, crop], channels_last, float32 or float16: 0–255 grey levels, less the mean, divided by the std; with a
+fourth channel, of zeros, where that is asked for. Whole images are [n, 3, height, width], otherwise the same.
 labels: int64 [n]; PADDING_LABEL where a validation batch is filled up, LOST_LABEL for an image that cannot be decoded.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from common.errors import DataSourceError, TrainingError
 from common.progress import say
-from pipeline.dali.graph import GraphOptions, graph_inputs, image_pipeline
+from pipeline.dali.graph import GraphOptions, first_of, graph_inputs, image_pipeline
 from pipeline.dali.recovery import cause_of, is_about_an_image, is_about_reading, undecodable
 from pipeline.plan.samples import Samples
 from pipeline.shards.reader import Fetch, fetched
@@ -50,10 +50,13 @@ class DaliLoader:
         self._batches_after, self._lose, self._fetch = batches_after, lose, fetch
         self._options, self._batch_size = options, batch_size
         self._undecodable = functools.partial(
-            undecodable, crop=options.crop, fetch=fetch, whole=options.decoder == "gpu"
+            undecodable, crop=options.crop, fetch=fetch, whole=options.decoder != "cpu"
         )
         self.delivered: Samples | None = None
         """What the last batch shows; None before the first."""
+        self.share = 1.0
+        """With decoder "split", the CPU's share of each batch that DALI is given from now on, in [0, 1]. As many batches as it
+        prepares in advance have the share from before."""
         self._batches_delivered = self._attempts = 0
         self._start()
 
@@ -91,7 +94,10 @@ class DaliLoader:
         def next_inputs() -> tuple:
             samples, encoded = next(batches)
             self._in_flight.append(samples)
-            return graph_inputs(samples, encoded, from_files=self._fetch is None)
+            inputs = graph_inputs(samples, encoded, from_files=self._fetch is None)
+            if self._options.decoder == "split":
+                return *inputs, first_of(len(samples.labels), self.share)
+            return inputs
 
         self._pipeline = image_pipeline(
             next_inputs, self._options, from_files=self._fetch is None, batch_size=self._batch_size
@@ -118,7 +124,7 @@ class DaliLoader:
                 "if too many files are open, raise ulimit -n, or lower --threads"
             ) from error
         else:
-            cure = "--decoder cpu" if self._options.decoder == "gpu" else "--threads 1"
+            cure = "--decoder cpu" if self._options.decoder != "cpu" else "--threads 1"
             raise TrainingError(
                 f"DALI failed on a batch ({cause_of(error)}), though each image of it can be decoded on the CPU; try {cure}"
             ) from error

@@ -11,8 +11,9 @@ from nvidia.dali import Pipeline
 from common import patience
 from common.files import is_storage_trouble
 from common.patience import StorageTrouble, patiently, unreadable
-from pipeline.dali.graph import GraphOptions, graph_inputs, image_pipeline
+from pipeline.dali.graph import DamagedImage, GraphOptions, graph_inputs, image_pipeline
 from pipeline.plan.samples import Samples
+from pipeline.shards.raw import Pixels
 from pipeline.shards.reader import Fetch, fetched
 
 _ATTEMPTS = 3  # at an image whose file could not be read, and now can
@@ -20,8 +21,8 @@ _BLOCK_BYTES = 1 << 20
 
 
 def is_about_reading(error: RuntimeError) -> bool:
-    """Whether DALI failed in reading a file, before it looked at what is in it."""
-    return "fn.io.file.read" in str(error)
+    """Whether reading an image failed, before DALI looked at what is in it."""
+    return isinstance(error, DamagedImage) or "fn.io.file.read" in str(error)
 
 
 def is_about_an_image(error: RuntimeError) -> bool:
@@ -44,7 +45,12 @@ def undecodable(samples: Samples, crop: int | None, fetch: Fetch | None, *, whol
     whole: decode the whole images, and not only the windows. Raises DataSourceError: see each_alone.
     """
     one_by_one = (samples.take(slice(index, index + 1)) for index in range(len(samples.labels)))
-    alone = [graph_inputs(*one, from_files=fetch is None) for one in fetched(one_by_one, fetch)]
+    alone, reasons = [], {}
+    for index, (one, encoded) in enumerate(fetched(one_by_one, fetch)):
+        if not isinstance(encoded, Pixels):
+            alone.append(graph_inputs(one, encoded, from_files=fetch is None))
+        elif encoded.damaged:
+            reasons[index] = encoded.damaged[0]
     make_pipeline = functools.partial(
         image_pipeline,
         options=GraphOptions(crop=crop, prefetch=1),
@@ -53,7 +59,7 @@ def undecodable(samples: Samples, crop: int | None, fetch: Fetch | None, *, whol
         whole=whole,
     )
     results = each_alone(alone, make_pipeline, from_files=fetch is None)
-    return {index: reason for index, (_, reason) in enumerate(results) if reason}
+    return reasons | {index: reason for index, (_, reason) in enumerate(results) if reason}
 
 
 def each_alone(

@@ -11,6 +11,8 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import cache_folder
 
+DIGITS = "digits"
+"""What --data calls it."""
 SIDE_PX = 36
 """The images' side: the 8×8 originals enlarged, so that crops of 32 pixels have four pixels of play."""
 _VALIDATION_IMAGES = 360

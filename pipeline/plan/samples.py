@@ -1,5 +1,6 @@
 """What a plan decides about samples, and where in its source each of them lies."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -41,9 +42,9 @@ class Samples(NamedTuple):
     rows: np.ndarray
     """int64 [n]: the table's row that each sample shows."""
 
-    def inputs(self) -> tuple[np.ndarray, ...]:
-        """What the DALI graph takes besides the images' bytes, in the order of GRAPH_INPUTS."""
-        return tuple(getattr(self, name) for name in GRAPH_INPUTS)
+    def inputs(self, names: Iterable[str] | None = None) -> tuple[np.ndarray, ...]:
+        """What the DALI graph takes besides the images' bytes, in the order of the names; None: of GRAPH_INPUTS."""
+        return tuple(getattr(self, name) for name in names or GRAPH_INPUTS)
 
     def first_pixels(self) -> "Samples":
         """The same files, but the window is their first pixel: where that cannot be decoded, nothing can."""
@@ -105,6 +106,29 @@ def source_windows(
     margin = np.where(resized[:, None], 2 * np.maximum(ratio, 1) + 1, 0)
     start = np.maximum(np.floor(begin - margin), 0)
     stop = np.minimum(np.ceil(end + margin), sizes)
+    return _windows(start, stop, begin, end, resized, crop, flipped)
+
+
+def resized_windows(corners: np.ndarray, shapes: np.ndarray, crop: int, flipped: np.ndarray) -> dict[str, np.ndarray]:
+    """The source windows of rectangles (int64 [n, 2], in pixels of the source) that are resized to a square, whatever their
+    shape; flipped: bool [n]. Returns start … size, as in Samples.
+
+    The window is the rectangle itself, without a margin: as with torchvision's resized_crop, the resize sees nothing beyond it.
+    """
+    ends = corners + shapes
+    return _windows(corners, ends, corners, ends, (shapes != crop).any(axis=1), crop, flipped)
+
+
+def _windows(
+    start: np.ndarray,
+    stop: np.ndarray,
+    begin: np.ndarray,
+    end: np.ndarray,
+    resized: np.ndarray,
+    crop: int | np.ndarray,
+    flipped: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """start, stop: of the windows; begin, end: of what comes out, both in pixels of the source, [n, 2]."""
     swap = (flipped & resized)[:, None] & np.array([False, True])
     return {
         "start": start.astype(np.int32),
@@ -113,5 +137,5 @@ def source_windows(
         "roi_end": (np.where(swap, begin, end) - start).astype(np.float32),
         "resized": resized,
         "mirrored": (flipped & ~resized).astype(np.int32),
-        "size": np.broadcast_to(crop, sizes.shape).astype(np.float32),
+        "size": np.broadcast_to(crop, start.shape).astype(np.float32),
     }

@@ -1,7 +1,7 @@
 """The plan of a training: everything random about a sample, decided in NumPy before DALI runs, as a pure function of its number.
 
-Training samples are numbered g = 0, 1, 2, … without end: epoch = g div N, row = order(epoch)[g mod N], and the scale, the
-crop's corner, the flip and the colour shift are draws at (seed, epoch, row). A global batch is B consecutive samples; it
+Training samples are numbered g = 0, 1, 2, … without end: epoch = g div N, row = order(epoch)[g mod N], and the crop, the
+flip and the colour shift are draws at (seed, epoch, row). A global batch is B consecutive samples; it
 may straddle two epochs, so that every image is used exactly once an epoch for any N and B, and every batch is full.
 Rank r of n takes the r-th n-th of each batch. The only state is one integer, the number of samples seen.
 
@@ -11,13 +11,14 @@ Where an image turns out not to be decodable, the plan is asked again from the s
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.dataset.table import Table
 from pipeline.plan import random_numbers
 from pipeline.plan.permutations import GlobalOrder, WindowOrder
-from pipeline.plan.samples import IMAGENET_MEAN_RGB, Samples, rescaled_sizes, source_windows
+from pipeline.plan.samples import IMAGENET_MEAN_RGB, Samples, rescaled_sizes, resized_windows, source_windows
 from pipeline.shards.shard_table import ShardTable
 
 # Eigenvectors (columns) and eigenvalues of ImageNet's RGB values, as MXNet (image.py) and, divided by 255, fb.resnet.torch
@@ -36,8 +37,49 @@ IMAGENET_COLOUR_SHIFT: ColourShift = tuple(
 )
 _COLOUR_SHIFT_SIGMA = 0.1  # section 3.1 of the paper, after AlexNet
 
+_TRIES = 10  # at a random-resized crop that fits into the image
+
 # Samples planned in one go: a vectorised draw costs about 10 µs for each 64 samples at this size, 300 µs at 64.
 _SAMPLES_A_BLOCK = 4096
+
+
+class RandomResized(NamedTuple):
+    """Crops as torchvision's RandomResizedCrop takes them: of a random size and shape, resized to the network's input.
+
+    Inception's augmentation: Szegedy et al. 2015, "Going deeper with convolutions", section 6.
+    """
+
+    area: tuple[float, float] = (0.08, 1.0)
+    """Lowest and highest share of the image's area, from which one is drawn."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Lowest and highest width / height, from which one is drawn, its logarithm being uniform."""
+
+    def rectangles(
+        self, sizes: np.ndarray, seed: int, epochs: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """First pixel (y, x) and size of the crop of each image, whose sizes are int64 [n, 2]: int64 [n, 2], int64 [n, 2].
+
+        As in torchvision, sides are rounded to pixels, and what does not fit is drawn again, ten times at most; after that, it is
+        the largest rectangle at the image's centre whose aspect is allowed.
+        """
+        low, high = self.aspect
+        height, width = sizes.T
+        shapes = np.stack((np.rint(np.minimum(height, width / low)), np.rint(np.minimum(width, height * high))), axis=1)
+        shapes = np.maximum(shapes, 1).astype(np.int64)
+        corners = (sizes - shapes) // 2
+        left = np.arange(len(rows))
+        for attempt in range(_TRIES):
+            purpose = random_numbers.PURPOSE_CROP + attempt
+            u_area, u_aspect, u_y, u_x = random_numbers.uniforms(seed, epochs[left], rows[left], purpose)
+            area = sizes[left].prod(axis=1) * (self.area[0] + u_area * (self.area[1] - self.area[0]))
+            aspect = low * (high / low) ** u_aspect
+            drawn = np.rint(np.sqrt(np.stack((area / aspect, area * aspect), axis=1))).astype(np.int64)
+            room = sizes[left] - drawn
+            fits = ((drawn > 0) & (room >= 0)).all(axis=1)
+            places = np.minimum(np.floor(np.stack((u_y, u_x), axis=1) * (room + 1)).astype(np.int64), room)
+            shapes[left[fits]], corners[left[fits]] = drawn[fits], places[fits]
+            left = left[~fits]
+        return corners, shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +94,8 @@ class TrainPlan:
     scale: tuple[int, int]
     """Lowest and highest training scale S, both included; S is the shorter side after the rescale, at least `crop`."""
     seed: int
+    random_resized: RandomResized | None = None
+    """How the crops are drawn where it is not as in the paper; `scale` then has no meaning."""
     mean_rgb: tuple[float, float, float] = IMAGENET_MEAN_RGB
     colour_shift: ColourShift = IMAGENET_COLOUR_SHIFT
     window_shards: int | None = None
@@ -87,15 +131,20 @@ class TrainPlan:
         shown = self._substituted(numbers, epochs, rows)
         source, labels, sizes = self.table.read(shown)
         u_scale, u_y, u_x, u_flip = random_numbers.uniforms(self.seed, epochs, rows, random_numbers.PURPOSE_GEOMETRY)
-        scales = self._scales(u_scale)
-        rescaled = rescaled_sizes(sizes, scales)
-        room = rescaled - self.crop
-        corners = np.minimum(np.floor(np.stack((u_y, u_x), axis=1) * (room + 1)).astype(np.int64), room)
+        flipped = u_flip >= 0.5
+        if self.random_resized:
+            corners, shapes = self.random_resized.rectangles(sizes, self.seed, epochs, rows)
+            windows = resized_windows(corners, shapes, self.crop, flipped)
+        else:
+            rescaled = rescaled_sizes(sizes, self._scales(u_scale))
+            room = rescaled - self.crop
+            corners = np.minimum(np.floor(np.stack((u_y, u_x), axis=1) * (room + 1)).astype(np.int64), room)
+            windows = source_windows(sizes, rescaled, corners, self.crop, flipped)
         alpha = _COLOUR_SHIFT_SIGMA * random_numbers.normals(self.seed, epochs, rows, random_numbers.PURPOSE_COLOUR)
         shift = np.asarray(self.colour_shift) @ alpha
         return Samples(
             source=source,
-            **source_windows(sizes, rescaled, corners, self.crop, flipped=u_flip >= 0.5),
+            **windows,
             mean=(np.asarray(self.mean_rgb) - shift.T).astype(np.float32, order="C"),
             labels=labels,
             numbers=numbers,

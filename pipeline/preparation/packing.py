@@ -1,11 +1,12 @@
 """python -m pipeline.prepare SRC DST --short-side 256: resize a data set once and pack it into shards, for --data DST.
 
 SRC holds train/<class>/* and val/<class>/*. Every image is decoded as in training, made smaller where it is larger than asked
-for (never larger), and written as a baseline JPEG in tiles, of which training decodes what it needs (pipeline/shards/tiles.py),
-into DST's tar files, in WebDataset's layout (pipeline/shards/index.py).
+for (never larger), and written into DST's tar files, in WebDataset's layout (pipeline/shards/index.py).
 
     --short-side 256       the shorter side becomes 256 pixels: for training at S = 256, which then only crops
     --short-side max:500   the longer side becomes at most 500 pixels: for scale jitter within less space
+    --format jpeg          as baseline JPEGs in tiles, of which training decodes what it needs (pipeline/shards/tiles.py)
+    --format raw           as pixels, of which training reads what it needs (pipeline/shards/raw.py)
 
 Under torchrun the shards are shared out among all ranks and machines. Interrupted, the same command goes on with the shard
 that it was at. What is written depends on SRC and the flags alone.
@@ -44,14 +45,16 @@ from pipeline.dataset.scan import SPLITS, check_no_empty_class
 from pipeline.dataset.table import TABLE_NAMES, FileTable
 from pipeline.plan import random_numbers
 from pipeline.plan.samples import rescaled_sizes
-from pipeline.shards.index import FORMAT, INDEX, fingerprint_of, is_complete, read_index
-from pipeline.shards.shard_table import SHARD_NAMES, SHARD_ROW, shard_name
+from pipeline.shards.index import FORMAT, INDEX, RAW_FORMAT, fingerprint_of, is_complete, read_index
+from pipeline.shards.raw import ppm
+from pipeline.shards.shard_table import LONGEST_SIDE, SHARD_NAMES, SHARD_ROW, shard_name
 from pipeline.shards.storage import S3_SCHEME, open_storage
 from pipeline.shards.tiles import tiled_jpeg
 
 _UNFINISHED = ".unfinished"  # in DST: what is known of the shards that are done
 _JOB = "job.json"  # in there: what they are made of, and how
 _MAX_MEMBER_NAME = 100  # bytes that every tar format holds in one header
+_QUALITY = 90
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +63,18 @@ class Settings:
 
     short_side: str
     """"256": the shorter side in pixels; "max:500": the most that the longer side may have."""
-    quality: int
-    """Of the JPEGs, 1–95."""
+    quality: int | None
+    """Of the JPEGs, 1–95; None: images are kept as pixels."""
     shard_images: int
     """Images in a shard; the last one of a split may have fewer."""
 
     @property
     def pixels(self) -> int:
         return int(self.short_side.removeprefix("max:"))
+
+    @property
+    def format(self) -> str:
+        return RAW_FORMAT if self.quality is None else FORMAT
 
     def sizes(self, sizes: np.ndarray) -> np.ndarray:
         """What images of these sizes (int64 [n, 2]) are resized to: int64 [n, 2], never larger."""
@@ -132,7 +139,7 @@ def _prepare(
 def _begin(source: Path, destination: Path, settings: Settings, lock: FolderLock) -> tuple[Path, Path]:
     """Open the source and claim the destination, on rank 0. Returns the manifest's root and folder."""
     manifest = open_manifest(source)
-    job = {"format": FORMAT, "source": manifest.fingerprint, "settings": asdict(settings)}
+    job = _job(manifest, settings)
     unfinished = destination / _UNFINISHED
     if not is_complete(destination):
         try:
@@ -164,6 +171,10 @@ def _begin(source: Path, destination: Path, settings: Settings, lock: FolderLock
     return manifest.root, manifest.folder
 
 
+def _job(manifest: Manifest, settings: Settings) -> dict:
+    return {"format": settings.format, "source": manifest.fingerprint, "settings": asdict(settings)}
+
+
 def _read_job(path: Path) -> dict:
     try:
         job = json.loads(path.read_text())
@@ -184,7 +195,10 @@ def _remove_notes(unfinished: Path) -> None:
 
 
 def _flags(settings: dict) -> str:
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+    return " ".join(
+        f"--{name.replace('_', '-')} {value}" if value is not None else "--format raw"
+        for name, value in settings.items()
+    )
 
 
 def _shards(manifest: Manifest, settings: Settings) -> list[Shard]:
@@ -218,13 +232,14 @@ def _write_shards(
 ) -> Iterator[None]:
     """Write the shards, each with a part of the index beside it; yields after each image."""
     encode = functools.partial(_encode, quality=settings.quality)
+    extension = ".ppm" if settings.quality is None else ".jpg"
     with ThreadPoolExecutor(threads) as pool:  # PIL lets go of the interpreter meanwhile
         for shard in shards:
             table = _table(manifest, shard.split)
             source, labels, sizes = table.read(shard.rows)
             sizes = settings.sizes(sizes)
             decoded = decode_whole(table, shard.rows, sizes=sizes, threads=threads)
-            jpegs = each_in_order(pool, encode, decoded, ahead=4 * threads)
+            members = each_in_order(pool, encode, decoded, ahead=4 * threads)
             good, places, reasons = [], [], {}
             with (
                 replacing(destination / shard.name) as file,
@@ -232,12 +247,12 @@ def _write_shards(
                     fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
                 ) as tar,
             ):
-                for n, (jpeg, reason) in enumerate(jpegs):
-                    if jpeg is None:
+                for n, (member, reason) in enumerate(members):
+                    if member is None:
                         reasons[table.name(source[n])] = reason
                     else:
                         key = _key(manifest.classes[labels[n]], int(shard.rows[n]), table.name(source[n]))
-                        places.append((_add(tar, f"{key}.jpg", jpeg), len(jpeg)))
+                        places.append((_add(tar, key + extension, member), len(member)))
                         _add(tar, f"{key}.cls", str(labels[n]).encode())
                         good.append(n)
                     yield
@@ -251,11 +266,16 @@ def _write_shards(
                 _save_part(file, index, reasons)
 
 
-def _encode(image: np.ndarray, quality: int) -> tuple[bytes | None, str]:
+def _encode(image: np.ndarray, quality: int | None) -> tuple[bytes | None, str]:
+    height, width, _ = image.shape
+    if quality is None:
+        if max(height, width) > LONGEST_SIDE:
+            return None, f"a side of more than {LONGEST_SIDE:,} pixels ({width}×{height})"
+        return ppm(image), ""
     try:
         return tiled_jpeg(image, quality), ""
     except (OSError, ValueError):
-        return None, f"too long for a JPEG ({image.shape[1]}×{image.shape[0]} pixels)"
+        return None, f"too long for a JPEG ({width}×{height} pixels)"
 
 
 def _key(class_name: str, row: int, path: str) -> str:
@@ -303,7 +323,7 @@ def _finish(shards: list[Shard], manifest: Manifest, destination: Path, settings
     fingerprint = fingerprint_of(list(manifest.classes), (tables[split] for split in SPLITS))
     table_names = {split: f"{split}-{fingerprint}.npy" for split in SPLITS}
     description = {
-        "format": FORMAT,
+        "format": settings.format,
         "fingerprint": fingerprint,
         "classes": manifest.classes,
         "images": {split: len(tables[split]) for split in SPLITS},
@@ -315,7 +335,7 @@ def _finish(shards: list[Shard], manifest: Manifest, destination: Path, settings
             split: [(destination / shard.name).stat().st_size for shard in shards if shard.split == split]
             for split in SPLITS
         },
-        "job": {"format": FORMAT, "source": manifest.fingerprint, "settings": asdict(settings)},
+        "job": _job(manifest, settings),
     }
     for split in SPLITS:
         with replacing(destination / table_names[split]) as file:
@@ -343,13 +363,16 @@ def _summary(destination: Path) -> dict:
 
 
 def _check(arguments: argparse.Namespace) -> Settings:
-    settings = Settings(short_side=arguments.short_side, quality=arguments.quality, shard_images=arguments.shard_images)
+    if arguments.format == "raw" and arguments.quality is not None:
+        raise UserError(f"--quality {arguments.quality}: --format raw has none; leave it out")
+    quality = None if arguments.format == "raw" else _QUALITY if arguments.quality is None else arguments.quality
+    settings = Settings(short_side=arguments.short_side, quality=quality, shard_images=arguments.shard_images)
     if not arguments.short_side.removeprefix("max:").isdecimal() or settings.pixels < 1:
         raise UserError(
             f"--short-side {arguments.short_side}: give a number of pixels, as 256, or a maximum, as max:500"
         )
-    if not 1 <= settings.quality <= 95:
-        raise UserError(f"--quality {settings.quality}: must be in 1–95")
+    if quality is not None and not 1 <= quality <= 95:
+        raise UserError(f"--quality {quality}: must be in 1–95")
     if settings.shard_images < 1:
         raise UserError(f"--shard-images {settings.shard_images}: must be at least 1")
     if arguments.threads is not None and arguments.threads < 1:
@@ -376,7 +399,13 @@ def _run(argv: list[str] | None) -> int:
         default="256",
         help="shorter side in pixels (256), or max:N for a longer side of at most N; smaller images stay as they are",
     )
-    parser.add_argument("--quality", type=int, default=90, help="quality of the JPEGs, 1–95 (90)")
+    parser.add_argument(
+        "--format",
+        choices=("jpeg", "raw"),
+        default="jpeg",
+        help="how images are kept: as JPEGs (jpeg), or as pixels (raw: nothing to decode, 3 bytes a pixel) (jpeg)",
+    )
+    parser.add_argument("--quality", type=int, help=f"quality of the JPEGs, 1–95 ({_QUALITY})")
     parser.add_argument("--shard-images", type=int, default=2048, help="images in a shard (2048)")
     parser.add_argument("--threads", type=int, help="threads of each rank (its share of the cores)")
     arguments = parser.parse_args(argv)

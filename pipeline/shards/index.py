@@ -2,7 +2,8 @@
 
 index.json               classes, fingerprint, the shards' sizes, how they were made; written last
 train-….npy, val-….npy   one row an image (tables.SHARD_ROW), memory-mapped, shared by all ranks
-train-000000.tar …       shards in WebDataset's layout: <class>/<row>-<name>.jpg (see tiles.py), and .cls with the label
+train-000000.tar …       shards in WebDataset's layout: <class>/<row>-<name>.jpg (see tiles.py), or .ppm for images that are
+                         kept as pixels (see raw.py), and .cls with the label
 quarantine.tsv           images of the source that could not be decoded and are left out
 
 Whoever can write to a bucket can write anything into its index. So index.json may name nothing, and promise nothing, that is not
@@ -34,6 +35,8 @@ from pipeline.shards.storage import S3_SCHEME, Storage, open_storage
 INDEX = "index.json"
 _FORMAT_NAME = "vgg-dali prepared "
 FORMAT = f"{_FORMAT_NAME}2"
+RAW_FORMAT = f"{_FORMAT_NAME}raw 1"
+"""Of images that are kept as pixels. Versions before it refuse it like any format that they do not know."""
 
 _MOST_INDEX_BYTES = 64 << 20  # a billion images, in shards of 2048, take a sixth of it
 _MOST_IMAGES = 1 << 40
@@ -103,7 +106,13 @@ def open_prepared(data: str, *, check_shards: bool = True) -> Prepared:
             raise _damaged(storage, f"{name}: {len(rows):,} rows instead of {description['images'][split]:,}")
         images, sizes = (np.array(description[key][split], dtype=np.int64) for key in ("shard_images", "shard_bytes"))
         tables[split] = ShardTable(
-            storage, split, rows, shard_images=images, shard_bytes=sizes, classes=len(description["classes"])
+            storage,
+            split,
+            rows,
+            shard_images=images,
+            shard_bytes=sizes,
+            classes=len(description["classes"]),
+            is_raw=description["format"] == RAW_FORMAT,
         )
     return Prepared(
         root=storage.url,
@@ -120,7 +129,7 @@ def read_index(storage: Storage) -> dict:
     """The content of index.json, in which all is of the form that pipeline.prepare gives it. Raises UserError."""
     try:
         description = _parsed(storage)
-        is_ours = description["format"] == FORMAT
+        is_ours = description["format"] in (FORMAT, RAW_FORMAT)
     except DAMAGED_FILE:
         is_ours = False
     if not is_ours:
@@ -252,7 +261,12 @@ def _checked(file: BinaryIO, split: str, storage: Storage, description: dict) ->
         rows = np.frombuffer(file.read(min(_ROWS_A_BLOCK, shape[0] - done) * SHARD_ROW.itemsize), dtype=SHARD_ROW)
         if not len(rows):
             raise _damaged(storage, f"{name}: {done:,} rows instead of {shape[0]:,}")
-        wrong = what_is_wrong(rows, shard_bytes=sizes, classes=len(description["classes"]))
+        wrong = what_is_wrong(
+            rows,
+            shard_bytes=sizes,
+            classes=len(description["classes"]),
+            is_raw=description["format"] == RAW_FORMAT,
+        )
         if (
             not wrong
             and (rows["shard"] != np.searchsorted(ends, np.arange(done, done + len(rows)), side="right")).any()

@@ -4,6 +4,7 @@ import numpy as np
 
 from common.errors import UserError
 from pipeline.dataset.table import Rows, TableRows, image_sizes
+from pipeline.shards.raw import ppm_bytes
 from pipeline.shards.storage import Storage
 
 SHARD_ROW = np.dtype(
@@ -15,15 +16,17 @@ SHARD_NAMES = r"(?:train|val)-\d{6,}\.tar"
 """A regular expression for the names of shards."""
 
 _TAR_BLOCK = 512
-_LONGEST_JPEG_SIDE = 65_535
+LONGEST_SIDE = 65_535
+"""In pixels; no JPEG has a longer one."""
 
 
 class ShardTable:
     """Images packed into shards, the tar files that pipeline.prepare writes.
 
     storage: where the shards lie. rows: SHARD_ROW, in the order in which they lie in the shards. shard_images, shard_bytes:
-    int64 [shards], the images in each and its size; classes: how many there are.
-    A source is (shard, offset, bytes), int64 [3].
+    int64 [shards], the images in each and its size; classes: how many there are. is_raw: whether images are kept as pixels
+    (raw.py), and not as JPEGs.
+    A source is (shard, offset, bytes), int64 [3]; where images are kept as pixels, (shard, offset, height, width), int64 [4].
     """
 
     def __init__(
@@ -35,8 +38,9 @@ class ShardTable:
         shard_images: np.ndarray,
         shard_bytes: np.ndarray,
         classes: int,
+        is_raw: bool,
     ) -> None:
-        self.storage, self.split, self.shard_images = storage, split, shard_images
+        self.storage, self.split, self.shard_images, self.is_raw = storage, split, shard_images, is_raw
         self._shard_bytes, self._classes = shard_bytes, classes
         self._rows = Rows(rows)
 
@@ -46,15 +50,16 @@ class ShardTable:
     def read(self, rows: np.ndarray) -> TableRows:
         """Raises UserError where a row cannot be: nobody has looked at all of them."""
         chosen = self._rows.take(rows)
-        if wrong := what_is_wrong(chosen, shard_bytes=self._shard_bytes, classes=self._classes):
+        if wrong := what_is_wrong(chosen, shard_bytes=self._shard_bytes, classes=self._classes, is_raw=self.is_raw):
             raise UserError(
                 f"--data {self.storage.url}: its index is damaged ({self.split}: {wrong}); prepare or copy the data set anew"
             )
-        source = np.stack([chosen[field].astype(np.int64) for field in ("shard", "offset", "bytes")], axis=1)
+        fields = ("shard", "offset", "height", "width") if self.is_raw else ("shard", "offset", "bytes")
+        source = np.stack([chosen[field].astype(np.int64) for field in fields], axis=1)
         return TableRows(source=source, labels=chosen["label"].astype(np.int64), sizes=image_sizes(chosen))
 
     def name(self, source: np.ndarray) -> str:
-        shard, offset, _ = source.tolist()
+        shard, offset = source[:2].tolist()
         header = bytearray(_TAR_BLOCK)
         self.storage.read(self.shard_name(shard), [offset - _TAR_BLOCK], [memoryview(header)])
         member = header[:100].rstrip(b"\0").decode("utf-8", "replace")  # the field "name" of every tar format
@@ -69,7 +74,7 @@ def shard_name(split: str, shard: int) -> str:
     return f"{split}-{shard:06d}.tar"
 
 
-def what_is_wrong(rows: np.ndarray, *, shard_bytes: np.ndarray, classes: int) -> str:
+def what_is_wrong(rows: np.ndarray, *, shard_bytes: np.ndarray, classes: int, is_raw: bool) -> str:
     """Which number in these rows (SHARD_ROW) cannot be, in words; "" where all can be."""
     if not len(rows):
         return ""
@@ -81,6 +86,8 @@ def what_is_wrong(rows: np.ndarray, *, shard_bytes: np.ndarray, classes: int) ->
     if rows["label"].min() < 0 or rows["label"].max() >= classes:
         return f"a label beyond the {classes:,} classes"
     sides = (rows["height"], rows["width"])
-    if min(side.min() for side in sides) < 1 or max(side.max() for side in sides) > _LONGEST_JPEG_SIDE:
-        return f"an image whose sides are not 1–{_LONGEST_JPEG_SIDE} pixels"
+    if min(side.min() for side in sides) < 1 or max(side.max() for side in sides) > LONGEST_SIDE:
+        return f"an image whose sides are not 1–{LONGEST_SIDE} pixels"
+    if is_raw and (ppm_bytes(image_sizes(rows)) != rows["bytes"]).any():
+        return "an image that has not the bytes of its pixels"
     return ""

@@ -77,19 +77,22 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_plan_is_all_that_waits_for_a_gpu(tmp_path, capsys):
+def test_the_plan_is_all_that_waits_for_a_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_report, "usable_cores", lambda: 12)
     assert gpu_report.main(["--dry-run", "--data", str(tmp_path / "images")]) == 0
     captured = capsys.readouterr()
-    names = json.loads(captured.out)["runs"]
+    names, left_out = (json.loads(captured.out)[key] for key in ("runs", "left_out"))
+    assert left_out["D bf16, inputs on 16 cores"] == "this machine has 12"
     expected = {f"{a} {p}, {images}" for a in "ADE" for p in ("bf16", "fp16") for images in ("noise", "images")}
     assert set(names) == expected | {
         "tests/gpu",
         "D bf16, inputs",
+        "D bf16, inputs on 6 cores",
         "D bf16, against others",
         "D fp16, against others",
         "loaders",
     }
-    assert len(captured.err.splitlines()) == len(names) == 17
+    assert len(captured.err.splitlines()) == len(names) == 18
     assert f"--data {tmp_path / 'images'}" in captured.err
 
 
@@ -275,6 +278,7 @@ def test_on_a_gpu_every_decoder_is_compared():
         ("gpu", 1.0, None),
         ("gpu", None, 6),
         ("cpu", None, None),
+        ("split", None, None),
     ]
 
 

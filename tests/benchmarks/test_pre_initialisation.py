@@ -30,7 +30,7 @@ def test_small_normal_is_what_train_py_reads(tmp_path):
     config = parse_args(["--data", "digits", "--arch", "E"])
     write_small_normal(config, 10, path)
     spec = starts(tmp_path / "a.pt", path)["random, normal of standard deviation 0.01"][1]
-    network = load_network(spec)
+    network = load_network(spec).for_std(config.std_rgb)
     assert (network.arch, network.crop, network.outputs) == ("E", 32, 10)
     generator = np.random.default_rng(0)
     for name, weight in network.state.items():

@@ -47,14 +47,14 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert torch.equal(loaded.optimizer["state"][0]["momentum_buffer"], torch.ones(64, 64))
 
 
-def test_a_file_from_before_batch_norm_colour_shift_and_ema_loads(tmp_path):
+def test_a_file_from_before_batch_norm_colour_shift_std_ema_and_decoder_share_loads(tmp_path):
     path = save(make(7), tmp_path, is_best=False, keep=2)
     content = torch.load(path, weights_only=True)
-    for name in ("batch_norm", "colour_shift", "ema"):
+    for name in ("batch_norm", "colour_shift", "std_rgb", "ema", "decoder_share"):
         del content[name]
     torch.save(content, path)
     loaded = load(path)
-    assert (loaded.batch_norm, loaded.ema) == (False, None)
+    assert (loaded.batch_norm, loaded.std_rgb, loaded.ema, loaded.decoder_share) == (False, [1.0, 1.0, 1.0], None, None)
     assert np.allclose(loaded.colour_shift, IMAGENET_COLOUR_SHIFT)
 
 
@@ -227,6 +227,8 @@ def test_of_a_runs_folder_the_file_to_give_is_named(tmp_path):
         ("mean_rgb", [1.0, 2.0], "its entry mean_rgb is not a list of three numbers in 0–255"),
         ("mean_rgb", [1.0, 2.0, float("nan")], "its entry mean_rgb is not a list of three numbers in 0–255"),
         ("mean_rgb", [1, 2, "3"], "its entry mean_rgb is not a list of three numbers in 0–255"),
+        ("std_rgb", [1.0, 2.0], "its entry std_rgb is not a list of three numbers in 1–255"),
+        ("std_rgb", [1.0, 2.0, 0.2], "its entry std_rgb is not a list of three numbers in 1–255"),
         ("model", torch.ones(3), "its entry model is not a state dict"),
         ("model", {}, "its entry model is not a state dict"),
         ("model", {"features.0.weight": 1}, "its entry model is not a state dict"),
@@ -244,6 +246,8 @@ def test_of_a_runs_folder_the_file_to_give_is_named(tmp_path):
             "its tensor ema.running_var holds values that are not finite",
         ),
         ("ema", True, "its entry ema is not a state dict"),
+        ("decoder_share", 1.5, "its entry decoder_share is not a number in [0, 1]"),
+        ("decoder_share", "half", "its entry decoder_share is not a number"),
         ("optimizer", None, "its entry optimizer is not a state dict"),
         ("scaler", [], "its entry scaler is not a state dict"),
         ("steps", -1, "its entry steps is not a number from 0 on"),

@@ -42,8 +42,11 @@ def test_defaults_are_the_papers():
 IMAGENET = {
     "out": Path("runs/D-imagenet"), "resume": "auto", "recipe": None, "seed": 0, "epochs": 74, "steps": None,
     "arch": "D", "batch_norm": False, "dropout": 0.5, "init": "xavier", "init_from": None, "weights": None,
-    "data": "imagenet", "train_scale": "256", "crop": 224, "order": "global", "window_shards": 16, "max_bad_images": None,
-    "allow_changed_data": False, "batch_size": 256, "micro_batch": None, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4,
+    "freeze": "none", "head_epochs": 0.0, "weight_decay_on": "all", "head_lr_factor": 1.0,
+    "data": "imagenet", "train_scale": "256", "crop": 224, "crop_mode": "paper", "crop_area": "0.08-1",
+    "crop_aspect": "3/4-4/3", "validation_scale": None, "std": "1,1,1", "order": "global", "window_shards": 16,
+    "max_bad_images": None, "allow_changed_data": False,
+    "batch_size": 256, "micro_batch": None, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4,
     "label_smoothing": 0.0, "ema": 0.0, "schedule": "plateau", "plateau_epochs": 5, "step_epochs": 30, "warmup_epochs": 5.0,
     "device": "auto", "precision": "auto", "compile": "auto", "compile_mode": "default", "fuse": "none", "parallel": "auto",
     "fc_ranks": None, "collective_minutes": 15.0, "lost_seconds": 60.0, "grad_compression": "none",
@@ -113,7 +116,26 @@ def test_compile_is_a_flag_with_three_states(flags, choice):
 )
 def test_scales(scale, train, validation):
     config = parse_args(["--data", "x", "--train-scale", scale])
-    assert (config.scale, config.validation_scale) == (train, validation)
+    assert (config.scale, config.test_scale) == (train, validation)
+    assert parse_args(["--data", "x", "--train-scale", scale, "--validation-scale", "288"]).test_scale == 288
+
+
+RANDOM_RESIZED = ["--data", "x", "--crop-mode", "random-resized"]
+
+
+def test_random_resized_crops_are_torchvisions_by_default():
+    config = parse_args(RANDOM_RESIZED)
+    assert config.area == (0.08, 1.0)
+    assert config.aspect == (3 / 4, 4 / 3)
+    assert config.test_scale == 256
+    own = parse_args([*RANDOM_RESIZED, "--crop-area", "0.35-1", "--crop-aspect", "1", "--validation-scale", "288"])
+    assert (own.area, own.aspect, own.test_scale) == ((0.35, 1.0), (1.0, 1.0), 288)
+
+
+@pytest.mark.parametrize(("flags", "scale"), [(["--crop", "288"], 329), (["--data", "digits"], 36)])
+def test_without_a_training_scale_validation_keeps_torchvisions_share_of_the_image(flags, scale):
+    """256 pixels for 224; the default training scale, which has no meaning, may be less than the crop."""
+    assert parse_args([*RANDOM_RESIZED, *flags]).test_scale == scale
 
 
 @pytest.mark.parametrize(
@@ -129,6 +151,27 @@ def test_scales(scale, train, validation):
         (["--train-scale", "large"], "--train-scale large: give one number"),
         (["--train-scale", "512-256"], "must not exceed"),
         (["--crop", "288", "--data", "x"], "must be at least the crop, 288"),
+        (["--validation-scale", "200", "--data", "x"], "--validation-scale 200: must be at least the crop, 224"),
+        (
+            [*RANDOM_RESIZED, "--train-scale", "256-512"],
+            "--train-scale 256-512: --crop-mode random-resized has no scale; leave one of the two out",
+        ),
+        (["--crop-area", "0.2-1"], "--crop-area 0.2-1: needs --crop-mode random-resized"),
+        (["--crop-aspect", "1"], "--crop-aspect 1: needs --crop-mode random-resized"),
+        ([*RANDOM_RESIZED, "--crop-area", "large"], "--crop-area large, --crop-aspect 3/4-4/3: give ranges, as 0.08-1"),
+        ([*RANDOM_RESIZED, "--crop-area", "0-1"], r"--crop-area 0-1: must be in \(0, 1\]"),
+        ([*RANDOM_RESIZED, "--crop-area", "0.5-2"], r"--crop-area 0.5-2: must be in \(0, 1\]"),
+        ([*RANDOM_RESIZED, "--crop-area", "0.5-0.1"], "--crop-area 0.5-0.1: the first number must not exceed"),
+        ([*RANDOM_RESIZED, "--crop-aspect", "1/0"], r"--crop-aspect 1/0: must be in \[0.01, 100\]"),
+        ([*RANDOM_RESIZED, "--crop-aspect", "1-inf"], r"--crop-aspect 1-inf: must be in \[0.01, 100\]"),
+        ([*RANDOM_RESIZED, "--crop-aspect", "4/3-3/4"], "--crop-aspect 4/3-3/4: the first number must not exceed"),
+        (
+            ["--std", "58,57"],
+            "--std 58,57: give a number for each of red, green and blue, with commas, as 58.395,57.12",
+        ),
+        (["--std", "a,b,c"], "--std a,b,c: give a number for each"),
+        (["--std", "0.229,0.224,0.225"], r"--std 0.229,0.224,0.225: must be in \[1, 255\], as pixels are in 0–255"),
+        (["--std", "58,nan,57"], r"--std 58,nan,57: must be in \[1, 255\]"),
         (["--batch-size", "0"], "at least 1"),
         (["--steps", "0"], "at least 1"),
         (["--dropout", "1"], r"in \[0, 1\)"),
@@ -136,6 +179,14 @@ def test_scales(scale, train, validation):
         (["--ema", "1"], r"--ema 1.0: must be in \[0, 1\)"),
         (["--weights", "a.pt", "--init-from", "b.pt"], "--weights and --init-from: give one of them"),
         (["--inspect", "4", "--dry-run"], "--inspect and --dry-run: give one of them"),
+        (["--freeze", "classifier"], "invalid choice 'classifier' for argument '--freeze'"),
+        (
+            ["--freeze", "features"],
+            "--freeze and --head-epochs keep layers as a run starts with them; say with --weights",
+        ),
+        (["--head-epochs", "1", "--init-from", "a.pt"], "--freeze and --head-epochs keep layers as a run starts with"),
+        (["--head-epochs", "-1", "--weights", "a.pt"], "--head-epochs -1.0: must not be negative"),
+        (["--head-lr-factor", "0"], "--head-lr-factor 0.0: must be above 0"),
         (["--seed", "-1"], "--seed"),
         (["--hw-decoder-load", "1.5"], r"--hw-decoder-load 1.5: must be in \[0, 1\]"),
         (["--recipe", "none.yaml"], "--recipe none.yaml: cannot be read"),
@@ -275,6 +326,14 @@ def test_saved_configuration_is_a_recipe_that_gives_the_same(elsewhere):
     }
     again = parse_args(["--recipe", "config.yaml"])
     assert dataclasses.replace(again, recipe=None) == config
+
+
+@pytest.mark.parametrize("data", ["digits", "x"])
+def test_a_saved_configuration_with_random_resized_crops_is_a_recipe_too(elsewhere, data):
+    """It has a training scale, which nobody gave."""
+    config = parse_args([*RANDOM_RESIZED, "--data", data, "--crop-aspect", "0.5-2", "--std", "58.395,57.12,57.375"])
+    save_config(config, elsewhere / "config.yaml")
+    assert dataclasses.replace(parse_args(["--recipe", "config.yaml"]), recipe=None) == config
 
 
 def test_help_comes_at_once_and_describes_every_flag():

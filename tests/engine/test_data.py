@@ -11,14 +11,15 @@ import torch
 
 from common.errors import TrainingError
 from common.ranks import Ranks
-from engine import data as engine_data
 from engine.config import Config, parse_args
-from engine.data import TrainingData, Viewing, open_data, open_training_data
+from engine.data import TrainingData, Viewing, default_threads, open_data, open_training_data
 from engine.evaluation import prediction
 from engine.evaluation.flags import parse_evaluate
-from engine.lost_images import LostImages
 from engine.networks import Network
 from engine.precision import Precision
+from pipeline.dali import opening
+from pipeline.dali.loader import DaliLoader
+from pipeline.dali.lost_images import LostImages
 from pipeline.dataset.digits import digits_folder
 from pipeline.dataset.manifest import open_manifest
 from tests.engine.test_accuracy import RANKS
@@ -63,7 +64,7 @@ def loads(monkeypatch, module) -> list[float]:
 def test_the_jpeg_engine_takes_part_of_a_batch_in_training_alone(monkeypatch, flags, training, elsewhere):
     """Where it decodes a share, an image's pixels depend on the others of its batch, and so on the ranks."""
     data = data_of(parse_args(["--arch", "A", "--data", "digits", *flags]))
-    seen = loads(monkeypatch, engine_data)
+    seen = loads(monkeypatch, opening)
     for make in (
         lambda: data.train_batches(0),
         lambda: data.validation_batches(data.viewing),
@@ -75,6 +76,35 @@ def test_the_jpeg_engine_takes_part_of_a_batch_in_training_alone(monkeypatch, fl
         with pytest.raises(Stop):
             make()
     assert seen == [training] + [elsewhere] * 5
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "training", "elsewhere"),
+    [
+        ("cuda", ["--decoder", "split"], "split", "gpu"),
+        ("cuda", ["--decoder", "split", "--deterministic"], "gpu", "gpu"),
+        ("cuda", ["--decoder", "auto"], "gpu", "gpu"),
+        ("cuda", ["--decoder", "cpu"], "cpu", "cpu"),
+        ("cpu", ["--decoder", "auto"], "cpu", "cpu"),
+    ],
+)
+def test_two_decoders_share_batches_in_training_alone(device, flags, training, elsewhere):
+    """Which of them has an image depends on its place in the batch, and so on the ranks."""
+    ranks = dataclasses.replace(RANKS, device=torch.device(device, 0) if device == "cuda" else torch.device(device))
+    data = open_training_data(parse_args(["--arch", "A", "--data", "digits", *flags]), ranks, FP32)
+    assert (data.decoder, data.train_options.decoder) == (training, training)
+    assert data._options(32, (1.0, 1.0, 1.0), False).decoder == elsewhere
+    assert data.threads == default_threads(ranks.cpu_share, training)
+
+
+def test_the_cpus_share_begins_with_what_its_cores_can_do(monkeypatch):
+    data = data_of(parse_args(["--arch", "A", "--data", "digits"]))
+    for cores, share in ((1, 1 / 12), (6, 0.5), (12, 1.0), (64, 1.0)):
+        monkeypatch.setattr("common.ranks.usable_cores", lambda cores=cores: cores)
+        assert data.first_share == share
+        loader = data.train_batches(0)
+        assert isinstance(loader, DaliLoader)
+        assert loader.share == share
 
 
 def test_nor_does_an_answer_of_predict_depend_on_the_other_images(monkeypatch):
@@ -92,7 +122,9 @@ def test_nor_does_an_answer_of_predict_depend_on_the_other_images(monkeypatch):
 def test_a_rank_tests_at_most_batch_size_images_at_a_time(world_size):
     flags = parse_evaluate(["--checkpoint", "x.pt", "--data", "digits", "--batch-size", "16"])
     data = open_data(flags.data, ranks_of(world_size), FP32, flags.loading, max_bad_images=None)
-    opened = data.validation_batches(Viewing(crop=32, scale=36, mean_rgb=(0, 0, 0), batch_size=flags.batch_size))
+    opened = data.validation_batches(
+        Viewing(crop=32, scale=36, mean_rgb=(0, 0, 0), std_rgb=(1, 1, 1), batch_size=flags.batch_size)
+    )
     assert opened
     batches, steps = opened
     assert len(next(batches)[0]) == 16

@@ -63,6 +63,18 @@ def test_training_tiles_say_what_the_plan_decided(data):
     assert {caption.split(",")[1] for caption in (tile.caption[1] for tile in tiles)} == {" flipped", " not flipped"}
 
 
+def test_of_random_resized_crops_the_share_of_the_image_is_told(flags):
+    own = [*flags, "--train-scale", "256", "--crop-mode", "random-resized"]
+    with ranks_of_this_run("cpu") as ranks:
+        data = open_training_data(parse_args(own), ranks, Precision("fp32", "cpu"))
+        assert data.manifest
+        plan, numbers = data.train_plan(), np.arange(6)
+        tiles = _training_tiles(data, data.manifest.train, plan, numbers)
+    for tile in tiles:
+        top, left, bottom, right = tile.window
+        assert tile.caption[1].startswith(f"{(bottom - top) * (right - left):.0%} of the area, ")
+
+
 def test_validation_tiles_are_the_centre(data):
     tiles = _validation_tiles(data, data.manifest.val, data.validation_plan(data.viewing), np.array([0, 2]))
     assert [tile.caption[1] for tile in tiles] == ["S 120, centre"] * 2

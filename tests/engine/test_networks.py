@@ -1,6 +1,7 @@
 """What a run starts from: networks of other runs and of torchvision, and the mean that comes with them."""
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -17,8 +18,9 @@ from common.ranks import ranks_of_this_run
 from engine.checkpoint import load
 from engine.config import Config, parse_args
 from engine.data import open_training_data
-from engine.networks import Network, for_data, in_order_of, load_network, start_from
+from engine.networks import Network, for_data, in_order_of, initial_network, load_network, start_from
 from engine.precision import Precision
+from engine.training import assembly
 from model.vgg import build
 from pipeline.dataset.manifest import open_manifest
 from pipeline.preparation import statistics
@@ -140,11 +142,47 @@ def test_torchvisions_weights(tmp_path):
     assert (network.classes, network.outputs) == (None, 7)
     pixels = torch.randint(256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float()
     theirs = functional.normalize(pixels / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    ours = pixels - torch.tensor(network.mean_rgb).view(1, 3, 1, 1)
     with torch.no_grad():
-        expected, logits = reference(theirs), network.build(CPU)(ours)
-    assert expected.std() > 1e-3
-    assert torch.allclose(logits, expected, atol=1e-5)
+        expected = reference(theirs)
+        assert expected.std() > 1e-3
+        for own in (network, network.for_std((1.0, 1.0, 1.0)), network.for_std((40.0, 100.0, 127.5))):
+            ours = pixels - torch.tensor(own.mean_rgb).view(1, 3, 1, 1)
+            logits = own.build(CPU)(ours / torch.tensor(own.std_rgb).view(1, 3, 1, 1))
+            assert torch.allclose(logits, expected, atol=1e-5), own.std_rgb
+    assert all(torch.equal(network.state[name], weight) for name, weight in reference.state_dict().items())
+
+
+TORCHVISION_STD = "58.395,57.12,57.375"
+
+
+@pytest.mark.parametrize("std", ["1,1,1", TORCHVISION_STD])
+@pytest.mark.seconds
+def test_a_training_starts_with_torchvisions_logits_whatever_its_std(photos, tmp_path, std):
+    """torchvision's network behind its own Normalize, and ours behind the loaders, training's and validation's."""
+    torch.manual_seed(0)
+    reference = torchvision.models.vgg11(num_classes=3)
+    reference.avgpool = torch.nn.Identity()
+    reference.classifier[0] = torch.nn.Linear(512, 4096)
+    torch.save(reference.eval().state_dict(), tmp_path / "vgg11.pth")
+    flags = ["--arch", "A", *flags_for(photos, tmp_path / "out"), "--weights", f"torchvision:{tmp_path / 'vgg11.pth'}"]
+    config = parse_args([*flags, "--std", std])
+    initial = initial_network(config)
+    model = assembly.network_of(config, classes=3, device=CPU).eval()
+    assert initial
+    start_from(initial, model, config, ["class0", "class1", "class2"])
+    if std == TORCHVISION_STD:
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in reference.state_dict().items())
+    with ranks_of_this_run("cpu") as ranks:
+        divided, whole = (
+            open_training_data(some, ranks, Precision("fp32", "cpu"), initial=initial)
+            for some in (config, dataclasses.replace(config, std="1,1,1"))
+        )
+        mean = torch.tensor(divided.mean_rgb).view(3, 1, 1)
+        for batches_of in (lambda data: data.train_batches(0), lambda data: data.validation_batches(data.viewing)[0]):
+            (images, _), (less_mean, _) = (next(batches_of(data)) for data in (divided, whole))
+            seen = functional.normalize((less_mean + mean) / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+            with torch.no_grad():
+                assert torch.allclose(model(images), reference(seen), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +222,23 @@ def test_batch_norm_cannot_come_or_go_in_the_middle_of_a_run(photos, photo_run, 
     flags = ["--arch", "A", *flags_for(photos, photo_run.parent), "--batch-norm"]
     assert train.main(flags) == 2
     assert "was trained without --batch-norm, this run is with; choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.seconds
+def test_the_std_of_a_run_is_kept_and_cannot_change_in_its_middle(photos, photo_run, tmp_path, capsys):
+    flags = ["--arch", "A", *flags_for(photos, tmp_path / "run"), "--lr", "1e-9"]
+    assert train.main([*flags, "--std", TORCHVISION_STD, "--weights", str(photo_run)]) == 0
+    checkpoint, source = load(tmp_path / "run/last.pt"), load(photo_run)
+    assert (checkpoint.std_rgb, source.std_rgb) == ([58.395, 57.12, 57.375], [1.0, 1.0, 1.0])
+    assert source.ema
+    first = source.ema["features.0.weight"] * torch.tensor(checkpoint.std_rgb).view(1, 3, 1, 1)
+    assert torch.allclose(checkpoint.model["features.0.weight"], first, rtol=1e-5, atol=1e-6), "its results stay"
+    capsys.readouterr()
+    assert train.main([*flags, "--steps", "3"]) == 2
+    said = "was trained with --std 58.395,57.12,57.375, this run asks for 1.0,1.0,1.0; choose another --out"
+    assert said in capsys.readouterr().err
+    assert train.main([*flags, "--steps", "3", "--std", "58.395, 57.12, 57.375"]) == 0
+    assert load(tmp_path / "run/last.pt").steps == 3
 
 
 LETTERS = ("a", "b", "c")
@@ -328,6 +383,15 @@ def test_files_of_other_programs_are_read(small, tmp_path, write):
     assert (network.classes, network.outputs) == (None, 3)
 
 
+@pytest.mark.parametrize("described", ["[", "[" * 100_000, "3", '{"mean_rgb": [1, 2, 3], "classes": ["a"]}'])
+def test_a_description_in_a_safetensors_file_that_is_not_its_networks(small, tmp_path, described):
+    path = tmp_path / "w.safetensors"
+    state = {name: value.contiguous() for name, value in small.items()}
+    pytest.importorskip("safetensors.torch").save_file(state, path, {"vgg-dali": described})
+    with pytest.raises(UserError, match="its class names or its mean are not those of its network; export it anew"):
+        load_network(f"torchvision:{path}")
+
+
 def test_without_its_package_a_safetensors_file_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     path = tmp_path / "w.safetensors"
@@ -352,10 +416,28 @@ def content(photo_run) -> dict:
 
 
 @pytest.mark.parametrize(
+    ("config", "trained", "tested"),
+    [
+        ({"train_scale": "36-73"}, (36, 73), 54),  # as older files have it
+        ({"train_scale": "36-73", "crop_mode": "paper", "validation_scale": 40}, (36, 73), 40),
+        ({"train_scale": "36", "crop_mode": "random-resized", "validation_scale": None}, None, 36),
+        ({"train_scale": "36", "crop_mode": "random-resized", "validation_scale": 41}, None, 41),
+        ({"train_scale": "16", "crop_mode": "random-resized"}, None, 36),
+    ],
+)
+def test_a_network_is_tested_at_the_scale_of_its_trainings_validations(content, tmp_path, config, trained, tested):
+    torch.save({**content, "config": config}, tmp_path / "last.pt")
+    network = load_network(str(tmp_path / "last.pt"))
+    assert (network.train_scale, network.test_scale) == (trained, tested)
+
+
+@pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"config": {}}, "its configuration names no train_scale that its network could have been trained at"),
         ({"config": {"train_scale": "16"}}, "its configuration names no train_scale that its network could have been"),
+        ({"config": {"train_scale": "36", "validation_scale": 16}}, "its configuration's validation_scale is not a"),
+        ({"config": {"train_scale": "36", "validation_scale": "64"}}, "its configuration's validation_scale is not a"),
         (
             {"arch": "D"},
             "holds the weights of A for 32 pixels and 3 classes, but says that they are those of D for 32 pixels",

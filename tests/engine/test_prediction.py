@@ -16,9 +16,12 @@ from tests.support.launch import ROOT
 SIDES = [(40, 53), (40, 40), (61, 40)]
 
 
+STD = (40.0, 100.0, 57.0)
+
+
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("A"), "A")
+    return trained(tmp_path_factory.mktemp("A"), "A", std_rgb=STD)
 
 
 @pytest.fixture
@@ -39,6 +42,7 @@ def probabilities_with_pil(model, path):
     pixels = np.asarray(image.crop((left, top, left + 32, top + 32)), dtype=np.float32) - np.array(
         MEAN_RGB, dtype=np.float32
     )
+    pixels /= np.array(STD, dtype=np.float32)
     with torch.no_grad():
         return model(torch.from_numpy(pixels).permute(2, 0, 1)[None]).softmax(dim=1)[0]
 

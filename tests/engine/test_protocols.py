@@ -66,7 +66,7 @@ def data_of(folder: Path) -> Data:
 
 
 def viewing_at(scale: int) -> Viewing:
-    return Viewing(crop=CROP, scale=scale, mean_rgb=IMAGENET_MEAN_RGB, batch_size=8)
+    return Viewing(crop=CROP, scale=scale, mean_rgb=IMAGENET_MEAN_RGB, std_rgb=(1, 1, 1), batch_size=8)
 
 
 def whole_images(folder: Path, scale: int):
@@ -290,19 +290,20 @@ def test_protocols_are_those_of_the_paper():
 
 
 def test_networks_that_compute_something_else_have_another_name():
-    """By their layers, crop, mean, and every weight's name, shape, type and values."""
+    """By their layers, crop, mean, std, and every weight's name, shape, type and values."""
     one = dataclasses.replace(network_of(3), state={"a": torch.arange(6.0), "b": torch.ones(2)})
     others = [
         dataclasses.replace(one, **change)
         for change in (
             {"arch": "B"}, {"batch_norm": True}, {"crop": 64}, {"mean_rgb": (120.0, 110.0, 100.5)},
+            {"std_rgb": (1.0, 1.0, 2.0)},
             {"state": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}},
             {"state": {"a": torch.arange(6.0).half(), "b": torch.ones(2)}},
             {"state": {"a": torch.arange(6.0), "c": torch.ones(2)}},
             {"state": {"a": torch.arange(6.0), "b": torch.tensor([1.0, 1.0000001])}},
         )
     ]  # fmt: skip
-    assert len({digest(network) for network in (one, *others)}) == 9
+    assert len({digest(network) for network in (one, *others)}) == 10
     same = dataclasses.replace(one, name="other", state=dict(reversed(one.state.items())))
     assert digest(same) == digest(one)
 

@@ -40,6 +40,10 @@ JOBS = {
     "in two passes, with an average": job("--micro-batch", "2", "--ema", "0.9", steps=2),
     "among two": job("--fc-ranks", "2", steps=2),
     "two machines of two": job(steps=2, ranks_a_machine=2),
+    "frozen, in groups": job(
+        *("--weights", "given", "--freeze", "features", "--head-lr-factor", "10", "--weight-decay-on", "weights"),
+        steps=2,
+    ),
 }
 
 

@@ -261,6 +261,30 @@ def test_a_step_is_put_together_as_the_configuration_says():
     assert parts.average.steps == 2
 
 
+@pytest.mark.parametrize("name", ["fp32", "fp16"])
+def test_weights_that_are_left_alone_keep_their_value_and_their_momentum(name):
+    precision = Precision(name, "cpu")
+    scaler = precision.grad_scaler()
+    if scaler.is_enabled():  # at its own first scale, the first steps are skipped
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 256.0})
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
+    step = TrainStep(model, optimizer=optimizer, scaler=scaler, precision=precision, passes=1)
+    batch = torch.randn(6, 3), torch.arange(6) % 4
+    step(iter([batch]))
+    first = list(model[0].parameters())
+    for left_alone in (first, []):
+        step.left_alone = left_alone
+        before = copy.deepcopy(model.state_dict())
+        momenta = [optimizer.state[weight]["momentum_buffer"].clone() for weight in first]
+        step(iter([batch]))
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, before[name]) == (bool(left_alone) and name.startswith("0."))
+        for weight, momentum in zip(first, momenta, strict=True):
+            assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum) == bool(left_alone)
+        assert all(weight.grad is None for weight in model.parameters())
+
+
 # ---- several ranks: a group of one process, which adds up as a larger one does ---------------------------------------
 
 
@@ -380,4 +404,6 @@ def test_statistics_of_all_ranks_are_averaged_once_after_a_step(monkeypatch, pas
             assert torch.equal(mean, model.state_dict()["1.running_mean"])
             assert torch.equal(variance, model.state_dict()["1.running_var"])
             assert mean.any(), "after the step"
+            layers[1].eval()  # it keeps its statistics, which are the same on all ranks
+            step(itertools.repeat(batch))
     assert len(sent) == 1

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +34,7 @@ from engine.config import parse_args
 from engine.evaluation.accuracy import Accuracy
 from engine.monitoring import dashboards, runlog
 from engine.monitoring.runlog import RunLog
-from engine.training import trainer
+from engine.training import preemption, trainer
 from engine.training.assembly import too_little_memory
 from engine.training.clock import Clock, TimedBatches, process_seconds
 from engine.training.resume import claim_out
@@ -102,9 +104,13 @@ def test_class_names_that_cannot_be_drawn_as_they_are(tmp_path, capsys):
 
 
 def test_pictures_and_dashboards_only_warn_and_come_after_the_checkpoint(folder, tmp_path, capsys, monkeypatch):
+    """What is written beside a picture was begun before it."""
     saved = []
 
     def fail(*_, **__):
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join()
         saved.append((tmp_path / "best.pt").exists() and len(load(tmp_path / "last.pt").history))
         raise ValueError("no\nfont")
 
@@ -375,6 +381,177 @@ def test_ctrl_c_twice_in_a_checkpoint_leaves_it_whole(folder, tmp_path, capfd, m
     error = capfd.readouterr().err
     assert "cannot write" not in error
     assert "Traceback" not in error
+
+
+# ---- checkpoints beside the training ---------------------------------------------------------------------------------
+
+
+class SlowWriting:
+    """Whose checkpoint after the third step, at an epoch's end, is written no sooner than the run says."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.may_write, self.steps = threading.Event(), 0
+        self.written: list[int] = []
+        save, advance = checkpoints.save, RunLog.advance
+        self.after_step: dict[int, Callable[[], None]] = {}
+        """What is done after a step, by its number."""
+
+        def slow(checkpoint, *args, **named):
+            if checkpoint.steps == 3:
+                assert self.may_write.wait(60), "the training waits for it"
+            save(checkpoint, *args, **named)
+            self.written.append(checkpoint.steps)
+
+        def counting(log) -> None:
+            self.steps += 1
+            self.after_step.get(self.steps, lambda: None)()
+            advance(log)
+
+        monkeypatch.setattr(checkpoints, "save", slow)
+        monkeypatch.setattr(RunLog, "advance", counting)
+
+    def write_soon(self) -> None:
+        """While the training's thread waits, it is to be hoped."""
+        threading.Timer(0.5, self.may_write.set).start()
+
+
+@pytest.fixture
+def slow_writing(monkeypatch, unseen) -> SlowWriting:
+    return SlowWriting(monkeypatch)
+
+
+def test_the_training_goes_on_while_a_checkpoint_is_written_which_has_the_state_of_its_step(
+    folder, tmp_path, slow_writing
+):
+    slow_writing.may_write.set()
+    assert train.main(flags_of(folder, tmp_path / "whole", "--steps", "3")) == 0
+    slow_writing.may_write.clear()
+    slow_writing.after_step[3 + 5] = slow_writing.write_soon  # else it would not be written
+    assert train.main(flags_of(folder, tmp_path / "parts", "--steps", "5")) == 0
+    assert slow_writing.written == [3, 3, 5], "the end waits for the one before"
+    assert_same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/step-00000003.pt")
+    whole, part = load(tmp_path / "whole/last.pt"), load(tmp_path / "parts/step-00000003.pt")
+    assert part.history == whole.history
+    assert (tmp_path / "parts/best.pt").samefile(tmp_path / "parts/step-00000003.pt")
+    assert load(tmp_path / "parts/last.pt").steps == 5
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stop_waits_for_the_checkpoint_that_is_being_written(folder, tmp_path, slow_writing, number, code):
+    def signalled() -> None:
+        os.kill(os.getpid(), number)
+        slow_writing.write_soon()
+
+    slow_writing.after_step[4] = signalled
+    assert train.main(flags_of(folder, tmp_path, "--steps", "9")) == code
+    assert slow_writing.written == [3, 4]
+    assert load(tmp_path / "last.pt").steps == 4
+
+
+def test_a_second_ctrl_c_waits_for_the_checkpoint_that_is_being_written(folder, tmp_path, slow_writing, monkeypatch):
+    monkeypatch.setattr(preemption, "_SECONDS_OF_ONE_INTERRUPT", 0)
+
+    def interrupted() -> None:
+        slow_writing.write_soon()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    slow_writing.after_step[4] = interrupted
+    assert train.main(flags_of(folder, tmp_path, "--steps", "9")) == 130
+    assert (slow_writing.steps, slow_writing.written) == (4, [3])
+    assert load(tmp_path / "last.pt").steps == 3
+
+
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(folder, tmp_path, slow_writing, capsys):
+    def fail() -> None:
+        slow_writing.write_soon()
+        raise TrainingError("of something else")
+
+    slow_writing.after_step[4] = fail
+    assert train.main(flags_of(folder, tmp_path, "--steps", "9")) == 1
+    assert slow_writing.written == [3, 4]
+    assert load(tmp_path / "last.pt").steps == 4
+    assert capsys.readouterr().err.splitlines()[-2:] == ["saved the state after step 4", "error: of something else"]
+
+
+def test_an_error_saves_although_the_checkpoint_that_was_being_written_has_failed(
+    folder, tmp_path, slow_writing, capsys, monkeypatch
+):
+    save = torch.save
+
+    def full_once(*args) -> None:
+        monkeypatch.setattr(checkpoints.torch, "save", save)
+        raise OSError(28, "No space left on device")
+
+    def fail() -> None:
+        slow_writing.write_soon()
+        raise TrainingError("of something else")
+
+    monkeypatch.setattr(checkpoints.torch, "save", full_once)
+    slow_writing.after_step[4] = fail
+    assert train.main(flags_of(folder, tmp_path, "--steps", "9")) == 1
+    assert slow_writing.written == [4]
+    assert capsys.readouterr().err.splitlines()[-2:] == ["saved the state after step 4", "error: of something else"]
+
+
+def test_the_last_good_checkpoint_may_still_be_written(folder, tmp_path, slow_writing, capsys, monkeypatch):
+    """Where a loss that is not finite ends the run, the sentence names it."""
+    step = engine.training.assembly.TrainStep.__call__
+
+    def diverging(*args, **named):
+        loss = step(*args, **named)
+        return loss * math.nan if slow_writing.steps == 3 else loss
+
+    monkeypatch.setattr(engine.training.assembly.TrainStep, "__call__", diverging)
+    slow_writing.after_step[4] = slow_writing.write_soon
+    assert train.main(flags_of(folder, tmp_path, "--steps", "9")) == 1
+    assert f"the last good checkpoint is {tmp_path}/last.pt" in capsys.readouterr().err
+    assert slow_writing.written == [3]
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("fault", ["disk", "weights"])
+def test_what_goes_wrong_in_the_background_ends_the_run_with_the_next_step(
+    folder, tmp_path, capsys, monkeypatch, fault
+):
+    """The third step's checkpoint fails during the fourth, which is not saved: disk or state are at fault."""
+    may_fail = threading.Event()
+    save, advance, write = checkpoints.save, RunLog.advance, torch.save
+    assert train.main(flags_of(folder, tmp_path, "--steps", "2")) == 0
+
+    def faulty(checkpoint, *args, **named):
+        assert may_fail.wait(60)
+        if fault == "weights":
+            checkpoint.model["2.weight"][0] = math.nan
+        save(checkpoint, *args, **named)
+
+    def full_once(*_):
+        monkeypatch.setattr(checkpoints.torch, "save", write)
+        raise OSError(28, "No space left on device")
+
+    def waiting(self):
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                may_fail.set()
+                thread.join()
+        advance(self)
+
+    monkeypatch.setattr(checkpoints, "save", faulty)
+    monkeypatch.setattr(RunLog, "advance", waiting)
+    if fault == "disk":
+        monkeypatch.setattr(checkpoints.torch, "save", full_once)
+    capsys.readouterr()
+    assert train.main(flags_of(folder, tmp_path, "--steps", "9")) == 1
+    said = capsys.readouterr().err.splitlines()
+    sentence = {
+        "disk": f"cannot write a checkpoint to {tmp_path} (No space left on device); the last good one is",
+        "weights": "the weights are not finite any more; the last good checkpoint is",
+    }[fault]
+    assert said[-1] == f"error: {sentence} {tmp_path}/last.pt"
+    assert not any("saved the state" in line for line in said)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert max(record["step"] for record in records) == 4
+    assert load(tmp_path / "last.pt").steps == 2
 
 
 def test_a_signal_while_the_last_curves_are_drawn_changes_nothing(folder, tmp_path, monkeypatch):

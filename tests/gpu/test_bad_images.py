@@ -109,7 +109,7 @@ def pixels_on_cpu(samples, names) -> dict[int, torch.Tensor]:
 
 
 def delivered(
-    samples: Samples, device: torch.device, *, decoder: str, hw_decoder_load: float
+    samples: Samples, device: torch.device, *, decoder: str, hw_decoder_load: float, share: float = 0.5
 ) -> tuple[dict[int, torch.Tensor], set[int]]:
     """What a loader makes of a batch: the image of each row, [3, SIDE, SIDE] on the CPU, and the rows it says are lost."""
     lost: set[int] = set()
@@ -127,6 +127,7 @@ def delivered(
         lose=lambda failed, dead, reasons: lost.update(failed.rows.tolist()),
         batch_size=len(samples.labels),
     )
+    loader.share = share  # with decoder "split"
     images, _ = next(loader)
     return dict(zip(given[-1].tolist(), images.cpu().clone(), strict=True)), lost
 
@@ -164,6 +165,8 @@ def test_the_files_are_damaged_so_that_it_shows(names, lost_on_cpu, device):
         pytest.param(DEVICE, "cpu", 0.0, id="gpu, decoded on the cpu"),
         pytest.param(DEVICE, "gpu", 0.0, id="gpu without its engine"),
         pytest.param(DEVICE, "gpu", 1.0, id="gpu, all on its engine"),
+        pytest.param(CPU, "split", 0.0, id="split, both on the cpu"),
+        pytest.param(DEVICE, "split", 0.0, id="split"),
     ],
 )
 def test_the_same_images_are_lost_as_on_the_cpu(

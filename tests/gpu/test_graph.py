@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.dali.graph import GraphOptions
+from pipeline.dali.graph import GraphOptions, first_of
 from pipeline.dali.loader import DaliLoader
 from pipeline.dataset.manifest import open_manifest
 from pipeline.plan.samples import Samples
-from pipeline.plan.training import TrainPlan
+from pipeline.plan.training import RandomResized, TrainPlan
 from tests.gpu.device import DECODERS_DIFFER_BY, DECODERS_DIFFER_ON_AVERAGE_BY, DEVICE
 from tests.support.images import photographs, save_variant
 
@@ -64,16 +64,16 @@ def samples(table) -> Samples:
     return planned
 
 
-def loader_of(*batches: Samples, device: torch.device, decoder: str, half: bool = False, pad_channels: bool = False):
+def loader_of(*batches: Samples, device: torch.device, decoder: str, share: float = 1.0, **options):
     """The batches in turn, for ever."""
-    return DaliLoader(
+    loader = DaliLoader(
         lambda skip: itertools.islice(itertools.cycle(batches), skip, None),
-        GraphOptions(
-            crop=CROP, device_id=device.index, decoder=decoder, half=half, pad_channels=pad_channels, threads=4
-        ),
+        GraphOptions(crop=CROP, device_id=device.index, decoder=decoder, threads=4, **options),
         lose=lambda lost, dead, reasons: pytest.fail(f"cannot be decoded: {reasons}"),
         batch_size=len(batches[0].labels),
     )
+    loader.share = share
+    return loader
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,35 @@ def test_with_the_cpus_decoder_only_the_resize_rounds_otherwise(samples, on_cpu)
     assert difference[~torch.from_numpy(samples.resized)].max() < 1e-3
     assert difference.max() < 1 + 1e-3
     assert difference.mean() < 0.05
+
+
+def test_random_resized_crops_are_the_cpus_but_for_the_resizes_rounding(table):
+    plan = TrainPlan(
+        table=table, batch_size=len(table), crop=CROP, scale=(SCALE, SCALE), seed=0, random_resized=RandomResized()
+    )
+    samples = plan.samples(np.arange(len(table)))
+    on_cpu, on_gpu = (next(loader_of(samples, device=device, decoder="cpu"))[0].cpu() for device in (CPU, DEVICE))
+    difference = (on_cpu - on_gpu).abs()
+    assert difference.max() < 1 + 1e-3
+    assert difference.mean() < 0.05
+
+
+def test_each_colour_is_divided_by_its_std_after_the_mean_is_subtracted(samples, on_gpu):
+    std = (58.395, 2.0, 127.5)
+    images = next(loader_of(samples, device=DEVICE, decoder="gpu", std_rgb=std))[0].cpu()
+    assert torch.allclose(images, on_gpu / torch.tensor(std).view(3, 1, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_batch_that_both_decoders_share_is_in_order_and_each_image_its_decoders(samples, on_cpu, on_gpu, share):
+    images, labels = next(loader_of(samples, device=DEVICE, decoder="split", share=share))
+    assert np.array_equal(labels.cpu(), samples.labels)
+    first = torch.from_numpy(first_of(len(samples.labels), share))
+    difference = (images.cpu() - torch.where(first[:, None, None, None], on_cpu, on_gpu)).abs()
+    assert difference.max() < DECODERS_DIFFER_BY, "the engine's share of the GPU's part is another one than alone"
+    if share:
+        assert difference[first].max() < 2 + 1e-3, "rounded in decoding whole images, and in the resize"
+        assert difference[first].mean() < 0.05
 
 
 def test_half_precision_images_are_the_same_rounded(samples, on_gpu):

@@ -1,5 +1,7 @@
 """Prepared data on the GPU: images that are cut before they are decoded, and cropped to the last pixel."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -20,15 +22,24 @@ IMAGES = 24
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory) -> TrainPlan:
+def photos(tmp_path_factory) -> Path:
     root, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for split, count in (("train", IMAGES), ("val", 1)):
         (root / split / "class").mkdir(parents=True)
         for number in range(count):
             width, height = (int(side) for side in generator.integers(240, 700, size=2))
             photographs()[number % 2].resize((width, height)).save(root / split / f"class/{number}.JPEG", quality=92)
-    assert packing.main([str(root), str(root / "256"), "--short-side", "256"]) == 0
-    table = open_prepared(str(root / "256")).train
+    return root
+
+
+@pytest.fixture(scope="module")
+def plan(photos, tmp_path_factory) -> TrainPlan:
+    return plan_of(photos, tmp_path_factory.mktemp("prepared") / "256")
+
+
+def plan_of(photos: Path, folder: Path, *flags: str) -> TrainPlan:
+    assert packing.main([str(photos), str(folder), "--short-side", "256", *flags]) == 0
+    table = open_prepared(str(folder)).train
     return TrainPlan(table=table, batch_size=IMAGES, crop=224, scale=(256, 256), seed=0)
 
 
@@ -53,6 +64,14 @@ def test_images_are_the_cpus_as_far_as_decoders_agree(plan):
 
 def test_with_the_cpus_decoder_only_the_resize_rounds_otherwise(plan):
     difference = (batch_on(plan, torch.device("cpu"), "cpu") - batch_on(plan, DEVICE, "cpu")).abs()
+    resized = plan.samples(np.arange(IMAGES)).resized
+    assert difference[~torch.from_numpy(resized)].max() < 1e-3
+    assert difference.max() < 1 + 1e-3
+
+
+def test_images_that_are_kept_as_pixels_come_through_unchanged(photos, tmp_path):
+    plan = plan_of(photos, tmp_path / "raw", "--format", "raw")
+    difference = (batch_on(plan, torch.device("cpu"), "none") - batch_on(plan, DEVICE, "none")).abs()
     resized = plan.samples(np.arange(IMAGES)).resized
     assert difference[~torch.from_numpy(resized)].max() < 1e-3
     assert difference.max() < 1 + 1e-3

@@ -37,6 +37,31 @@ def test_parameters_and_weight_layers_are_the_papers(arch):
     assert layers == {"A": 11, "A-LRN": 11, "B": 13, "C": 16, "D": 16, "E": 19}[arch]
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("arch", CONFIGURATIONS)
+def test_freezing_blocks(arch, batch_norm):
+    """Counted by hand: the layers with weights, convolutions and normalisations, of each block. Both modes come and go."""
+    convolutions = {"A": (1, 1, 2, 2, 2), "A-LRN": (1, 1, 2, 2, 2), "B": (2,) * 5, "C": (2, 2, 3, 3, 3)}
+    convolutions |= {"D": (2, 2, 3, 3, 3), "E": (2, 2, 4, 4, 4)}
+    with torch.device("meta"):
+        model = VGG(arch, classes=3, crop=32, batch_norm=batch_norm)
+    for blocks in (0, 1, 3, 5):
+        model.freeze(blocks)
+        layers = [layer for layer in model.features.modules() if list(layer.parameters(recurse=False))]
+        frozen = sum(convolutions[arch][:blocks]) * (1 + batch_norm)
+        for place, layer in enumerate(layers):
+            assert {weight.requires_grad for weight in layer.parameters()} == {place >= frozen}
+        assert all(weight.requires_grad for weight in model.classifier.parameters())
+        for mode in (False, True):
+            model.train(mode)
+            for place, layer in enumerate(layers):
+                is_kept = place < frozen and isinstance(layer, torch.nn.BatchNorm2d)
+                assert layer.training == (mode and not is_kept)
+            assert model.classifier[2].training == mode
+    model.keep_statistics(0)
+    assert all(layer.training for layer in model.modules())
+
+
 def test_lrn_keeps_the_keys_of_a():
     with torch.device("meta"):
         plain, with_lrn = VGG("A"), VGG("A-LRN")

@@ -5,11 +5,14 @@ from torchvision.transforms.v2.functional import normalize
 
 from model.vgg import CONFIGURATIONS, VGG, build
 from model.weights import (
+    NOT_DIVIDED,
     TORCHVISION_MEAN,
+    TORCHVISION_MEAN_RGB,
     TORCHVISION_STD,
+    TORCHVISION_STD_RGB,
     as_float32,
     describe,
-    from_torchvision,
+    for_std,
     initialise_from,
     load_all,
     to_torchvision,
@@ -57,13 +60,19 @@ def test_torchvisions_own_normalisation_is_known():
         assert (tuple(transform.mean), tuple(transform.std)) == (TORCHVISION_MEAN, TORCHVISION_STD)
 
 
-@pytest.mark.parametrize(("arch", "batch_norm"), ALL_TORCHVISION)
+STDS = [NOT_DIVIDED, (40.0, 100.0, 127.5), TORCHVISION_STD_RGB]
+
+
+@pytest.mark.parametrize(
+    ("arch", "batch_norm", "std"),
+    [*((*network, NOT_DIVIDED) for network in ALL_TORCHVISION), *(("A", True, std) for std in STDS[1:])],
+)
 @pytest.mark.seconds
-def test_torchvisions_networks_in_and_out_give_equal_logits(arch, batch_norm):
+def test_torchvisions_networks_in_and_out_give_equal_logits(arch, batch_norm, std):
     """Seen through torchvision's own Normalize: the mean and the division by 255·std, borders included."""
     reference = torchvision_network(arch, batch_norm)
     theirs = reference.state_dict()
-    state, mean_rgb = from_torchvision(theirs)
+    state = for_std(theirs, TORCHVISION_STD_RGB, std)
     model = outline(arch, classes=10, batch_norm=batch_norm).eval()
     model.load_state_dict(state, assign=True)
 
@@ -71,24 +80,26 @@ def test_torchvisions_networks_in_and_out_give_equal_logits(arch, batch_norm):
     seen_by_theirs = normalize(pixels / 255, list(TORCHVISION_MEAN), list(TORCHVISION_STD))
     with torch.no_grad():
         expected = reference(seen_by_theirs)
-        logits = model(pixels - torch.tensor(mean_rgb).view(3, 1, 1))
+        logits = model((pixels - torch.tensor(TORCHVISION_MEAN_RGB).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
     assert expected.std() > 0.1
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
-    back, normalize_mean = to_torchvision(model.state_dict(), mean_rgb)
+    back, normalize_mean = to_torchvision(model.state_dict(), TORCHVISION_MEAN_RGB, std)
     assert normalize_mean == pytest.approx(TORCHVISION_MEAN, rel=1e-12)
     assert back.keys() == theirs.keys()
     torch.testing.assert_close(back.pop("features.0.weight"), theirs["features.0.weight"], rtol=2e-7, atol=0)
     assert all(torch.equal(weight, theirs[name]) for name, weight in back.items())
 
 
-def test_the_division_is_exact_to_the_border():
+@pytest.mark.parametrize("std", STDS)
+def test_the_division_is_exact_to_the_border(std):
     """In float64, on the first convolution alone, whose padding is of zeros: every pixel of its output, corners too."""
     state = {name: weight.double() for name, weight in small("A").state_dict().items()}
-    ours, mean_rgb = from_torchvision(state)
+    ours = for_std(state, TORCHVISION_STD_RGB, std)
     pixels = torch.randint(0, 256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(1)).double()
     seen_by_theirs = normalize(pixels / 255, list(TORCHVISION_MEAN), list(TORCHVISION_STD))
-    seen_by_ours = pixels - torch.tensor(mean_rgb, dtype=torch.float64).view(3, 1, 1)
+    mean, divisor = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (TORCHVISION_MEAN_RGB, std))
+    seen_by_ours = (pixels - mean) / divisor
     expected, result = (
         torch.conv2d(seen, weights["features.0.weight"], padding=1)
         for seen, weights in ((seen_by_theirs, state), (seen_by_ours, ours))
@@ -97,16 +108,25 @@ def test_the_division_is_exact_to_the_border():
 
 
 def test_a_mean_of_ones_own_is_torchvisions_times_255():
-    _, normalize_mean = to_torchvision(small("A").state_dict(), (255.0, 51.0, 0.0))
+    _, normalize_mean = to_torchvision(small("A").state_dict(), (255.0, 51.0, 0.0), NOT_DIVIDED)
     assert normalize_mean == (1.0, 0.2, 0.0)
 
 
 def test_states_that_are_given_stay_as_they_are():
     state = small("A").state_dict()
     before = {name: weight.clone() for name, weight in state.items()}
-    from_torchvision(state)
-    to_torchvision(state, (1, 2, 3))
+    for_std(state, TORCHVISION_STD_RGB, NOT_DIVIDED)
+    to_torchvision(state, (1, 2, 3), NOT_DIVIDED)
     assert all(torch.equal(state[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_for_the_same_std_stay_as_they_are_to_the_last_bit(dtype):
+    """Of 32 bits, or of 16: also where the std is written in decimals, as --std has it."""
+    weight = torch.randn(64, 3, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for std in ((58.395, 57.12, 57.375), TORCHVISION_STD_RGB):
+        again = for_std({"features.0.weight": weight}, TORCHVISION_STD_RGB, std)["features.0.weight"]
+        assert torch.equal(again, weight.float())
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -122,7 +142,7 @@ def test_a_network_saved_before_batch_norm_counted_batches_is_known_and_loads():
     model = small("B", batch_norm=True)
     old = {name: weight for name, weight in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     assert describe(old) == ("B", True, 7, 32)
-    assert not load_all(small("B", seed=1, batch_norm=True), from_torchvision(old)[0])
+    assert not load_all(small("B", seed=1, batch_norm=True), for_std(old, TORCHVISION_STD_RGB, NOT_DIVIDED))
 
 
 @pytest.mark.parametrize("what", ["empty", "checkpoint", "resnet", "extra layer", "wide", "odd FC6", "tiny FC6"])
@@ -270,8 +290,37 @@ def test_state_dicts_as_other_trainers_save_them(entry, place):
 
 
 @pytest.mark.parametrize(
+    ("batch_norm", "place"), [(False, WRAPS[6]), (True, lambda state: {"state_dict_ema": WRAPS[0](state)})]
+)
+@pytest.mark.seconds
+def test_timms_networks_give_equal_logits(batch_norm, place):
+    """Whose FC6 is a convolution of 7×7, FC7 one of 1×1, and FC8 sees the mean of the one place that is left."""
+    reference = torchvision_network("A", batch_norm)
+    fc6, _, _, fc7, _, _, fc8 = reference.classifier
+    theirs = {name: value for name, value in reference.state_dict().items() if name.startswith("features")}
+    theirs |= {"pre_logits.fc1.weight": fc6.weight.view(4096, 512, 7, 7), "pre_logits.fc1.bias": fc6.bias}
+    theirs |= {"pre_logits.fc2.weight": fc7.weight.view(4096, 4096, 1, 1), "pre_logits.fc2.bias": fc7.bias}
+    theirs |= {"head.fc.weight": fc8.weight, "head.fc.bias": fc8.bias}
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        maps = reference.features(images)
+        for layer in ("fc1", "fc2"):
+            weight, bias = (theirs[f"pre_logits.{layer}.{what}"] for what in ("weight", "bias"))
+            maps = torch.conv2d(maps, weight, bias).relu()
+        expected = maps.mean((2, 3)) @ theirs["head.fc.weight"].T + theirs["head.fc.bias"]
+        state, _ = unwrapped(place(theirs))
+        assert describe(state) == ("A", batch_norm, 10, 224)
+        model = outline("A", classes=10, batch_norm=batch_norm).eval()
+        model.load_state_dict(state, assign=True)
+        logits = model(images)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
     ("content", "sentence"),
     [
+        ({"features.0.weight": torch.ones(1), "pre_logits.fc1.weight": torch.ones(1)}, "it has no classifier.6.weight"),
         (torch.ones(2), "it holds a Tensor, not a state dict"),
         ([1], "it holds a list, not a state dict"),
         ({}, "not the weights of a VGG: it has no features.0.weight, classifier.0.weight, classifier.6.weight"),
@@ -298,13 +347,14 @@ def test_what_is_wrong_with_other_files_is_said_truly(content, sentence):
 def test_weights_of_other_precisions_are_kept_in_float32(dtype):
     """The folded first convolution too: in 16 bits it would be rounded a second time."""
     weight = torch.randn(64, 3, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
-    folded = from_torchvision(
-        as_float32({"features.0.weight": weight, "features.1.num_batches_tracked": torch.tensor(3)})
+    stds = TORCHVISION_STD_RGB, NOT_DIVIDED
+    folded = for_std(
+        as_float32({"features.0.weight": weight, "features.1.num_batches_tracked": torch.tensor(3)}), *stds
     )
     exact = weight.double() / (255 * torch.tensor(TORCHVISION_STD, dtype=torch.float64).view(1, 3, 1, 1))
-    assert folded[0]["features.0.weight"].dtype == torch.float32
-    torch.testing.assert_close(folded[0]["features.0.weight"].double(), exact, rtol=1.2e-7, atol=0)
-    directly = from_torchvision({"features.0.weight": weight})[0]["features.0.weight"]
+    assert folded["features.0.weight"].dtype == torch.float32
+    torch.testing.assert_close(folded["features.0.weight"].double(), exact, rtol=1.2e-7, atol=0)
+    directly = for_std({"features.0.weight": weight}, *stds)["features.0.weight"]
     torch.testing.assert_close(directly.double(), exact, rtol=1.2e-7, atol=0)
 
 

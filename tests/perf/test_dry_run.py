@@ -96,3 +96,22 @@ def test_time_and_memory_on_eight_h100(monkeypatch, capsys):
     assert shared["sharing"] == 8
     assert shared["parameters"] == D_PARAMETERS
     assert shared["memory_bytes"]["weights"] < memory["weights"] / 3
+
+
+def test_frozen_blocks_have_no_gradients_no_momentum_and_no_floor(monkeypatch, capsys):
+    """D's convolutions: 14,714,688 weights and biases, as torchvision's vgg16().features has."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    ranks = dataclasses.replace(RANKS, device=torch.device("cuda", 0))
+    config = parse_args(["--data", "synthetic", "--weights", "a.pt", "--freeze", "features", "--batch-size", "8"])
+    data = open_training_data(config, ranks, Precision("bf16", "cuda"))
+    told = dry_run(config, data, Job.of(data), None)
+    memory = told["memory_bytes"]
+    assert told["frozen_parameters"] == 14_714_688
+    assert memory["weights"] == 4 * D_PARAMETERS
+    assert memory["gradients"] == memory["momentum"] == 4 * (D_PARAMETERS - 14_714_688)
+    # FC6 passes no gradient on, so that only FC7 and FC8 keep the copies of their weights.
+    copies = 2 * (4096 * 4096 + 4096 * 1000)
+    assert memory["activations"] == pytest.approx(copies, rel=0.02)
+    assert told["checkpoint_bytes"] == 8 * D_PARAMETERS - 4 * 14_714_688
+    assert told["floor_seconds"] is None
+    assert "time: unknown: the floor is that of training all layers\n" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from PIL import Image
 from common.errors import UserError
 from common.ranks import ranks_of_this_run
 from engine.config import parse_args
-from engine.data import TrainingData, default_threads, open_training_data
+from engine.data import TrainingData, open_training_data
 from engine.precision import Precision
 from perf.feeds import decoding_alone, feed_of, reading_alone
 from perf.laps import MarkedBatches
@@ -25,6 +25,7 @@ from perf.stages import (
     training_batches,
 )
 from perf.timing import Limits, Timing, rate_of
+from pipeline.dali.opening import default_threads
 from pipeline.dataset.digits import digits_folder
 from pipeline.dataset.manifest import open_manifest
 from pipeline.plan.samples import Samples

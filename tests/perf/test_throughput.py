@@ -117,6 +117,12 @@ def test_a_report_is_never_overwritten(profiled, capsys):
     assert (out / "report.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("flags", [["--freeze", "block1"], ["--head-epochs", "1"]])
+def test_a_training_of_some_layers_has_other_limits(capsys, flags):
+    assert throughput.main([*SMALL, "--weights", "none.pt", *flags]) == 2
+    assert "--freeze and --head-epochs: the limits here are those of training all layers" in capsys.readouterr().err
+
+
 def test_by_default_each_run_has_a_new_folder():
     config, options = throughput.parse(["--data", "digits", "--arch", "B", "--seconds", "3"])
     assert options.out is None

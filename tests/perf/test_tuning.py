@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import statistics
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,10 +17,11 @@ from scipy import stats
 from common.errors import TrainingError, UserError
 from common.ranks import ranks_of_this_run
 from engine.config import Config, parse_args
-from perf import throughput
+from perf import throughput, trials
 from perf.search import Coordinate, Search, TimeUp, beats_spread, climb, gain_of, paired_rates
+from perf.stages import open_bench
 from perf.timing import Limits
-from perf.trials import Job, Outcome, Trials
+from perf.trials import Job, Outcome, Settings, Trials
 from perf.tuning import coordinates, in_words, sentences, write_recipe
 from tests.support.launch import results_of, run
 from tests.support.made_up_report import cpu_report
@@ -198,6 +200,30 @@ def test_the_decoder_is_chosen_by_training_since_it_may_share_the_gpu_with_the_s
 
     tuned, _ = search(job(device="cuda", decoder="gpu", compile="on", threads=8), speed)
     assert tuned.kept == {"decoder": "cpu", "threads": 3}, "and its threads are its default's"
+
+
+def test_every_other_decoder_is_tried_and_two_at_a_time_unless_bits_must_repeat():
+    for config, others in ((Config(), ["cpu", "split"]), (Config(deterministic=True), ["cpu"])):
+        (decoders,) = coordinates(job(device="cuda"), config)["training"]
+        assert [change["decoder"] for change in decoders.changes({**GIVEN, "decoder": "gpu"})] == others
+
+
+def test_a_trial_measures_with_the_settings_that_it_is_told_to(monkeypatch):
+    seen = []
+
+    def look(bench: Any, stage: str) -> float:
+        options = bench.data.train_options
+        seen.append((options.threads, options.prefetch, options.hw_decoder_load))
+        return 1.0
+
+    monkeypatch.setattr(trials, "_measure", look)
+    with ranks_of_this_run("cpu") as ranks:
+        config = parse_args(["--arch", "A", "--data", "digits", "--no-compile", "--threads", "2"])
+        bench = open_bench(config, ranks, Limits(seconds=1, steps=None))
+        changed: tuple[Settings, ...] = {}, {"threads": 1, "prefetch": 4, "hw_decoder_load": 0.5}
+        for changes in changed:
+            assert trials._trial(bench, "loader", changes, 0).images_per_second == 1.0
+    assert seen == [(2, 2, 0.65), (1, 4, 0.5)]
 
 
 def test_the_share_of_the_jpeg_engine_belongs_to_the_gpus_decoder():

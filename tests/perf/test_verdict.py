@@ -556,6 +556,10 @@ def test_what_to_try_fits_the_cause():
     assert flags_of(report)[-1] == "--data PREPARED"
     report.config |= {"images_in": "shards", "read_threads": 8}
     assert flags_of(report) == ["--read-threads 16", "--read-ahead 16", "--order window"]
+    report.config["decoder"] = "none"
+    report.stages.decoding = None
+    assert flags_of(report)[-1] == "--data PREPARED"
+    assert "without --format raw" in judge(report).tries[-1].why
 
     report = planted("cuda", slow_decoder)
     report.config["decoder"] = "cpu"
@@ -563,6 +567,8 @@ def test_what_to_try_fits_the_cause():
     report = planted("cpu", slow_decoder)
     report.config["threads"] = 1
     assert flags_of(report)[0] == "--threads 3", "one more than the cores"
+    report.config["images_in"] = "shards"
+    assert "prepare --format raw" in judge(report).tries[-1].why
 
     report = planted("cuda", slow_part("all_reduce", 0.5))
     assert flags_of(report) == ["--grad-compression bf16", "--batch-size 1024"]

@@ -224,21 +224,22 @@ def test_an_image_that_ends_early_is_used_where_it_is_whole_and_never_shows_what
             (tmp_path / split / f"class/{index}.jpg").write_bytes(JPEG)
     manifest = open_manifest(tmp_path)
 
-    def crops() -> tuple[torch.Tensor, set[int]]:
+    def crops(decoder: str = "cpu", share: float = 1.0) -> tuple[torch.Tensor, set[int]]:
         plan = ValidationPlan(table=manifest.val, crop=CROP, scale=110)  # 32 rows in the middle of 110
         lost: set[int] = set()
 
         def lose(samples, dead, reasons):
-            assert not dead.any() or {0, 1} & set(samples.rows[dead].tolist())
+            assert decoder == "split" or not dead.any() or {0, 1} & set(samples.rows[dead].tolist())
             lost.update(samples.rows.tolist())
             plan.lose(samples, dead)
 
         loader = DaliLoader(
             lambda skip: plan.batches(rank=0, world_size=1, batch_size=9, skip=skip),
-            GraphOptions(crop=CROP, prefetch=1),
+            GraphOptions(crop=CROP, prefetch=1, decoder=decoder),
             lose=lose,
             batch_size=9,
         )
+        loader.share = share
         return next(loader)[0], lost
 
     whole, lost = crops()
@@ -252,6 +253,10 @@ def test_an_image_that_ends_early_is_used_where_it_is_whole_and_never_shows_what
     samples = next(ValidationPlan(table=manifest.val, crop=CROP, scale=110).batches(rank=0, world_size=1, batch_size=9))
     assert set(undecodable(samples, CROP, None)) == lost
     assert set(undecodable(samples, CROP, None, whole=True)) == set(range(9)), "as the GPU's decoder has it"
+    for row in lost:
+        Path(manifest.val.path(row)).write_bytes(JPEG)
+    for share in (0.0, 0.5, 1.0):
+        assert crops("split", share)[1] == set(range(9)) - lost, "and both, where they share a batch, whichever has it"
 
 
 def test_links_to_folders_above_bring_no_image_in_twice(tmp_path):

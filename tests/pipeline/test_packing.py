@@ -107,9 +107,15 @@ def test_shards_are_webdatasets(prepared):
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_interrupted_anywhere_and_on_any_number_of_ranks_the_result_is_the_same(source, prepared, tmp_path, ranks):
+@pytest.mark.parametrize("kept", ["jpeg", pytest.param("raw", marks=pytest.mark.slow)])
+def test_interrupted_anywhere_and_on_any_number_of_ranks_the_result_is_the_same(
+    source, prepared, tmp_path, ranks, kept
+):
     destination = tmp_path / "again"
-    flags = [str(source), str(destination), *FLAGS, "--threads", "1"]
+    if kept == "raw":
+        prepared = tmp_path / "at once"
+        assert packing.main([str(source), str(prepared), *FLAGS, "--format", kept]) == 0
+    flags = [str(source), str(destination), *FLAGS, "--threads", "1", "--format", kept]
     process = launch(ranks, *flags)
     deadline = time.monotonic() + 60
     while len(list((destination / ".unfinished").glob("*.npz"))) < 2:

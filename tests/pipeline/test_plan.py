@@ -2,10 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.dataset.table import FileTable
 from pipeline.plan.samples import IMAGENET_MEAN_RGB, LOST_LABEL, PADDING_LABEL, rescaled_sizes
-from pipeline.plan.training import IMAGENET_COLOUR_SHIFT, TrainPlan
+from pipeline.plan.training import IMAGENET_COLOUR_SHIFT, RandomResized, TrainPlan
 from pipeline.plan.validation import ValidationPlan
 
 
@@ -21,6 +22,12 @@ def make_table(length: int, seed: int = 0) -> FileTable:
 
 def make_plan(length: int, batch_size: int, *, scale=(256, 512), seed: int = 0, **settings) -> TrainPlan:
     return TrainPlan(table=make_table(length), batch_size=batch_size, crop=224, scale=scale, seed=seed, **settings)
+
+
+def table_of_size(length: int, height: int, width: int) -> FileTable:
+    rows = np.zeros(length, dtype=[("path", "u1", (1,)), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")])
+    rows["height"], rows["width"] = height, width
+    return FileTable(Path("/"), rows)
 
 
 def take(plan: TrainPlan, *, steps: int, world_size: int, start: int = 0, micro_batch: int | None = None):
@@ -207,8 +214,6 @@ def test_validation_crops_where_torchvision_does():
     for corner, out in zip(corners, outs, strict=True):
         if max(out) > 3000:
             continue
-        import torch
-
         grid = torch.arange(int(out[0] * out[1])).reshape(1, *map(int, out))
         first = int(center_crop(grid, [224, 224])[0, 0, 0])
         assert tuple(corner) == divmod(first, int(out[1]))
@@ -422,3 +427,112 @@ def test_a_plan_is_the_same_in_every_version():
     assert samples.flipped.astype(int).tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 0, 1]
     lost = plan.samples(np.flatnonzero(np.isin(plan.epochs_and_rows(np.arange(1000))[1], [7, 8, 9])))
     assert lost.rows.tolist() == [588, 415, 466]
+
+
+# ---- crops of random area and shape ------------------------------------------------------------------------------
+
+
+def test_random_resized_crops_change_nothing_but_the_crop():
+    """Its numbers are drawn from words of their own; and each is a function of the sample's number, as all else is."""
+    paper, resized = make_plan(1000, batch_size=8), make_plan(1000, batch_size=8, random_resized=RandomResized())
+    numbers = np.arange(500, 1500)  # of two epochs
+    one, other = paper.samples(numbers), resized.samples(numbers)
+    for name in ("source", "flipped", "mean", "labels", "rows", "size"):
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+    order = np.random.default_rng(0).permutation(1000)
+    for name, given, again in zip(other._fields, other, resized.samples(numbers[order]), strict=True):
+        assert np.array_equal(given[order], again), name
+
+
+def test_the_window_of_a_random_resized_crop_is_the_crop_itself():
+    samples = make_plan(500, batch_size=8, random_resized=RandomResized()).samples(np.arange(500))
+    ends = np.stack((samples.roi_start, samples.roi_end))
+    assert (ends.min(axis=0) == 0).all()
+    assert np.array_equal(ends.max(axis=0), samples.shape)
+    assert [field.dtype for field in samples] == [field.dtype for field in make_plan(5, 5).samples(np.arange(5))]
+
+
+def test_a_random_resized_crop_knows_nothing_of_flip_and_colour_and_its_numbers_nothing_of_each_other():
+    count = 20_000
+    plan = TrainPlan(
+        table=table_of_size(count, 400, 400),
+        batch_size=count,
+        crop=224,
+        scale=(256, 256),
+        seed=3,
+        colour_shift=OWN_SHIFT,
+        random_resized=RandomResized(area=(0.1, 0.5)),
+    )
+    samples = plan.samples(np.arange(count))
+    shape = samples.shape.astype(float)
+    places = samples.start / (401 - shape)
+    shift = np.asarray(IMAGENET_MEAN_RGB) - samples.mean.astype(float)
+    alpha = np.linalg.solve(np.array(OWN_SHIFT), shift.T)
+    decided = [shape.prod(axis=1), shape[:, 0] / shape[:, 1], places[:, 0], places[:, 1], samples.flipped, *alpha]
+    off_diagonal = np.corrcoef(np.stack([values.astype(float) for values in decided]))[~np.eye(8, dtype=bool)]
+    assert np.abs(off_diagonal).max() < 0.03, "0 ± 0.007"
+
+
+SHAPES = [(375, 500), (500, 333), (256, 256), (200, 600), (60, 300), (7, 5), (1, 1)]
+OWN_CROPS = RandomResized(area=(0.25, 0.5), aspect=(1.5, 2.0))
+DRAWS = [(crops, *shape, 3_000) for crops in (RandomResized(), OWN_CROPS) for shape in SHAPES]
+# torchvision draws one at a time: a minute each.
+MANY_DRAWS = [pytest.param(RandomResized(), *shape, 100_000, marks=pytest.mark.slow) for shape in SHAPES[:5]]
+
+
+@pytest.mark.parametrize(("crops", "height", "width", "count"), [*DRAWS, *MANY_DRAWS])
+def test_random_resized_crops_are_distributed_as_torchvisions(crops, height, width, count):
+    """Kolmogorov-Smirnov, of what RandomResizedCrop itself draws. At 60×300 some draws fail ten times, in 7×5 few fit."""
+    from scipy import stats
+    from torchvision.transforms import RandomResizedCrop
+
+    image = torch.empty(3, height, width, device="meta")
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(image, crops.area, crops.aspect) for _ in range(count)])
+    numbers = np.arange(count)
+    corners, shapes = crops.rectangles(np.full((count, 2), (height, width)), 5, numbers // 1000, numbers % 1000)
+    ours = np.concatenate((corners, shapes), axis=1)
+
+    def figures(drawn: np.ndarray) -> dict[str, np.ndarray]:
+        top, left, tall, wide = drawn.T
+        return {
+            "height": tall,
+            "width": wide,
+            "area": tall * wide,
+            "aspect": wide / tall,
+            "top": top,
+            "left": left,
+            "place down": (top + 0.5) / (height - tall + 1),
+            "place across": (left + 0.5) / (width - wide + 1),
+        }
+
+    for (name, one), other in zip(figures(ours).items(), figures(theirs).values(), strict=True):
+        assert stats.ks_2samp(one, other, method="asymp").pvalue > 1e-4, name
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 1000), (1000, 10), (1, 5000), (3, 100)])
+def test_where_nothing_fits_the_crop_is_torchvisions_at_the_centre(height, width):
+    from torchvision.transforms import RandomResizedCrop
+
+    crops = RandomResized()
+    corners, shapes = crops.rectangles(np.array([[height, width]] * 50), 0, np.zeros(50, dtype=int), np.arange(50))
+    image = torch.empty(3, height, width, device="meta")
+    (expected,) = {RandomResizedCrop.get_params(image, crops.area, crops.aspect) for _ in range(20)}
+    assert {(*corner, *shape) for corner, shape in zip(corners.tolist(), shapes.tolist(), strict=True)} == {expected}
+
+
+def test_a_crop_is_never_empty_and_lies_within_its_image():
+    table = make_table(3000)
+    sizes = table.read(np.arange(3000)).sizes
+    for aspect in ((3 / 4, 4 / 3), (0.01, 0.01), (100, 100), (0.01, 100)):
+        crops = RandomResized(area=(1e-6, 1.0), aspect=aspect)
+        corners, shapes = crops.rectangles(sizes, 0, np.zeros(3000, dtype=int), np.arange(3000))
+        assert (shapes >= 1).all()
+        assert (corners >= 0).all()
+        assert (corners + shapes <= sizes).all()
+
+
+def test_random_resized_crops_are_the_same_in_every_version():
+    samples = make_plan(1000, batch_size=8, seed=3, random_resized=RandomResized()).samples(np.arange(995, 1000))
+    assert samples.start.tolist() == [[38, 323], [450, 83], [24, 60], [2, 23], [46, 451]]
+    assert samples.shape.tolist() == [[289, 222], [304, 251], [82, 73], [1343, 1260], [256, 218]]

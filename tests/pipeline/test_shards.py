@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import resized_crop
 
 import train
 from common import patience
@@ -24,7 +25,7 @@ from common.errors import DataSourceError, UserError
 from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import DaliLoader
 from pipeline.plan.samples import Samples
-from pipeline.plan.training import TrainPlan
+from pipeline.plan.training import RandomResized, TrainPlan
 from pipeline.plan.validation import ValidationPlan
 from pipeline.preparation import packing
 from pipeline.shards import storage
@@ -65,12 +66,12 @@ def make_plan(table: ShardTable, **arguments) -> TrainPlan:
     return TrainPlan(table=table, **{**defaults, **arguments})
 
 
-def make_loader(plan: TrainPlan, *, lose=None, start: int = 0) -> DaliLoader:
+def make_loader(plan: TrainPlan, *, lose=None, start: int = 0, decoder: str = "cpu") -> DaliLoader:
     assert isinstance(plan.table, ShardTable)
     reader = ShardReader(plan.table, threads=3, batches_ahead=2)
     return DaliLoader(
         lambda skip: plan.batches(start=start, rank=0, world_size=1, micro_batch=plan.batch_size, skip=skip),
-        GraphOptions(crop=plan.crop, threads=2),
+        GraphOptions(crop=plan.crop, decoder="none" if plan.table.is_raw else decoder, threads=2),
         lose=lose or (lambda samples, dead, reasons: pytest.fail(f"lost an image: {reasons}")),
         batch_size=plan.batch_size,
         fetch=lambda batches: reader.fetch(batches, plan.read_group),
@@ -81,6 +82,18 @@ def image_of(table: ShardTable, source: np.ndarray) -> Image.Image:
     shard, offset, size = source.tolist()
     content = (Path(table.storage.url) / table.shard_name(shard)).read_bytes()
     return Image.open(io.BytesIO(content[offset : offset + size])).convert("RGB")
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 1])
+def test_a_batch_that_two_decoders_share_is_the_same(folder, share):
+    """Without a GPU, both are the CPU's. An image is cut to its window before either has it."""
+    plan = make_plan(table_of(folder), batch_size=10)
+    loader = make_loader(plan, decoder="split")
+    loader.share = share
+    images, labels = next(loader)
+    expected, expected_labels = next(make_loader(plan))
+    assert torch.equal(labels, expected_labels)
+    assert torch.equal(images, expected)
 
 
 def test_an_image_of_the_right_size_is_cropped_and_nothing_else(folder):
@@ -99,6 +112,22 @@ def test_an_image_of_the_right_size_is_cropped_and_nothing_else(folder):
             crop = crop[:, ::-1]
         assert samples.shape[n].tolist() == [32, 32]
         assert np.abs(images[n] - crop).max() < 1e-3, "to the last bit, for all that PIL decodes"
+
+
+def test_random_resized_crops_of_prepared_images_are_torchvisions(folder):
+    """Out of JPEGs that are cut to the tiles of their window before they are decoded."""
+    table = table_of(folder)
+    plan = make_plan(table, batch_size=48, random_resized=RandomResized())
+    samples = plan.samples(np.arange(48))
+    images, labels = next(make_loader(plan))
+    assert np.array_equal(labels, samples.labels)
+    images = images.permute(0, 2, 3, 1).numpy() + samples.mean[:, None, None]
+    for n, ((y, x), (height, width)) in enumerate(zip(samples.start.tolist(), samples.shape.tolist(), strict=True)):
+        whole = torch.from_numpy(np.array(image_of(table, samples.source[n]))).permute(2, 0, 1)
+        expected = resized_crop(whole, y, x, height, width, [32, 32], antialias=True).permute(1, 2, 0).numpy()
+        image = images[n, :, ::-1] if samples.flipped[n] else images[n]
+        assert np.abs(image - expected)[2:-2, 2:-2].max() <= 3
+        assert np.abs(image - expected).mean() < 0.5
 
 
 def test_crops_come_from_everywhere_and_half_are_flipped(folder):

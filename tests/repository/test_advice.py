@@ -21,12 +21,12 @@ from common.errors import TrainingError, UserError
 from common.ranks import Ranks
 from engine.config import parse_args
 from engine.evaluation import trials
-from engine.lost_images import LostImages
 from engine.training.resume import check_same_data
 from perf import feeds, sweep
 from perf.sweep import Point
 from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import DaliLoader
+from pipeline.dali.lost_images import LostImages
 from pipeline.dataset import manifest, scan
 from pipeline.shards.index import Prepared
 

@@ -16,7 +16,7 @@ from engine.evaluation.posteriors import LOST, POSTERIOR_SCALE
 from engine.evaluation.row_files import open_rows
 from engine.networks import Network
 from model.vgg import build
-from model.weights import to_torchvision
+from model.weights import NOT_DIVIDED, for_std, to_torchvision
 from pipeline.dataset.manifest import open_manifest
 from tests.support.images import photographs
 from tests.support.launch import results_of, run
@@ -206,7 +206,7 @@ def test_outputs_in_another_order_and_without_names_give_the_same_figures(tmp_pa
     model = load(Path(two[0])).model
     turned = {name: value[order] if name.startswith("classifier.6") else value for name, value in model.items()}
     other = changed(two[0], tmp_path / "turned.pt", classes=[CLASSES[n] for n in order], model=turned)
-    bare, _ = to_torchvision(model, (120.0, 110.0, 100.0))
+    bare, _ = to_torchvision(model, (120.0, 110.0, 100.0), NOT_DIVIDED)
     torch.save(bare, tmp_path / "bare.pth")
     assert 0 < expected["top5"] < 1
     assert {key: results(capsys, "--checkpoint", other, *common)[key] for key in keys} == {
@@ -219,6 +219,19 @@ def test_outputs_in_another_order_and_without_names_give_the_same_figures(tmp_pa
     foreign = changed(two[0], tmp_path / "foreign.pt", classes=[str(n) for n in range(7)])
     assert evaluate.main(["--checkpoint", foreign, *common]) == 2
     assert "it knows the classes 0, 1, 2 and 4 more, the data set has class0, class1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("protocol", ["center", pytest.param("multicrop+dense", marks=pytest.mark.slow)])
+def test_a_network_whose_images_are_divided_gives_the_same_posteriors(tmp_path, folder, two, capsys, protocol):
+    std = (40.0, 100.0, 57.0)
+    model = for_std(load(Path(two[0])).model, NOT_DIVIDED, std)
+    divided = changed(two[0], tmp_path / "divided.pt", std_rgb=list(std), model=model)
+    flags = ["--data", str(folder), "--posteriors", str(tmp_path / "p"), "--protocol", protocol, "--scales", "40"]
+    expected, found = (results(capsys, "--checkpoint", path, *flags) for path in (two[0], divided))
+    assert found["images_per_second"], "not those of the other network"
+    assert {**found, "checkpoints": 0, "images_per_second": 0} == {**expected, "checkpoints": 0, "images_per_second": 0}
+    one, other = (np.load(path).astype(np.float32) for path in list((tmp_path / "p").glob("*.npy"))[:2])
+    assert np.abs(one - other).max() < 2e-3 * one.max()
 
 
 def test_posteriors_of_an_earlier_version_are_computed_anew(tmp_path, folder, two, capsys):

@@ -73,6 +73,15 @@ SMALL_STEP = ["--crop", "32", "--train-scale", "32", "--batch-size", "2"]
 
 
 @pytest.mark.slow
+def test_checkpoints():
+    result = run_script("benchmarks.checkpoints", "pass", "--arch", "A", "--rounds", "2", *SMALL_STEP)
+    assert result["checkpoint_mebibytes"] == 245, "for a thousand classes"
+    for name in ("foreground", "background", "step_while_writing", "step_otherwise"):
+        median, lowest, highest = result[f"{name}_seconds"]
+        assert 0 < lowest <= median <= highest < 60
+
+
+@pytest.mark.slow
 def test_trainer_overhead():
     result = run_script("benchmarks.overhead", "script._STEPS_A_TURN = 2", "trainer", "--rounds", "4", *SMALL_STEP)
     assert result["rounds"] == 4

@@ -92,6 +92,36 @@ def test_batches_from_a_bucket_are_those_from_the_folder(folder, bucket, window_
         assert torch.equal(here, there)
 
 
+def test_windows_from_a_bucket_are_those_from_the_folder(bucket, tmp_path, monkeypatch):
+    """Of images that are kept as pixels; one is cut in the bucket, and lost there."""
+    import obstore
+    from obstore.store import S3Store
+
+    photos, folder, url = photo_folder(tmp_path / "photos", train=24, val=9), tmp_path / "raw", "s3://images/raw"
+    flags = ["--short-side", "64", "--shard-images", "5", "--format", "raw"]
+    assert packing.main([str(photos), str(folder), *flags]) == 0
+    store = S3Store.from_url(
+        url, endpoint=os.environ["AWS_ENDPOINT_URL"], region="us-east-1", client_options={"allow_http": True}
+    )
+    for path in folder.iterdir():
+        obstore.put(store, path.name, path)
+    for window_shards in (None, 2):
+        for here, there in zip(batches(str(folder), window_shards), batches(url, window_shards), strict=True):
+            assert torch.equal(here, there)
+    table = open_prepared(url).train
+    content = (folder / "train-000000.tar").read_bytes()
+    obstore.put(store, "train-000000.tar", content[: table.read(np.array([4])).source[0, 1] + 1000])
+    plan, lost = TrainPlan(table=table, batch_size=6, crop=32, scale=(64, 64), seed=0), set()
+
+    def lose(samples, dead, reasons):
+        lost.update(samples.rows.tolist())
+        plan.lose(samples, dead)
+
+    for _ in zip(range(12), make_loader(plan, lose=lose), strict=False):
+        pass
+    assert lost == {4}
+
+
 @pytest.mark.slow
 def test_two_ranks_train_from_a_bucket(bucket, tmp_path):
     done = run(*FLAGS, "--data", URL, "--steps", "2", "--out", str(tmp_path / "bucket"), ranks=2)

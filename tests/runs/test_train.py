@@ -281,6 +281,7 @@ def fails(capsys, *flags: str, code: int = 2) -> str:
         (["--crop", "100"], "--crop 100: must be a multiple of 32"),
         (["--data", "/no/such/folder"], "--data /no/such/folder: no such folder"),
         (["--decoder", "gpu"], "--decoder gpu: needs a GPU"),
+        (["--decoder", "split"], "--decoder split: needs a GPU"),
         (["--device", "cuda"], "--device cuda: torch finds no GPU here"),
         (["--resume", "no.pt"], "no.pt: no such file"),
         (["--out", "/dev/null/run"], "--out /dev/null/run: cannot be written"),

@@ -104,9 +104,11 @@ def test_pictures_are_what_a_loader_started_from():
     pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 3), dtype=np.uint8)
     mean = (123.68, 116.779, 103.939)
     images = torch.from_numpy(pixels - np.asarray(mean, dtype=np.float32)).permute(0, 3, 1, 2)
-    assert np.array_equal(as_pictures(images, mean), pixels)
-    assert np.array_equal(as_pictures(torch.cat((images, torch.zeros(3, 1, 5, 4)), dim=1), mean), pixels)
-    brighter = as_pictures(images + 20, mean)
+    ones, std = (1.0, 1.0, 1.0), (58.0, 2.0, 57.0)
+    assert np.array_equal(as_pictures(images, mean, ones), pixels)
+    assert np.array_equal(as_pictures(torch.cat((images, torch.zeros(3, 1, 5, 4)), dim=1), mean, ones), pixels)
+    assert np.array_equal(as_pictures(images / torch.tensor(std).view(3, 1, 1), mean, std), pixels)
+    brighter = as_pictures(images + 20, mean, ones)
     assert np.array_equal(brighter, np.minimum(pixels.astype(int) + 20, 255))  # a colour shift stays
     sheet = grid(pixels, 2)
     assert sheet.shape == (12, 10, 3)
@@ -228,7 +230,11 @@ def gpu_curves(env: dict[str, str], gpus: str = "None") -> dict:
 import json, time
 from engine.monitoring.gpu_curves import GpuCurves
 curves = GpuCurves({gpus}, interval_seconds=0.02)
-curves.start(); time.sleep(0.6); means = curves.take_means()
+curves.start()
+deadline = time.monotonic() + 10
+while curves._thread.is_alive() and not curves._read and time.monotonic() < deadline:
+    time.sleep(0.01)
+time.sleep(0.3); means = curves.take_means()
 watts = curves.take_watts(); curves.stop()
 print(json.dumps({{**means, "watts": watts and round(watts, -1)}}))
 """
@@ -284,15 +290,18 @@ with runlog.RunLog(
 ) as log:
     def line(step):
         log.train(step=step, epoch=0.1, loss=1, lr=1, images_per_second=600, data_wait=0, gpu_memory_gib=1, mfu=0.25)
+    deadline = time.monotonic() + 10
+    while not log._gpu_curves._last and time.monotonic() < deadline:
+        time.sleep(0.01)
     time.sleep(0.5)
     log.advance()
     line(1)
-    time.sleep(0.5)
+    time.sleep(0.8)
     line(2)
     time.sleep(0.3)
     log.validation(step=2, epoch=1, accuracy=Accuracy(loss=1, top1=0.5, top5=1, images=4, lost=0), confusion=None)
     line(3)
-    time.sleep(0.5)
+    time.sleep(0.8)
     line(4)
 lines = [record for record in read_records(out / "metrics.jsonl") if record["kind"] == "train"]
 print(json.dumps([line.get("images_per_joule") for line in lines]))

@@ -52,7 +52,7 @@ def all_blocks() -> list[Block]:
 
 
 def commands_in(block: str) -> list[Command]:
-    """The commands of a block's text."""
+    """The commands of a block's text: its lines, indented as they are, since a here-document may hold Python."""
     commands, of_the_rest = [], {"needs": "", "takes": ""}
     for line in block.replace("\\\n", "").splitlines():
         mark = _MARK.search(line)
@@ -60,7 +60,7 @@ def commands_in(block: str) -> list[Command]:
             of_the_rest[mark[1]] = mark[2]
         elif line.strip() and not line.startswith("#"):
             marks = {**of_the_rest, mark[1]: mark[2]} if mark else of_the_rest
-            commands.append(Command(line.strip(), needs=marks["needs"], takes=marks["takes"]))
+            commands.append(Command(line.rstrip(), needs=marks["needs"], takes=marks["takes"]))
     return commands
 
 

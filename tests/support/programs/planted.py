@@ -22,9 +22,9 @@ def slow_disk() -> None:
     """Each image takes 0.1 s longer."""
     read = FolderStorage.read
 
-    def slowly(self, name, offsets, targets) -> None:
+    def slowly(self, name, offsets, targets) -> set[int]:
         time.sleep(0.1 * len(offsets))
-        read(self, name, offsets, targets)
+        return read(self, name, offsets, targets)
 
     FolderStorage.read = slowly  # type: ignore[method-assign]
 
@@ -33,13 +33,14 @@ def limited(images_per_second: float = IMAGES_PER_SECOND):
     """A read of FolderStorage that gives so many images a second to all threads together: each waits for its turn."""
     read, lock, free = FolderStorage.read, threading.Lock(), 0.0
 
-    def in_turn(self, name, offsets, targets) -> None:
+    def in_turn(self, name, offsets, targets) -> set[int]:
         nonlocal free
         with lock:
             free = max(free, time.perf_counter()) + len(offsets) / images_per_second
             own = free
-        read(self, name, offsets, targets)
+        beyond = read(self, name, offsets, targets)
         time.sleep(max(0.0, own - time.perf_counter()))
+        return beyond
 
     return in_turn
 

@@ -16,6 +16,7 @@ from common.ranks import Ranks, ranks_of_this_run, sum_over_ranks
 from engine.config import parse_args
 from engine.precision import choose_precision
 from engine.training.assembly import assemble, network_of
+from engine.training.optimizer import state_of
 from pipeline.dali.loader import Batch
 
 CLASSES = 10
@@ -50,7 +51,7 @@ def run(ranks: Ranks, flags: list[str], steps: int, overflow: int | None, *, pre
         own = ((images.to(dtype) * scale, labels) for images, labels in batches(first, share, micro_batch, config.crop))
         losses.append(float(sum_over_ranks(parts.step(own, first_sample=first), ranks)) / ranks.world_size)
     states = {"model": model.state_dict(), "ema": parts.average.model.state_dict() if parts.average else {}}
-    optimizer = parts.optimizer.state_dict()
+    optimizer = state_of(parts.optimizer, model)
     if parts.shared:
         states = {name: parts.shared.whole(state) for name, state in states.items()}
         optimizer = parts.shared.whole_optimizer(optimizer)
