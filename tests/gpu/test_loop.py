@@ -1,12 +1,18 @@
 """The training loop itself, whole runs of train.py in this process: where the host waits, and what memory does."""
 
+import dataclasses
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 
 import train
+from engine import checkpoint as checkpoints
+from engine.checkpoint import load
+from engine.training.checkpoint_writer import CheckpointWriter
 from engine.training.step import TrainStep
+from tests.engine.test_checkpoint import make
 from tests.gpu.device import DEVICE
 
 pytestmark = pytest.mark.gpu
@@ -79,3 +85,29 @@ def test_memory_is_flat_over_200_steps(tmp_path, after_each_step, flags):
     assert len(reserved) == 200
     assert len(set(reserved)) == 1, "torch's own"
     assert max(used) - used[0] < MOST_GROWTH_BYTES, f"{used[0] >> 20} MiB → {max(used) >> 20} MiB"
+
+
+def test_a_checkpoint_is_written_from_pinned_memory_while_the_weights_change(tmp_path, monkeypatch):
+    may_write, save = threading.Event(), checkpoints.save
+
+    def slow(*args, **named):
+        assert may_write.wait(60)
+        save(*args, **named)
+
+    monkeypatch.setattr(checkpoints, "save", slow)
+    writer, weight = CheckpointWriter(), torch.zeros(1 << 24, device=DEVICE)
+    for steps in (1, 2):
+        may_write.clear()
+        for _ in range(100):
+            weight += 1  # is still under way when the copy is asked for
+        checkpoint = dataclasses.replace(make(steps), model={"weight": weight}, optimizer={"momentum": weight.double()})
+        writer.begin(checkpoint, tmp_path, is_best=False, keep=2)
+        weight -= 7
+        torch.cuda.synchronize()
+        may_write.set()
+        writer.finish()
+        loaded = load(tmp_path / "last.pt")
+        assert loaded.model["weight"].unique().tolist() == [100 * steps - 7 * (steps - 1)]
+        assert torch.equal(loaded.optimizer["momentum"], loaded.model["weight"].double())
+    assert writer._memory
+    assert all(memory.is_pinned() for memory in writer._memory)

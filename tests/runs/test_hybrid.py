@@ -53,6 +53,16 @@ def test_any_mode_and_number_of_ranks_goes_on_from_any_other(on_one_rank, tmp_pa
     assert_alike(load(tmp_path / "last.pt"), load(on_one_rank))
 
 
+@pytest.mark.slow
+def test_what_is_written_in_the_background_is_the_state_of_its_step(tmp_path):
+    """Put together from all ranks' parts; the next step is made meanwhile."""
+    flags = [*FLAGS, *HYBRID, "--ema", "0.9", "--keep", "9", "--out"]
+    run(*flags, str(tmp_path / "two"), "--steps", "2", ranks=2)
+    run(*flags, str(tmp_path / "three"), "--steps", "3", "--checkpoint-minutes", "0", ranks=2)
+    assert_same_weights(tmp_path / "two/last.pt", tmp_path / "three/step-00000002.pt")
+    assert load(tmp_path / "three/last.pt").steps == 3
+
+
 def test_what_is_shared_is_said_and_three_ranks_share_nothing(tmp_path):
     """4096 does not divide by three."""
     done = run(*SMALL, *HYBRID, "--steps", "1", "--out", str(tmp_path), ranks=3)
