@@ -7,6 +7,7 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C ends them in a li
     begin()
 
 import json
+from dataclasses import replace
 
 from common.errors import EXIT_STOPPED
 from common.memory import share_one_heap
@@ -30,34 +31,43 @@ def train(config: Config, requests: StopRequests) -> dict:
     from common.progress import say
     from common.ranks import on_rank_0, ranks_of_this_run
     from engine.data import open_training_data
+    from engine.monitoring.memory_profile import record_memory
     from engine.networks import initial_network, start_from
     from engine.precision import choose_precision, set_numerics
     from engine.training.assembly import network_of
-    from engine.training.resume import check_same_data, claim_out, open_checkpoint
+    from engine.training.fitting import halve_until_it_fits
+    from engine.training.resume import check_same_data, claim_out, open_checkpoint, with_micro_batch_of
     from engine.training.trainer import Trainer
+    from perf.costs import Job, peak_seconds_an_image
+    from perf.dry_run import dry_run
     from perf.hybrid import choose_parallel
 
     limits = {"collective_minutes": config.collective_minutes, "lost_seconds": config.lost_seconds}
     with ranks_of_this_run(config.device, **limits) as ranks, FolderLock(config.out) as lock:
         set_numerics(deterministic=config.deterministic)
         precision = choose_precision(config.precision, ranks.device)
-        checkpoint = open_checkpoint(config, ranks, lock)
+        if config.profile_memory and not config.dry_run:
+            record_memory(ranks.device)
+        checkpoint = open_checkpoint(config, ranks, None if config.dry_run else lock)
+        may_halve = config.micro_batch is None  # given, it is never changed
+        if checkpoint:
+            config = with_micro_batch_of(checkpoint, config, ranks)
         initial = None if checkpoint else initial_network(config)
         data = open_training_data(config, ranks, precision, checkpoint=checkpoint, initial=initial)
         if checkpoint:
             check_same_data(checkpoint, data, config)
-        config = choose_parallel(
-            config,
-            ranks,
-            precision=precision.name,
-            classes=len(data.classes),
-            micro_batch=data.micro_batch,
-        )
+        job = Job.of(data)
+        config = choose_parallel(config, ranks, job)
+        if config.dry_run:
+            return dry_run(config, data, job, checkpoint)
         model = network_of(config, classes=len(data.classes), device=ranks.device)
         if initial:
             done = start_from(initial, model, config, data.classes)
             if ranks.is_main:
                 say(done)
+        if may_halve:
+            data = halve_until_it_fits(data, model)
+            config = replace(config, micro_batch=data.config.micro_batch)
         on_rank_0(ranks, lambda: claim_out(config, checkpoint, lock))
         trainer = Trainer(
             config,
@@ -67,6 +77,8 @@ def train(config: Config, requests: StopRequests) -> dict:
             model=model,
             checkpoint=checkpoint,
             requests=requests,
+            # The costs are those of training all layers.
+            peak_seconds_an_image=None if config.frozen_blocks else peak_seconds_an_image(job, ranks.device),
         )
         return trainer.fit()
 
@@ -91,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_STOPPED if results["stopped"] else 0
 
     def interrupted() -> str:
-        if config is None or config.inspect or not any(config.out.glob("*.pt")):
+        if config is None or config.inspect or config.dry_run or not any(config.out.glob("*.pt")):
             return "interrupted; nothing was saved yet"
         again = (
             "start the same command again" if config.resume == "auto" else "start the same command with --resume auto"

@@ -127,7 +127,8 @@ class TrainingFlags:
     """Images in one step, over all ranks together; must be divisible by the number of ranks. (digits: 32)"""
     micro_batch: int | None = None
     """Largest number of images in one pass of one rank. If this is less than the rank's share of the batch, gradients are
-    accumulated over several passes, of the largest size that divides the share. Default: the share."""
+    accumulated over several passes, of the largest size that divides the share. Default: the share, halved on a GPU until its
+    memory suffices; when a run is resumed, what it had before."""
     lr: float = 0.01
     """Learning rate at the start. (synthetic: 0.0001)"""
     momentum: float = 0.9
@@ -225,8 +226,14 @@ class RecordingFlags:
     """Steps between two log lines. For each line, the host waits for the device to read the loss."""
     wandb: bool = False
     """Send every figure to Weights & Biases too. Needs `pip install wandb`. WANDB_PROJECT names the project."""
+    profile_memory: bool = False
+    """Write OUT/memory.pickle after the first three steps: torch's record of what was allocated on rank 0's GPU, when, and by
+    which line of the code. https://pytorch.org/memory_viz shows it."""
     inspect: int | None = None
     """Do not train. Instead draw this many training samples of a new run, and as many validation images, into OUT/inspect.png."""
+    dry_run: bool = False
+    """Do not train, and write nothing to OUT. Instead print what would be run: network, data, batch, schedule, estimated time and
+    memory, checkpoints."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -487,6 +494,7 @@ def check(config: Config) -> None:
         f"--keep {config.keep}: must be at least 1": config.keep >= 1,
         f"--log-every {config.log_every}: must be at least 1": config.log_every >= 1,
         "--wandb: wandb is not installed here; pip install wandb": not config.wandb or _is_installed("wandb"),
+        "--inspect and --dry-run: give one of them": not (config.inspect and config.dry_run),
         f"--inspect {config.inspect}: must be in [1, 400]": config.inspect is None or 1 <= config.inspect <= 400,
     }
     for message, holds in checks.items():

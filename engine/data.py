@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +279,20 @@ class TrainingData(Data):
             pad_channels=self.config.pad_channels,
             seed=self.ranks.rank,
         )
+
+    def blank_batch(self) -> Batch:
+        """A micro-batch of zeros on the device, as the training loader's are otherwise."""
+        dtype = torch.float16 if self.precision.half_images else torch.float32
+        size, crop, channels = self.micro_batch, self.config.crop, 4 if self.config.pad_channels else 3
+        images = torch.zeros(size, channels, crop, crop, dtype=dtype, device=self.ranks.device)
+        labels = torch.zeros(size, dtype=torch.int64, device=self.ranks.device)
+        return images.to(memory_format=torch.channels_last), labels
+
+    def halved(self) -> "TrainingData":
+        """The same in micro-batches of half as many images, or of fewer where only those divide the rank's share; as if
+        --micro-batch had asked for them."""
+        size = _micro_batch(replace(self.config, micro_batch=self.micro_batch // 2), self.ranks)
+        return replace(self, config=replace(self.config, micro_batch=size), micro_batch=size)
 
     def train_plan(self) -> TrainPlan:
         """What the training loader shows; not for synthetic data, which has no plan."""

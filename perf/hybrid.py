@@ -24,7 +24,7 @@ from engine.config import Config
 from model.vgg import FC_WIDTH, STRIDE
 from perf.costs import Job, gradient_bytes
 from perf.peaks import peaks_of
-from perf.report import Links, Scaled
+from perf.report import Links, Peaks, Scaled
 from perf.scaling import (
     ComputeTimes,
     all_reduce_beside,
@@ -114,8 +114,9 @@ def predict_hybrid(job: Job, times_of: Callable[[int], ComputeTimes], *, links: 
     return max(found, key=lambda scaled: scaled.images_per_second, default=None)
 
 
-def choose_parallel(config: Config, ranks: Ranks, *, precision: str, classes: int, micro_batch: int) -> Config:
+def choose_parallel(config: Config, ranks: Ranks, job: Job) -> Config:
     """The configuration with --parallel auto replaced by what it comes to here; rank 0 says so. Every rank comes to the same.
+    job: the run's.
 
     Computing is taken to run at the rates of the table of cards, which no step reaches: the slower it is, the more of the
     all-reduce it hides, and the less there is to gain.
@@ -124,7 +125,7 @@ def choose_parallel(config: Config, ranks: Ranks, *, precision: str, classes: in
         return config
     if ranks.world_size == 1:
         return replace(config, parallel="data")
-    sharing, reason = _sharing(config, ranks, precision=precision, classes=classes, micro_batch=micro_batch)
+    sharing, reason = _sharing(config, ranks, job)
     if ranks.is_main:
         choice, other = (f"hybrid over {sharing} ranks", "data") if sharing > 1 else ("data", "hybrid")
         say(f"--parallel auto is {choice} here: {reason}; --parallel {other} is the other way")
@@ -133,40 +134,44 @@ def choose_parallel(config: Config, ranks: Ranks, *, precision: str, classes: in
     return replace(config, parallel="hybrid", fc_ranks=sharing)
 
 
-def _sharing(config: Config, ranks: Ranks, *, precision: str, classes: int, micro_batch: int) -> tuple[int, str]:
+def _sharing(config: Config, ranks: Ranks, job: Job) -> tuple[int, str]:
     """How many ranks are to share the layers, 1 for none, and why."""
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
-    peaks = peaks_of(name, precision)
+    peaks = peaks_of(name, job.precision)
     if peaks is None:
         return 1, f"the rates of this device ({name}) are not known"
-    machine = ranks.local_world_size if ranks.world_size % ranks.local_world_size == 0 else 1
-    links = links_from(no_link_flags(), peaks, ranks_a_machine=machine, ranks=ranks.world_size)
+    machine = _ranks_a_machine(ranks)
+    links = _links(ranks, peaks)
     possible = possible_sharing(ranks.world_size, machine)
     if config.fc_ranks:
         possible = [config.fc_ranks] if ranks.world_size % config.fc_ranks == FC_WIDTH % config.fc_ranks == 0 else []
     if links is None or not possible:
         return 1, f"{FC_WIDTH} units do not divide among {config.fc_ranks or ranks.world_size} ranks"
-    job = Job(
-        arch=config.arch,
-        classes=classes,
-        crop=config.crop,
-        batch=config.batch_size // ranks.world_size,
-        micro_batch=micro_batch,
-        precision=precision,
-        grad_compression=config.grad_compression,
-        ranks=ranks.world_size,
-        batch_norm=config.batch_norm,
-        fuse=config.fuse,
-    )
     seconds = {}
     for sharing in (1, *possible):
-        layers = replace(job, sharing=sharing).layers()
-        times = floor_times(layers, peaks, batch=job.batch, passes=job.passes, precision=precision)
-        _, exposed = communication_seconds(job, times, sharing=sharing, links=links, algorithm="best")
-        seconds[sharing] = times.seconds + exposed
+        seconds[sharing] = least_step_seconds(job, peaks, ranks, sharing)
     best = min(possible, key=seconds.__getitem__)
     of_each = ", ".join(
         f"{f'hybrid over {count}' if count > 1 else 'data'} {1e3 * value:.2f}" for count, value in seconds.items()
     )
     why = f"predicted at the hardware's rates, ms a step: {of_each} ({links.source})"
     return (best if seconds[1] >= _WORTH_IT * seconds[best] else 1), why
+
+
+def least_step_seconds(job: Job, peaks: Peaks, ranks: Ranks, sharing: int) -> float:
+    """Of a step on these ranks, with the layers shared by so many, at the rates of the table of cards."""
+    links = _links(ranks, peaks)
+    assert links
+    layers = replace(job, sharing=sharing).layers()
+    times = floor_times(layers, peaks, batch=job.batch, passes=job.passes, precision=job.precision)
+    _, exposed = communication_seconds(job, times, sharing=sharing, links=links, algorithm="best")
+    return times.seconds + exposed
+
+
+def _links(ranks: Ranks, peaks: Peaks) -> Links | None:
+    return links_from(no_link_flags(), peaks, ranks_a_machine=_ranks_a_machine(ranks), ranks=ranks.world_size)
+
+
+def _ranks_a_machine(ranks: Ranks) -> int:
+    """As far as machines are filled evenly."""
+    return ranks.local_world_size if ranks.world_size % ranks.local_world_size == 0 else 1

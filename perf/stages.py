@@ -30,6 +30,7 @@ from engine.training.data_parallel import GRADIENT_DTYPES
 from engine.training.decoder_share import find_share
 from engine.training.step import TrainStep
 from model.vgg import VGG
+from perf.costs import Job
 from perf.feeds import DECODING, LOADER, NO_FEED, READING, TRAINING, Feed, decoding_alone, feed_of, reading_alone
 from perf.hybrid import choose_parallel
 from perf.laps import Laps, MarkedBatches, MarkedPrecision
@@ -185,9 +186,7 @@ def open_bench(config: Config, ranks: Ranks, limits: Limits) -> Bench:
     precision = MarkedPrecision(plain.name, plain.device_type, laps)
     config = replace(config, lr=0.0)
     data = open_training_data(config, ranks, precision)
-    config = choose_parallel(
-        config, ranks, precision=precision.name, classes=len(data.classes), micro_batch=data.micro_batch
-    )
+    config = choose_parallel(config, ranks, Job.of(data))
     return Bench(config=config, ranks=ranks, precision=precision, data=data, laps=laps, limits=limits)
 
 

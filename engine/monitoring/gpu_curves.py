@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from common.ranks import Ranks
 
 _INTERVAL_SECONDS = 1.0
+_ENERGY = "energy_counter_joules"
 _SECONDS_TO_END = 2.0  # for a driver that hangs
 # By reading: what its curve is called, and what one of it is in the reading's unit.
 _CURVES = {
@@ -36,6 +38,10 @@ class GpuCurves:
         self._uuids, self._interval_seconds = uuids, interval_seconds
         self._lock, self._stopping = threading.Lock(), threading.Event()
         self._read: dict[str, list[float]] = defaultdict(list)
+        # Of the energy counters: when, and what they said, at the beginning of the time that take_watts() is of, and last.
+        self._first: dict[str, tuple[float, float]] = {}
+        self._last: dict[str, tuple[float, float]] = {}
+        self._metered: set[str] = set()
         # daemon: one that hangs in the driver does not keep the program alive.
         self._thread = threading.Thread(target=self._run, name="gpu-curves", daemon=True)
 
@@ -52,6 +58,27 @@ class GpuCurves:
             read, self._read = self._read, defaultdict(list)
         return {name: sum(values) / len(values) for name, values in read.items()}
 
+    def take_watts(self) -> float | None:
+        """Mean power of all these GPUs together since the last call or count_anew(), from their energy counters.
+
+        It is of the time from the last reading before that call to the last one so far. None: one of the GPUs has no two
+        readings, or no counter; or is a MIG device, whose energy is not told apart from that of its neighbours.
+        """
+        with self._lock:
+            first, last, self._first = self._first, dict(self._last), dict(self._last)
+        if not self._metered or self._metered - first.keys():
+            return None
+        spans = [[end - begin for begin, end in zip(first[gpu], last[gpu], strict=True)] for gpu in self._metered]
+        if not all(seconds > 0 and joules > 0 for seconds, joules in spans):
+            return None
+        return sum(joules / seconds for seconds, joules in spans)
+
+    def count_anew(self) -> None:
+        """What the GPUs have drawn until now does not count for take_watts()."""
+        with self._lock:
+            self._first.clear()
+            self._last.clear()
+
     def _run(self) -> None:
         try:
             import pynvml
@@ -61,12 +88,14 @@ class GpuCurves:
 
             pynvml.nvmlInit()
             gpus, _ = find_gpus(self._uuids)
-            readings = [reading for reading in READINGS if reading.name in _CURVES]
+            readings = [reading for reading in READINGS if reading.name in (_ENERGY, *_CURVES)]
             readers = {f"gpu{number}": Reader(gpu, readings) for number, gpu in enumerate(gpus)}
+            if not any(gpu.is_mig for gpu in gpus) and (self._uuids is None or len(gpus) == len(self._uuids)):
+                self._metered = set(readers)
             while readers:
                 for name, reader in list(readers.items()):
                     try:
-                        self._keep(name, reader.read())
+                        self._keep(name, time.perf_counter(), reader.read())
                     except GpuGone:
                         del readers[name]
                 if self._stopping.wait(self._interval_seconds):
@@ -75,8 +104,12 @@ class GpuCurves:
         except Exception:  # no driver, no binding, whatever a driver answers: curves never end a run
             return
 
-    def _keep(self, gpu: str, values: dict[str, float]) -> None:
+    def _keep(self, gpu: str, began: float, values: dict[str, float]) -> None:
+        joules = values.pop(_ENERGY)
         with self._lock:
+            if not math.isnan(joules):
+                self._last[gpu] = began, joules
+                self._first.setdefault(gpu, self._last[gpu])
             for name, value in values.items():
                 if not math.isnan(value):
                     curve, unit = _CURVES[name]

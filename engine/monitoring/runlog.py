@@ -26,6 +26,7 @@ from engine.monitoring.confusion_matrix import draw_confusion
 from engine.monitoring.curves import draw_curves
 from engine.monitoring.dashboards import TensorBoard, WandB
 from engine.monitoring.gpu_curves import GpuCurves
+from engine.monitoring.memory_profile import PROFILE, STEPS, write_memory
 from engine.monitoring.pictures import as_pictures, grid
 from engine.monitoring.run_files import METRICS, drop_records_after
 
@@ -50,12 +51,13 @@ class RunLog:
         classes: Sequence[str],
         mean_rgb: tuple[float, float, float],
         gpus: Sequence[str] | None,
+        machine_share: float = 1.0,
     ) -> None:
         """steps_done: of the checkpoint that this run goes on from; records after it are dropped, they will come again.
 
         top1: of the last validation so far, if there was one. mean_rgb: of the images that images() gets. gpus: UUIDs of those
-        whose power, utilisation and memory are recorded too; None: those that CUDA_VISIBLE_DEVICES leaves. Raises UserError
-        where --wandb cannot start.
+        whose power, utilisation and memory are recorded too; None: those that CUDA_VISIBLE_DEVICES leaves. machine_share:
+        of the run's images, what the ranks of this machine take, 0–1. Raises UserError where --wandb cannot start.
         """
         self._out, self._std_rgb = config.out, config.std_rgb
         self._total_steps, self._top1, self._classes, self._mean_rgb = total_steps, top1, classes, mean_rgb
@@ -70,6 +72,8 @@ class RunLog:
         if config.wandb:
             self._dashboards.append(WandB(config))
         self._gpu_curves = GpuCurves(gpus)
+        self._metered_share = machine_share if gpus else None
+        self._steps_to_profile = STEPS if config.profile_memory else 0
         self._on_terminal = sys.stderr.isatty()
         self._bar = Bar(total=total_steps, done=steps_done, unit="steps")
 
@@ -78,6 +82,8 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._steps_to_profile:  # the run ends before, perhaps since memory does not suffice
+            self._write_memory()
         self._try(_FIGURES, self._metrics.close)
         for dashboard in self._dashboards:
             self._try(dashboard.NAME, functools.partial(dashboard.close, failed=kind is not None))
@@ -107,6 +113,11 @@ class RunLog:
         self._try(_TERMINAL, self._bar.advance)
         if self._first_advance is None:
             self._first_advance = time.monotonic()
+            self._gpu_curves.count_anew()  # without the start-up
+        if self._steps_to_profile:
+            self._steps_to_profile -= 1
+            if not self._steps_to_profile:
+                self._write_memory()
 
     def train(
         self,
@@ -118,12 +129,14 @@ class RunLog:
         images_per_second: float,
         data_wait: float,
         gpu_memory_gib: float | None,
+        mfu: float | None = None,
         decoder_share: float | None = None,
     ) -> None:
         """Figures of the steps since the last call.
 
-        data_wait: share of the time that the step waited for images, 0–1. gpu_memory_gib: most that torch has held so far.
-        decoder_share: of each batch, what the CPU decodes now, 0–1; None where it is not shared.
+        data_wait: share of the time that the step waited for images, 0–1. gpu_memory_gib: most that torch has held so far. mfu:
+        the images' FLOPs over what the GPUs could do at their highest rate, 0–1. decoder_share: of each batch, what the CPU
+        decodes now, 0–1; None where it is not shared.
         """
         figures = {
             "epoch": epoch,
@@ -132,6 +145,10 @@ class RunLog:
             "images_per_second": images_per_second,
             "data_wait": data_wait,
         }
+        if mfu is not None:
+            figures["mfu"] = mfu
+        if self._metered_share and (watts := self._gpu_curves.take_watts()):
+            figures["images_per_joule"] = images_per_second * self._metered_share / watts
         if gpu_memory_gib is not None:
             figures["gpu_memory_gib"] = gpu_memory_gib
         if decoder_share is not None:
@@ -146,6 +163,8 @@ class RunLog:
             f"loss {figures['loss']:.3f}",
             f"top-1 {self._top1:.1%}" if self._top1 is not None else "",
             f"{figures['images_per_second']:,.0f} images/s",
+            f"MFU {figures['mfu']:.1%}" if "mfu" in figures else "",
+            f"{figures['images_per_joule']:.3g} images/J" if "images_per_joule" in figures else "",
             f"data wait {figures['data_wait']:.0%}",
             f"CPU decodes {figures['decoder_share']:.0%}" if "decoder_share" in figures else "",
             f"lr {figures['lr']:.1e}",
@@ -174,6 +193,7 @@ class RunLog:
     def validation(self, *, step: int, epoch: int, accuracy: Accuracy, confusion: Tensor | None) -> None:
         """The result over the validation set after an epoch. confusion: as evaluate() counts it, where classes are few."""
         self._top1 = accuracy.top1
+        self._gpu_curves.count_anew()  # the next line is of training alone
         self._record("validation", step, epoch=epoch, **asdict(accuracy))
         line = (
             f"epoch {epoch}: validation top-1 {accuracy.top1:.2%}  top-5 {accuracy.top5:.2%}  loss {accuracy.loss:.3f}  "
@@ -183,6 +203,15 @@ class RunLog:
         if confusion is not None:
             counts = confusion.cpu().numpy()
             self._try("the picture of confusions", lambda: self._draw_confusion(step, counts))
+
+    def _write_memory(self) -> None:
+        path = self._out / PROFILE
+
+        def write() -> None:
+            write_memory(path)
+            say(f"{printable(str(path))}: https://pytorch.org/memory_viz shows it")
+
+        self._try(PROFILE, write)
 
     def draw_curves(self) -> None:
         """Draw OUT/curves.png."""

@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -26,17 +27,19 @@ _FREE_SETTINGS = {
     "data", "out", "resume", "device", "micro_batch", "epochs", "steps", "threads", "prefetch", "decoder",
     "read_threads", "read_ahead", "log_every", "checkpoint_minutes", "keep", "max_bad_images", "allow_changed_data",
     "compile", "compile_mode", "pad_channels", "parallel", "fc_ranks", "collective_minutes",
-    "lost_seconds", "weights", "init_from", "wandb", "inspect",
+    "lost_seconds", "weights", "init_from", "wandb", "profile_memory", "inspect", "dry_run",
 }  # fmt: skip
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 # What a run writes into OUT, and nothing else is touched there; .lock, which stays, left out.
 _NAMES = re.compile(
-    r"last\.pt|best\.pt|step-\d{8,}\.pt|config\.yaml|metrics\.jsonl|curves\.png|inspect\.png|tensorboard|wandb|wandb-id"
+    r"last\.pt|best\.pt|step-\d{8,}\.pt|config\.yaml|metrics\.jsonl|curves\.png|inspect\.png|memory\.pickle|tensorboard|wandb"
+    "|wandb-id"
 )
 
 
-def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoint | None:
-    """The checkpoint that --resume names, None to start anew. Takes the lock of OUT, if there is an OUT yet.
+def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock | None) -> Checkpoint | None:
+    """The checkpoint that --resume names, None to start anew. Takes the lock of OUT, if there is an OUT yet; without a lock to
+    take, only looks.
 
     Raises UserError: OUT cannot be written, another run writes to it, no checkpoint can be read, or holds another network.
     """
@@ -73,6 +76,18 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock) -> Checkpoin
                 "and dropout stay the same, rounding does not"
             )
     return checkpoint
+
+
+def with_micro_batch_of(checkpoint: Checkpoint, config: Config, ranks: Ranks) -> Config:
+    """The configuration, where it leaves --micro-batch open, with that of the checkpoint: what did not fit is not tried again,
+    and the passes, on which rounding depends, stay the same.
+    """
+    size = checkpoint.config.get("micro_batch")
+    if config.micro_batch or type(size) is not int or size < 1:
+        return config
+    if ranks.is_main:
+        say(f"  note: --micro-batch {size}, as until now; where it is given, it changes")
+    return replace(config, micro_batch=size)
 
 
 def _check_optimizer(checkpoint: Checkpoint, path: Path) -> None:
@@ -183,20 +198,26 @@ def _check_apart(config: Config) -> None:
         )
 
 
-def _find(config: Config, lock: FolderLock) -> Path | None:
+def _find(config: Config, lock: FolderLock | None) -> Path | None:
     _check_apart(config)
-    nearest = next(folder for folder in (config.out, *config.out.absolute().parents) if folder.exists())
+    if lock:
+        _take_if_there(config.out, lock)
+    if config.resume == "never":
+        return None
+    return checkpoints.newest_good(config.out) if config.resume == "auto" else Path(config.resume)
+
+
+def _take_if_there(out: Path, lock: FolderLock) -> None:
+    """Take the lock of OUT, if there is an OUT yet. Raises UserError where nothing could be written there."""
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     try:
         descriptor, probe = tempfile.mkstemp(dir=nearest, prefix=".probe.")
         os.close(descriptor)
         os.unlink(probe)
-        if nearest == config.out:
+        if nearest == out:
             lock.take()  # before looking for checkpoints: a run that is just ending may write one more
     except OSError as error:
-        raise _cannot_be_written(config.out, error) from error
-    if config.resume == "never":
-        return None
-    return checkpoints.newest_good(config.out) if config.resume == "auto" else Path(config.resume)
+        raise _cannot_be_written(out, error) from error
 
 
 def _cannot_be_written(out: Path, error: OSError) -> UserError:

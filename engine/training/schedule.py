@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from engine.config import Config
+
 _PLATEAU_DROPS = 3  # section 3.1 of the paper: the rate was divided by 10 three times
 _DROP = 0.1
 
@@ -37,3 +39,10 @@ def cosine(base_lr: float, epoch: float, epochs: int, warmup_epochs: float) -> f
         return base_lr
     done = min(1.0, (epoch - warmup_epochs) / (epochs - warmup_epochs))
     return base_lr * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def total_steps(config: Config, train_images: int, *, steps_done: int, samples_seen: int) -> int:
+    """Steps of the whole training: those done and those that the epochs still need; the last may straddle the end."""
+    samples_left = max(0, config.epochs * train_images - samples_seen)
+    total = steps_done + math.ceil(samples_left / config.batch_size)
+    return min(total, config.steps) if config.steps else total

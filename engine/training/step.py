@@ -134,16 +134,18 @@ class TrainStep:
 
         DDP chooses its buckets anew after the first backward pass or, with a static graph, the second. With these passes out
         of the way, every step of a run adds gradients up in the same order, the first step after a resume too: a resumed run
-        stays bit-identical, on three ranks and more as well.
+        stays bit-identical, on three ranks and more as well. An error leaves nothing behind, either.
         """
         before = [buffer.clone() for buffer in self._model.buffers()]
-        for _ in range(2 if self._parallel else 1):
-            self._loss(images, labels).backward()
-            if self._shared:
-                self._shared.finish_gradients(scaled=False)
-        for buffer, value in zip(self._model.buffers(), before, strict=True):
-            buffer.copy_(value)
-        self._optimizer.zero_grad(set_to_none=True)
+        try:
+            for _ in range(2 if self._parallel else 1):
+                self._loss(images, labels).backward()
+                if self._shared:
+                    self._shared.finish_gradients(scaled=False)
+        finally:
+            for buffer, value in zip(self._model.buffers(), before, strict=True):
+                buffer.copy_(value)
+            self._optimizer.zero_grad(set_to_none=True)
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with self._precision.autocast():

@@ -54,8 +54,12 @@ class Trainer:
         model: VGG,
         checkpoint: Checkpoint | None,
         requests: StopRequests,
+        peak_seconds_an_image: float | None = None,
     ) -> None:
-        """checkpoint: where to go on from; None starts anew. requests: entered, so that they hear of signals already."""
+        """checkpoint: where to go on from; None starts anew. requests: entered, so that they hear of signals already.
+
+        peak_seconds_an_image: of an image's FLOPs, on all GPUs of the run at their highest rate; None where that is not known.
+        """
         self._clock, self._requests, self._lost = Clock(), requests, data.lost.get("train")
         self._config, self._ranks, self._precision, self._data, self._model = config, ranks, precision, data, model
         if checkpoint:
@@ -66,6 +70,7 @@ class Trainer:
         self._shared = parts.shared
         self._steps, self._samples_seen, self._history = 0, 0, []
         self._resumed = checkpoint is not None
+        self._peak_seconds_an_image = peak_seconds_an_image
         if checkpoint:
             optimizer = checkpoint.optimizer  # of which the momenta count; rates and decay are this run's flags'
             load_momenta(self._optimizer, model, self._shared.own_optimizer(optimizer) if self._shared else optimizer)
@@ -89,7 +94,9 @@ class Trainer:
         self._validated_epoch = self._history[-1]["epoch"] if self._history else 0
         self._stopped = False
         self._writer = CheckpointWriter()
-        self._total_steps = self._count_steps()
+        self._total_steps = schedule.total_steps(
+            config, data.train_images, steps_done=self._steps, samples_seen=self._samples_seen
+        )
         self._head_alone = False
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         if ranks.is_main:
@@ -133,7 +140,7 @@ class Trainer:
         batches = self._shared_batches(timed, passes=self._passes)
         requests.save_is_due = lambda: self._minutes_since_save() >= config.checkpoint_minutes
         self._choose_what_is_trained()
-        self._step.warm_up(*self._blank_batch())
+        self._step.warm_up(*self._data.blank_batch())
         self._clock.start(self._steps)
         self._last_save = time.monotonic()
         with requests.training(self._ranks), present_objects_frozen():
@@ -267,12 +274,15 @@ class Trainer:
         wait_seconds = batches.take_wait_seconds()
         if log:
             on_gpu = self._ranks.device.type == "cuda"
+            images_per_second = steps * self._config.batch_size / seconds
+            peak_seconds = self._peak_seconds_an_image
             log.train(
                 step=self._steps,
                 epoch=self._samples_seen / self._data.train_images,
                 loss=loss,
                 lr=self._optimizer.param_groups[0]["lr"],
-                images_per_second=steps * self._config.batch_size / seconds,
+                images_per_second=images_per_second,
+                mfu=images_per_second * peak_seconds if peak_seconds else None,
                 data_wait=wait_seconds / seconds,
                 gpu_memory_gib=torch.cuda.max_memory_reserved(self._ranks.device) / 2**30 if on_gpu else None,
                 decoder_share=self._decoder_share.share if self._decoder_share else None,
@@ -405,19 +415,6 @@ class Trainer:
         with self._clock.saving(), self._requests.writing():
             self._writer.finish()
 
-    def _count_steps(self) -> int:
-        """Steps of the whole training: those done and those that the epochs still need; the last may straddle the end."""
-        samples_left = max(0, self._config.epochs * self._data.train_images - self._samples_seen)
-        total = self._steps + math.ceil(samples_left / self._config.batch_size)
-        return min(total, self._config.steps) if self._config.steps else total
-
-    def _blank_batch(self) -> Batch:
-        dtype = torch.float16 if self._precision.half_images else torch.float32
-        size, crop, device = self._data.micro_batch, self._config.crop, self._ranks.device
-        channels = 4 if self._config.pad_channels else 3
-        images = torch.zeros(size, channels, crop, crop, dtype=dtype, device=device)
-        return images.to(memory_format=torch.channels_last), torch.zeros(size, dtype=torch.int64, device=device)
-
     def _open_log(self) -> contextlib.AbstractContextManager[RunLog | None]:
         if not self._ranks.is_main:
             return contextlib.nullcontext()
@@ -429,6 +426,7 @@ class Trainer:
             classes=self._data.classes,
             mean_rgb=self._data.mean_rgb,
             gpus=gpus_of_this_machine(self._ranks),
+            machine_share=self._ranks.local_world_size / self._ranks.world_size,
         )
 
     def _share_decoding(self, loader: DaliLoader, timed: TimedBatches) -> DecoderShare:

@@ -52,7 +52,7 @@ IMAGENET = {
     "fc_ranks": None, "collective_minutes": 15.0, "lost_seconds": 60.0, "grad_compression": "none",
     "pad_channels": False, "deterministic": False, "decoder": "auto", "hw_decoder_load": 0.65, "threads": None, "prefetch": 2,
     "read_threads": None, "read_ahead": 8, "checkpoint_minutes": 30.0, "keep": 2, "log_every": 20, "wandb": False,
-    "inspect": None,
+    "profile_memory": False, "inspect": None, "dry_run": False,
 }  # fmt: skip
 
 
@@ -178,6 +178,7 @@ def test_without_a_training_scale_validation_keeps_torchvisions_share_of_the_ima
         (["--label-smoothing", "1"], r"--label-smoothing 1.0: must be in \[0, 1\)"),
         (["--ema", "1"], r"--ema 1.0: must be in \[0, 1\)"),
         (["--weights", "a.pt", "--init-from", "b.pt"], "--weights and --init-from: give one of them"),
+        (["--inspect", "4", "--dry-run"], "--inspect and --dry-run: give one of them"),
         (["--freeze", "classifier"], "invalid choice 'classifier' for argument '--freeze'"),
         (
             ["--freeze", "features"],

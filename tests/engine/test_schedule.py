@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from engine.config import parse_args
 from engine.training import schedule
 
 
@@ -55,3 +56,21 @@ def test_cosine_without_warm_up_or_with_nothing_else():
     assert schedule.cosine(0.1, 0, 10, 0) == pytest.approx(0.1)
     assert schedule.cosine(0.1, 3, 5, 5) == pytest.approx(0.06)
     assert schedule.cosine(0.1, 5, 5, 5) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("flags", "done", "seen", "steps"),
+    [
+        ([], 0, 0, 8),  # 2 · 30 images in eights: the last step straddles the end
+        ([], 3, 24, 8),
+        ([], 5, 30, 9),  # five steps of six images each
+        ([], 8, 64, 8),
+        ([], 20, 500, 20),  # more than the epochs ask for now
+        (["--steps", "7"], 0, 0, 7),
+        (["--steps", "9"], 0, 0, 8),
+        (["--steps", "7"], 8, 64, 7),
+    ],
+)
+def test_steps_of_the_whole_training(flags, done, seen, steps):
+    config = parse_args(["--data", "digits", "--epochs", "2", "--batch-size", "8", *flags])
+    assert schedule.total_steps(config, 30, steps_done=done, samples_seen=seen) == steps

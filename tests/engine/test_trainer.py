@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ import common.ranks
 import engine.training.assembly
 import engine.training.clock
 import engine.training.resume
+import perf.costs
 import train
 from common.errors import TrainingError
 from common.lock import FolderLock
@@ -757,6 +760,7 @@ def test_a_line_has_the_mean_loss_and_the_rate_of_the_steps_since_the_one_before
     lap = Clock.lap
     monkeypatch.setattr(Clock, "lap", lambda self, steps_done: (lap(self, steps_done)[0], 2.0))
     monkeypatch.setattr(TimedBatches, "take_wait_seconds", lambda self: 0.5)
+    monkeypatch.setattr(perf.costs, "peak_seconds_an_image", lambda *_: 0.05)
     lines = {}
     for every in ("1", "2"):
         out = tmp_path / every
@@ -769,6 +773,17 @@ def test_a_line_has_the_mean_loss_and_the_rate_of_the_steps_since_the_one_before
         assert lines["2"][step]["loss"] == pytest.approx(np.mean([loss[one] for one in of_steps]), rel=1e-6)
         assert lines["2"][step]["images_per_second"] == pytest.approx(len(of_steps) * 4 / 2.0)
         assert lines["2"][step]["data_wait"] == pytest.approx(0.5 / 2.0)
+        assert lines["2"][step]["mfu"] == pytest.approx(len(of_steps) * 4 / 2.0 * 0.05)
+        assert "images_per_joule" not in lines["2"][step], "without a GPU"
+
+
+def test_of_two_machines_one_takes_half_of_the_images(monkeypatch):
+    """Whose energy is that of its GPUs."""
+    monkeypatch.setattr(trainer, "RunLog", lambda config, **settings: settings)
+    ranks = dataclasses.replace(RANKS, world_size=16, local_world_size=8)
+    data = SimpleNamespace(classes=["a"], mean_rgb=(0, 0, 0))
+    run: Any = SimpleNamespace(_ranks=ranks, _config=None, _steps=0, _total_steps=1, _history=[], _data=data)
+    assert trainer.Trainer._open_log(run)["machine_share"] == 0.5  # type: ignore[index]
 
 
 @pytest.mark.usefixtures("unseen")

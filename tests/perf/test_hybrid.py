@@ -168,7 +168,8 @@ def test_auto_shares_where_it_is_faster_by_a_tenth(monkeypatch, capsys, card, ba
     monkeypatch.setattr(perf.hybrid.torch.cuda, "get_device_name", lambda _: card)
     ranks = dataclasses.replace(RANKS, world_size=world_size, local_world_size=world_size)
     config = parse_args(["--data", "synthetic", "--batch-size", str(batch_size)])
-    chosen = choose_parallel(config, ranks, precision="bf16", classes=1000, micro_batch=batch_size // world_size)
+    job = dataclasses.replace(D, batch=batch_size // world_size, ranks=world_size)
+    chosen = choose_parallel(config, ranks, job)
     assert chosen == dataclasses.replace(config, parallel=choice, fc_ranks=8 if choice == "hybrid" else None)
     said = capsys.readouterr().err
     if world_size == 1:
@@ -181,4 +182,4 @@ def test_auto_shares_where_it_is_faster_by_a_tenth(monkeypatch, capsys, card, ba
         assert "NVLink" in said
     for asked in ("data", "hybrid"):
         given = dataclasses.replace(config, parallel=asked)
-        assert choose_parallel(given, ranks, precision="bf16", classes=1000, micro_batch=1) is given
+        assert choose_parallel(given, ranks, job) is given

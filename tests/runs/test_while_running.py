@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -224,12 +225,18 @@ def test_the_first_images_are_kept_once():
 
 
 def gpu_curves(env: dict[str, str], gpus: str = "None") -> dict:
+    """Means, and under "watts" what take_watts() says."""
     code = f"""
 import json, time
 from engine.monitoring.gpu_curves import GpuCurves
 curves = GpuCurves({gpus}, interval_seconds=0.02)
-curves.start(); time.sleep(0.6); means = curves.take_means(); curves.stop()
-print(json.dumps(means))
+curves.start()
+deadline = time.monotonic() + 10
+while curves._thread.is_alive() and not curves._read and time.monotonic() < deadline:
+    time.sleep(0.01)
+time.sleep(0.3); means = curves.take_means()
+watts = curves.take_watts(); curves.stop()
+print(json.dumps({{**means, "watts": watts and round(watts, -1)}}))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert not done.stderr
@@ -245,15 +252,79 @@ def test_gpu_curves_over_a_stub_of_nvml(tmp_path):
         "gpu1/power_watts": 600,
         "gpu1/sm_utilisation_percent": 91,
         "gpu1/memory_used_gib": 6,
+        "watts": 900,
     }
     second = "['2000abcd-0000-0000-0000-000000000000']"  # as torch says it
-    assert gpu_curves(environment(stub, GPUS="2"), second)["gpu0/power_watts"] == 600
+    of_second = gpu_curves(environment(stub, GPUS="2"), second)
+    assert of_second["gpu0/power_watts"] == of_second["watts"] == 600
     lost = gpu_curves(environment(stub, GPUS="2", FAULTS="nvmlDeviceGetPowerUsage=15"))  # NVML_ERROR_GPU_IS_LOST
-    assert lost == {}
+    assert lost == {"watts": None}
     without = gpu_curves(environment(stub, FAULTS="nvmlDeviceGetPowerUsage=3"))
-    assert sorted(without) == ["gpu0/memory_used_gib", "gpu0/sm_utilisation_percent"]
+    assert sorted(without) == ["gpu0/memory_used_gib", "gpu0/sm_utilisation_percent", "watts"]
+
+
+def test_power_is_that_of_all_gpus_or_none(tmp_path):
+    stub = compile_stub(tmp_path)
+    first, second = (f"{number}000abcd-0000-0000-0000-000000000000" for number in (1, 2))
+    without = environment(stub, GPUS="2", FAULTS="nvmlDeviceGetTotalEnergyConsumption=3")
+    assert gpu_curves(without, f"['{first}']")["watts"] is None, "no counter"
+    assert gpu_curves(environment(stub), f"['{first}', '{second}']")["watts"] is None, "one cannot be read"
+    assert gpu_curves(environment(stub, MIG="1"), f"['{first}']")["watts"] is None, "its neighbours' are counted, too"
+
+
+def images_per_joule(env: dict[str, str], gpus: str) -> list[float | None]:
+    """Of 600 images a second, half of them this machine's: right after the start, later, right after a validation, and later."""
+    code = f"""
+import functools, json, sys, time
+from pathlib import Path
+from engine.config import parse_args
+from engine.evaluation.accuracy import Accuracy
+from engine.monitoring import runlog
+from engine.monitoring.run_files import read_records
+
+runlog.GpuCurves = functools.partial(runlog.GpuCurves, interval_seconds=0.1)
+out = Path(sys.argv[1])
+config = parse_args(["--data", "digits", "--out", str(out)])
+with runlog.RunLog(
+    config, steps_done=0, total_steps=9, top1=None, classes="ab", mean_rgb=(0, 0, 0), gpus={gpus}, machine_share=0.5
+) as log:
+    def line(step):
+        log.train(step=step, epoch=0.1, loss=1, lr=1, images_per_second=600, data_wait=0, gpu_memory_gib=1, mfu=0.25)
+    deadline = time.monotonic() + 10
+    while not log._gpu_curves._last and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    log.advance()
+    line(1)
+    time.sleep(0.8)
+    line(2)
+    time.sleep(0.3)
+    log.validation(step=2, epoch=1, accuracy=Accuracy(loss=1, top1=0.5, top5=1, images=4, lost=0), confusion=None)
+    line(3)
+    time.sleep(0.8)
+    line(4)
+lines = [record for record in read_records(out / "metrics.jsonl") if record["kind"] == "train"]
+print(json.dumps([line.get("images_per_joule") for line in lines]))
+"""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-c", code, out]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert "MFU 25.0%  data wait" in done.stderr
+    assert ("images/J" in done.stderr) == (done.stdout.strip() != "[null, null, null, null]")
+    return json.loads(done.stdout)
+
+
+@pytest.mark.seconds
+def test_images_per_joule_are_those_of_this_machine_s_gpus(tmp_path):
+    """300 and 600 W: 300 images a second for 900 J. What the GPUs draw at the start and in a validation does not count."""
+    stub = compile_stub(tmp_path)
+    both = "['1000abcd-0000-0000-0000-000000000000', '2000abcd-0000-0000-0000-000000000000']"
+    first, later, after, last = images_per_joule(environment(stub, GPUS="2"), both)
+    assert first is after is None
+    assert [later, last] == pytest.approx([300 / 900] * 2, rel=0.02)
+    assert images_per_joule(environment(stub), "None") == [None] * 4, "of a run on a CPU"
 
 
 def test_without_a_driver_there_are_no_gpu_curves(tmp_path):
     stub = compile_stub(tmp_path)
-    assert gpu_curves(environment(stub, FAULTS="nvmlInitWithFlags=9")) == {}
+    assert gpu_curves(environment(stub, FAULTS="nvmlInitWithFlags=9")) == {"watts": None}
