@@ -142,6 +142,13 @@ class TrainingFlags:
     """The last layer's learning rate is LR times this, all through the schedule; 10 is usual where that layer is new."""
     label_smoothing: float = 0.0
     """Share of the target that is spread evenly over all classes, in [0, 1). Validation does not use it."""
+    mixup: float = 0.0
+    """Mix each training image with another of its pass, and their targets alike: α of Beta(α, α), of which the shares are drawn,
+    in [0, 100]; 0.2 is usual. 0: none. The logged loss is that of the mixed targets. --inspect shows images before they are
+    mixed."""
+    cutmix: float = 0.0
+    """Put a rectangle of another training image of its pass into each, and mix their targets by area: α as that of --mixup; 1 is
+    usual. With --mixup as well, each pass has one of the two, with probability 1/2."""
     ema: float = 0.0
     """Decay of a moving average of the weights, in [0, 1), for example 0.9999; it is smaller in the first steps. 0: no average is
     kept. Validation uses the average, and so do the programs that read a checkpoint."""
@@ -278,6 +285,11 @@ class Config(RunFlags, NetworkFlags, ImageFlags, TrainingFlags, ComputingFlags, 
         if self.crop_mode == "paper":
             return f"scale {self.train_scale}"
         return f"random-resized from {self.crop_area} of the area, aspect {self.crop_aspect}"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed with others of their pass."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def frozen_blocks(self) -> int:
@@ -474,6 +486,9 @@ def check(config: Config) -> None:
         f"--head-epochs {config.head_epochs}: must not be negative": config.head_epochs >= 0,
         f"--dropout {config.dropout}: must be in [0, 1)": 0 <= config.dropout < 1,
         f"--label-smoothing {config.label_smoothing}: must be in [0, 1)": 0 <= config.label_smoothing < 1,
+        # From 100 on, the two shares are as good as equal.
+        f"--mixup {config.mixup}: must be in [0, 100]": 0 <= config.mixup <= 100,
+        f"--cutmix {config.cutmix}: must be in [0, 100]": 0 <= config.cutmix <= 100,
         f"--ema {config.ema}: must be in [0, 1)": 0 <= config.ema < 1,
         f"--fuse {config.fuse}: has nothing to join with --batch-norm, whose normalisation stands between; leave one out": (
             config.fuse == "none" or not config.batch_norm

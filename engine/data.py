@@ -442,4 +442,9 @@ def _micro_batch(config: Config, ranks: Ranks) -> int:
             f"warning: --micro-batch {limit}: a rank's {share} images divide into passes of {size} at most; "
             f"--batch-size {less} or {more} makes passes of {limit}"
         )
+    if size == 1 and config.mixes:
+        raise UserError(
+            "--mixup and --cutmix mix the images of one pass, which has only one here; take a larger --micro-batch or "
+            "--batch-size, or fewer ranks"
+        )
     return size

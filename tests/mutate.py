@@ -35,6 +35,7 @@ TESTS = {
     "pipeline/plan/training.py": PLAN,
     "pipeline/plan/validation.py": PLAN,
     "pipeline/dali/graph.py": ["tests/pipeline/test_graph.py", "tests/pipeline/test_loader.py"],
+    "engine/training/mixing.py": ["tests/engine/test_mixing.py"],
     "engine/training/schedule.py": ["tests/engine/test_schedule.py"],
     "engine/training/optimizer.py": ["tests/engine/test_optimizer.py"],
     "engine/training/step.py": ["tests/engine/test_step.py"],

@@ -12,6 +12,7 @@ from common.ranks import Ranks
 from engine.config import Config
 from engine.precision import Precision
 from engine.training.data_parallel import data_parallel
+from engine.training.mixing import Mixing
 from engine.training.optimizer import sgd
 from engine.training.shared_layers import SharedLayers, number_dropout
 from engine.training.step import TrainStep, compile_model
@@ -56,6 +57,7 @@ def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch:
     compiled = compile_as_asked(model)
     if average and compiled:
         compile_as_asked(average.model)  # for the validation
+    mixing = Mixing(mixup=config.mixup, cutmix=config.cutmix, seed=config.seed)
     passes = share // micro_batch
     optimizer = sgd(model, config)
     scaler = precision.grad_scaler()
@@ -67,6 +69,7 @@ def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch:
         precision=precision,
         passes=passes,
         label_smoothing=config.label_smoothing,
+        mixing=mixing if config.mixes else None,
         average=average,
         shared=shared,
         dropout=dropout,

@@ -71,9 +71,10 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock | None) -> Ch
             if setting not in _FREE_SETTINGS and before != value:
                 say(f"  note: {setting} was {before} until now and is {value} from here on")
         if checkpoint.world_size != ranks.world_size:
+            changes = "rounding and which images are mixed do" if config.mixes else "rounding does"
             say(
                 f"  note: ranks were {checkpoint.world_size} until now and are {ranks.world_size} from here on; the batches "
-                "and dropout stay the same, rounding does not"
+                f"and dropout stay the same, {changes} not"
             )
     return checkpoint
 

@@ -1,5 +1,6 @@
 """The training step: forward, backward, all-reduce, update. And what makes it fast: torch.compile."""
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from common.files import cache_folder
 from common.progress import say
 from engine.precision import Precision
 from engine.training.data_parallel import average_over_ranks
+from engine.training.mixing import Mixing
 from engine.training.shared_layers import SharedLayers
 from engine.training.weight_average import WeightAverage
 from model.dropout import Dropout
@@ -34,14 +36,16 @@ class TrainStep:
         precision: Precision,
         passes: int,
         label_smoothing: float = 0.0,
+        mixing: Mixing | None = None,
         average: WeightAverage | None = None,
         shared: SharedLayers | None = None,
         dropout: Sequence[Dropout] = (),
     ) -> None:
         """model: the DDP module, or the bare one on a single rank. passes: micro-batches whose gradients are accumulated.
 
-        label_smoothing: share of the target that goes to all classes alike. average: follows the weights. shared: the layers of
-        the model that other ranks have parts of. dropout: the layers of the model that draw masks by the samples' numbers.
+        label_smoothing: share of the target that goes to all classes alike. mixing: of each pass's images and targets. average:
+        follows the weights. shared: the layers of the model that other ranks have parts of. dropout: the layers of the model
+        that draw masks by the samples' numbers.
         """
         self._model = model
         self._optimizer = optimizer
@@ -49,6 +53,7 @@ class TrainStep:
         self._precision = precision
         self._passes = passes
         self._label_smoothing = label_smoothing
+        self._mixing = mixing
         self._average = average
         self._shared = shared
         self._dropout = dropout
@@ -79,7 +84,8 @@ class TrainStep:
     ) -> Tensor:
         """Take `passes` micro-batches and update the weights. Returns this rank's mean loss, a scalar on the device.
 
-        first_sample: the number of the first image in the training, of which dropout is a function; the others follow.
+        The loss is that of the targets that are learned: smoothed and mixed. first_sample: the number of the first image in the
+        training, of which dropout and mixing are functions; the others follow.
         before_gradients: called before the gradients travel to the other ranks; it raises where the step is to be given up.
         """
         losses = []
@@ -90,11 +96,14 @@ class TrainStep:
             images, labels = next(batches)
             for dropout in self._dropout:
                 dropout.at_sample(first_sample)
+            own_share = None
+            if self._mixing:  # outside of the model, whose compiled graph would be made anew for each rectangle
+                images, own_share = self._mixing(images, first_sample)
             first_sample += len(images)
             if self._shared:
                 self._shared.last_pass = number == self._passes
             with self._all_reduce(now=number == self._passes):
-                loss = self._loss(images, labels) / self._passes
+                loss = self._loss(images, labels, own_share) / self._passes
                 if number == self._passes:
                     before_gradients()
                     if self._parallel and images.is_cuda:
@@ -147,10 +156,14 @@ class TrainStep:
                 buffer.copy_(value)
             self._optimizer.zero_grad(set_to_none=True)
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, labels: Tensor, own_share: float | None = None) -> Tensor:
+        """own_share: of mixed images' own labels in their targets, as Mixing has it."""
         with self._precision.autocast():
             logits = self._model(images)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)
+        loss_of = functools.partial(F.cross_entropy, logits.float(), label_smoothing=self._label_smoothing)
+        if own_share is None:
+            return loss_of(labels)
+        return own_share * loss_of(labels) + (1 - own_share) * loss_of(labels.roll(1))
 
     def _all_reduce(self, *, now: bool) -> AbstractContextManager:
         return nullcontext() if now or not self._parallel else self._parallel.no_sync()

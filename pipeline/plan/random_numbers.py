@@ -16,6 +16,7 @@ _LOW32, _SHIFT32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 # The last counter word says what a number is for, so that no two purposes ever share one.
 PURPOSE_GEOMETRY = 0  # scale, crop corner (y, x), flip
 PURPOSE_COLOUR = 1  # the three normals of the colour shift
+PURPOSE_MIXING = 2  # mixup or CutMix, share, rectangle (y, x); its row is the number of a sample
 PURPOSE_CROP = 0x20  # + try: area, aspect, corner (y, x) of a random-resized crop
 PURPOSE_ORDER = 0x100  # + round
 PURPOSE_SHARD_ORDER = 0x110  # + round

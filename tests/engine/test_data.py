@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.errors import TrainingError
+from common.errors import TrainingError, UserError
 from common.ranks import Ranks
 from engine.config import Config, parse_args
 from engine.data import TrainingData, Viewing, default_threads, open_data, open_training_data
@@ -143,6 +143,13 @@ def test_small_passes_are_warned_of_with_batches_that_do_better(capsys):
         assert data_of(parse_args([*flags, better]), 8).micro_batch == 32
     assert data_of(parse_args([*flags, "384"]), 8).micro_batch == 24, "more than half"
     assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--batch-size", "8"], ["--batch-size", "296", "--micro-batch", "32"]])
+def test_passes_of_one_image_have_nothing_to_mix(flags):
+    for mixing in ("--mixup", "--cutmix"):
+        with pytest.raises(UserError, match="mix the images of one pass, which has only one here"):
+            data_of(parse_args(["--arch", "A", "--data", "digits", *flags, mixing, "0.2"]), 8)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_half_precision_compilation_batch_norm_and_compressed_gradients(tmp_path
         "compiled": job("--compile", precise=False),
         "bf16, compiled": job("--precision", "bf16", "--compile", precise=False),
         "batch norm": job("--batch-norm", "--label-smoothing", "0.1"),
+        "mixed": job("--mixup", "0.2", "--cutmix", "1", "--micro-batch", "2"),
         "compressed": job("--grad-compression", "bf16", ranks_a_machine=1),
         "compressed, two machines": job("--grad-compression", "bf16", "--fc-ranks", "1", steps=2),
     }

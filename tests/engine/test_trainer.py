@@ -280,6 +280,29 @@ def test_dropout_hears_the_number_of_each_sample(folder, tmp_path, monkeypatch, 
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.usefixtures("unseen")
+def test_a_resumed_run_mixes_images_as_one_that_is_not(folder, tmp_path):
+    """Bit for bit, whatever torch's generator has given out; in two passes a step, and not as without mixing."""
+    flags = flags_of(folder, tmp_path / "whole", "--mixup", "0.2", "--cutmix", "1", "--micro-batch", "2")
+    assert train.main([*flags, "--steps", "6"]) == 0
+    flags += ["--out", str(tmp_path / "parts")]
+    assert train.main([*flags, "--steps", "4"]) == 0
+    torch.rand(3)
+    assert train.main([*flags, "--steps", "6"]) == 0
+    assert_same_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
+    plain = flags_of(folder, tmp_path / "plain", "--micro-batch", "2", "--steps", "6")
+    assert train.main(plain) == 0
+    losses = {
+        name: [
+            record["loss"]
+            for record in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+            if record["kind"] == "train"
+        ]
+        for name in ("whole", "parts", "plain")
+    }
+    assert losses["whole"] == losses["parts"] != losses["plain"]
+
+
 # ---- what ends a run -------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,7 @@
-"""recipes/: each file is a configuration of the paper, and reproduce.sh runs them in the order in which they need each other."""
+"""recipes/: each file is a configuration of the paper, and reproduce.sh runs them in the order in which they need each other.
+
+recipes/modern/ is not the paper's, and in no table.
+"""
 
 import json
 import os
@@ -15,9 +18,11 @@ import yaml
 from engine.config import parse_args
 from engine.evaluation.flags import parse_evaluate
 from engine.evaluation.paper_tables import PAPER_CROP, TABLES, scales_to_test
+from model.weights import TORCHVISION_STD_RGB
 from tests.support.launch import ROOT
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+MODERN = {path.stem: path for path in sorted((ROOT / "recipes/modern").glob("*.yaml"))}
 SCALES = {"256": (256, 256), "384": (384, 384), "256-512": (256, 512)}
 TABLE_STAGES = [f"table-{number}" for number in TABLES]
 
@@ -67,6 +72,27 @@ def test_a_recipe_begins_with_the_result_of_another(name):
     key = "init_from" if scale == "256" else "weights"
     expected = {key: f"{yaml.safe_load(RECIPES[before].read_text())['out']}/best.pt"} if before else {}
     assert {key: entries[key] for key in ("init_from", "weights") if key in entries} == expected
+
+
+def test_every_recipe_is_one_of_the_papers_or_a_modern_one():
+    assert {*RECIPES.values(), *MODERN.values()} == set((ROOT / "recipes").rglob("*.yaml"))
+    assert set(MODERN) == {"A", "D"}
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_a_modern_recipe(name):
+    """Two that differ in the network alone, and promise nothing."""
+    config = parse_args(["--recipe", str(MODERN[name]), "--data", "/data/imagenet"])
+    assert (config.arch, config.out) == (name, Path("runs/modern") / name)
+    assert (config.batch_norm, config.crop_mode, config.crop, config.test_scale) == (True, "random-resized", 224, 256)
+    assert (config.schedule, config.warmup_epochs, config.epochs, config.batch_size) == ("cosine", 5.0, 40, 256)
+    assert (config.lr, config.weight_decay, config.weight_decay_on) == (0.1, 1e-4, "weights")
+    assert (config.label_smoothing, config.ema, config.init) == (0.1, 0.9999, "kaiming")
+    assert config.std_rgb == pytest.approx(TORCHVISION_STD_RGB)
+    header = MODERN[name].read_text().partition("arch:")[0]
+    assert f"train.py --recipe recipes/modern/{name}.yaml --data" in header
+    assert "unmeasured" in header
+    assert not re.search(r"\d\.\d", header), "a figure that nobody has measured"
 
 
 def reproduce(*flags: str, **variables: str) -> subprocess.CompletedProcess:

@@ -149,7 +149,7 @@ def test_two_ranks_resumed_on_one_go_on_alike(two_ranks, tmp_path):
     flags = [*SMOOTH, "--out", str(out)]
     run(*flags, "--steps", "3", ranks=2)
     done = run(*flags, "--steps", "6")
-    assert "note: ranks were 2 until now and are 1 from here on; the batches stay the same" in done.stderr
+    assert "note: ranks were 2 until now and are 1 from here on; the batches and dropout stay" in done.stderr
     uninterrupted, resumed = load(two_ranks / "last.pt"), load(out / "last.pt")
     assert resumed.samples_seen == uninterrupted.samples_seen == 72
     for name, weight in uninterrupted.model.items():
