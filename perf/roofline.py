@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.flags import FlagParser, above_zero, whole_above_zero
 from common.process import run_program
 from engine.precision import choose_precision, set_numerics
-from model.vgg import CONFIGURATIONS
+from model.vgg import CONFIGURATIONS, FUSIONS
 from perf.costs import Job, LayerCost, decoded_pixels, gradient_bytes, optimizer_bytes
 from perf.hybrid import communication_seconds, predict_hybrid
 from perf.page import layer_table, links_sentence, prediction_table
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     arguments = _parse_args(argv)
     peaks, precision = _choose_peaks(arguments)
-    same = ("arch", "classes", "crop", "micro_batch", "grad_compression", "ranks", "batch_norm")
+    same = ("arch", "classes", "crop", "micro_batch", "grad_compression", "ranks", "batch_norm", "fuse")
     job = Job(batch=arguments.batch_size, precision=precision, **{name: getattr(arguments, name) for name in same})
     links = links_from(arguments, peaks, ranks_a_machine=None, ranks=job.ranks)
     measured = {name: getattr(arguments, name) for name in ("step_seconds", "step_joules")}
@@ -173,6 +173,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--arch", choices=CONFIGURATIONS, default="D", help="configuration of the paper's Table 1")
     add("--batch-norm", action="store_true", help="as for train.py")
+    add("--fuse", choices=FUSIONS, default="none", help="as for train.py: it lowers the unfused floor")
     add("--classes", type=whole_above_zero, default=1000, help="classes of the data set")
     add("--crop", type=whole_above_zero, default=224, help="side of the network's input in pixels")
     add("--batch-size", type=whole_above_zero, default=256, help="images of each GPU in one step")
@@ -245,7 +246,8 @@ def _print_floor(job: Job, result: Roofline, step_seconds: float | None) -> None
     peaks, fused, unfused = result.peaks, result.floor_seconds, result.floor_seconds_unfused
     rate = job.ranks * job.batch / fused.total
     print(
-        f"{job.arch}{' with batch normalisation' if job.batch_norm else ''}, {job.classes} classes, crop {job.crop}, batch "
+        f"{job.arch}{' with batch normalisation' if job.batch_norm else ''}{f', --fuse {job.fuse}' * (job.fuse != 'none')}, "
+        f"{job.classes} classes, crop {job.crop}, batch "
         f"{job.batch}{f' in passes of {job.micro_batch}' if job.passes > 1 else ''}, {job.precision}, {job.ranks} × "
         f"{peaks.name}: {with_prefix(peaks.flops_per_second, 'FLOP/s')}, {with_prefix(peaks.bytes_per_second, 'B/s')} "
         f"({peaks.source})\n{result.flops_per_image / 1e9:,.2f} GFLOP a training image\n"
