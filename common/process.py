@@ -71,6 +71,9 @@ def end(main: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         code = TrainingError.exit_code
     if code in (0, EXIT_STOPPED):
+        # All is done. A Ctrl-C that comes while libraries clean up ends the process, without a word of what it has interrupted.
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):

@@ -208,8 +208,8 @@ def test_killed_at_any_moment_it_goes_on(folder):
     command = [
         sys.executable,
         "-c",
-        "import sys; from pipeline import manifest; from pipeline.preparation import verify; "
-        "verify._SECONDS_BETWEEN_SAVES = 0; print('up', flush=True); sys.exit(manifest.main(sys.argv[1:]))",
+        "import sys; from common.process import end; from pipeline import manifest; from pipeline.preparation import verify; "
+        "verify._SECONDS_BETWEEN_SAVES = 0; print('up', flush=True); end(lambda: manifest.main(sys.argv[1:]))",
     ]
     command += [str(folder), "--verify", "decode"]
     interrupted = 0

@@ -187,6 +187,21 @@ def test_ctrl_c_stays_ignored_where_it_was(tmp_path):
     assert (done.returncode, done.stdout) == (0, "on\n")
 
 
+def test_ctrl_c_while_libraries_clean_up_ends_without_a_traceback():
+    program = (
+        "import atexit, time; from common.process import end; "
+        "atexit.register(lambda: (print('cleaning', flush=True), time.sleep(60))); end(lambda: 0)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout
+        assert running.stdout.readline() == "cleaning\n"
+        running.send_signal(signal.SIGINT)
+        assert running.communicate(timeout=30)[1] == ""
+        assert running.returncode == -signal.SIGINT
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.5, 1, 2, 4, 8])
 def test_ctrl_c_at_any_moment_of_a_training(tmp_path, seconds):
