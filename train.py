@@ -46,8 +46,8 @@ def train(config: Config, requests: StopRequests) -> dict:
     with ranks_of_this_run(config.device, **limits) as ranks, FolderLock(config.out) as lock:
         set_numerics(deterministic=config.deterministic)
         precision = choose_precision(config.precision, ranks.device)
-        if config.profile_memory and not config.dry_run:
-            record_memory(ranks.device)
+        if config.profile_memory:
+            record_memory(ranks)
         checkpoint = open_checkpoint(config, ranks, None if config.dry_run else lock)
         may_halve = config.micro_batch is None  # given, it is never changed
         if checkpoint:
@@ -58,13 +58,13 @@ def train(config: Config, requests: StopRequests) -> dict:
             check_same_data(checkpoint, data, config)
         job = Job.of(data)
         config = choose_parallel(config, ranks, job)
-        if config.dry_run:
-            return dry_run(config, data, job, checkpoint)
         model = network_of(config, classes=len(data.classes), device=ranks.device)
         if initial:
             done = start_from(initial, model, config, data.classes)
             if ranks.is_main:
                 say(done)
+        if config.dry_run:
+            return dry_run(config, data, job, checkpoint)
         if may_halve:
             data = halve_until_it_fits(data, model)
             config = replace(config, micro_batch=data.config.micro_batch)

@@ -162,7 +162,7 @@ class Search:
 
     def __init__(self, job: Job, run: Run, *, seconds: float, clock: Callable[[], float] = perf_counter) -> None:
         """The time begins now."""
-        self._given, self._share = job.settings, job.share
+        self._given, self._share, self._least_micro_batch = job.settings, job.share, job.least_micro_batch
         self._whole = "training" if job.has_images else "step"
         self._run, self._seconds, self._began, self._clock = run, seconds, clock(), clock
         self._trials: list[Trial] = []
@@ -201,7 +201,8 @@ class Search:
             outcome = self._try(self._whole, settings, math.inf)  # without it there is nothing to compare with
             if outcome.images_per_second:
                 return settings
-            smaller = [size for size in range(1, settings["micro_batch"] // 2 + 1) if self._share % size == 0]
+            sizes = range(self._least_micro_batch, settings["micro_batch"] // 2 + 1)
+            smaller = [size for size in sizes if self._share % size == 0]
             if not (outcome.out_of_memory and smaller):
                 raise TrainingError(f"the configuration as it was given does not run: {outcome.failure}")
             settings = {**settings, "micro_batch": smaller[-1]}

@@ -194,19 +194,7 @@ def _report(
     if alone := timings.get(ALL_REDUCE):
         all_reduce = AllReduceAlone(seconds=summarise(alone.step_seconds), bytes_per_rank=found.all_reduce_bytes)
     limit = roofline(
-        Job(
-            arch=config.arch,
-            batch_norm=config.batch_norm,
-            fuse=config.fuse,
-            classes=len(data.classes),
-            crop=config.crop,
-            batch=bench.share,
-            micro_batch=data.micro_batch,
-            precision=bench.precision.name,
-            grad_compression=config.grad_compression,
-            ranks=ranks.world_size,
-            sharing=found.sharing,
-        ),
+        replace(Job.of(data), sharing=found.sharing),
         peaks=peaks,
         links=links,
         algorithm=options.all_reduce,

@@ -57,6 +57,8 @@ class Job:
     """Images of each rank in a step."""
     has_images: bool
     """False for synthetic data."""
+    least_micro_batch: int = 1
+    """Images that a pass must have: mixed images need another one in theirs."""
     settings: Settings
     """What can be tuned, each "auto" as it came out."""
 
@@ -168,6 +170,7 @@ def _describe(bench: Bench) -> Job:
         cpu_share=bench.ranks.cpu_share,
         share=bench.share,
         has_images=bench.has_images,
+        least_micro_batch=2 if config.mixes else 1,
         settings={name: getattr(data, name) for name in ("threads", "decoder", "micro_batch")}
         | {"compile": ("on" if on_gpu else "off") if config.compile == "auto" else config.compile}
         | {name: getattr(config, name) for name in names},

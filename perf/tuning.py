@@ -102,7 +102,9 @@ def coordinates(job: Job, config: Config) -> dict[str, list[Coordinate]]:
         decoder.append(Coordinate("decoder", other_decoders))
         step.append(_choice("pad_channels", (False, True)))
         loader.append(Coordinate("hw_decoder_load", lambda now: loads if now["decoder"] == "gpu" else []))
-    else:  # on a GPU, the largest that fits is the fastest
+    elif (
+        not config.mixes
+    ):  # whose images are mixed with those of their pass. On a GPU, the largest that fits is the fastest
         step.insert(0, Coordinate("micro_batch", micro_batches_beside))
     if job.hardware.ranks > 1:
         step.insert(0, _choice("grad_compression", offered("grad_compression")))

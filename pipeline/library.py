@@ -71,6 +71,10 @@ class _Loader:
         device = torch.device(self.device)
         on_gpu = device.type == "cuda"
         _check(on_gpu or device.type == "cpu", f"device {device}: must be cpu or cuda")
+        _check(self.decoder in ("auto", "gpu", "cpu"), f"decoder {self.decoder!r}: must be auto, gpu or cpu")
+        _check(0 <= self.hw_decoder_load <= 1, f"hw_decoder_load {self.hw_decoder_load}: must be in [0, 1]")
+        _check(self.prefetch >= 1, f"prefetch {self.prefetch}: must be at least 1")
+        _check(all(std > 0 for std in self.std_rgb), f"std_rgb {self.std_rgb}: must be above 0")
         _check(on_gpu or self.decoder != "gpu", "decoder 'gpu': needs a GPU as device")
         _check(on_gpu or not self.half, "half: needs a GPU as device")
         _check(0 <= self.rank < self.world_size, f"rank {self.rank}: must be in [0, {self.world_size})")
@@ -141,7 +145,11 @@ class TrainLoader(_Loader):
 
     def __post_init__(self) -> None:
         lowest, highest = self.scale
-        _check(0 < self.crop <= lowest <= highest, f"scale {self.scale}: must not fall, nor be below crop {self.crop}")
+        fits = 0 < self.crop <= lowest <= highest or (self.random_resized is not None and self.crop > 0)
+        _check(fits, f"scale {self.scale}: must not fall, nor be below crop {self.crop}")
+        if crops := self.random_resized:
+            ranges = 0 < crops.area[0] <= crops.area[1] <= 1 and 0 < crops.aspect[0] <= crops.aspect[1]
+            _check(ranges, f"random_resized {crops}: area must be in (0, 1], aspect above 0, neither may fall")
         super().__post_init__()
         self._plan = TrainPlan(
             table=self._table,

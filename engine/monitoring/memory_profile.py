@@ -7,6 +7,7 @@ import torch
 
 from common.errors import UserError
 from common.files import replacing
+from common.ranks import Ranks
 
 PROFILE = "memory.pickle"
 STEPS = 3
@@ -14,13 +15,14 @@ STEPS = 3
 _MOST_EVENTS = 100_000
 
 
-def record_memory(device: torch.device) -> None:
-    """From now on; what was allocated before has no place in the code. Raises UserError for a CPU."""
-    if device.type != "cuda":
+def record_memory(ranks: Ranks) -> None:
+    """From now on, on rank 0; what was allocated before has no place in the code. Raises UserError for a CPU."""
+    if ranks.device.type != "cuda":
         raise UserError(
             "--profile-memory: torch records the memory of GPUs only, and this run is on a CPU; leave it out"
         )
-    torch.cuda.memory._record_memory_history(stacks="python", max_entries=_MOST_EVENTS)
+    if ranks.is_main:  # which alone writes it, and then records no more
+        torch.cuda.memory._record_memory_history(stacks="python", max_entries=_MOST_EVENTS)
 
 
 def write_memory(path: Path) -> None:

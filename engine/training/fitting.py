@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from common.errors import TrainingError, UserError
 from common.progress import say
 from common.ranks import sum_over_ranks
 from engine.data import TrainingData
@@ -35,7 +36,13 @@ def halve_until_it_fits(data: TrainingData, model: VGG) -> TrainingData:
             break
         if data.micro_batch == 1:
             raise too_little_memory(1)
-        data = data.halved()
+        try:
+            data = data.halved()
+        except UserError as error:
+            raise TrainingError(
+                f"the GPU's memory is too small for {data.micro_batch} images at a time, and --mixup and --cutmix need two or "
+                "more; leave them out, or take a smaller --crop or another GPU"
+            ) from error
     size = data.micro_batch
     if size < asked and ranks.is_main:
         say(

@@ -26,7 +26,7 @@ from pipeline.dataset.scan import SPLITS
 _FREE_SETTINGS = {
     "data", "out", "resume", "device", "micro_batch", "epochs", "steps", "threads", "prefetch", "decoder",
     "read_threads", "read_ahead", "log_every", "checkpoint_minutes", "keep", "max_bad_images", "allow_changed_data",
-    "compile", "compile_mode", "pad_channels", "parallel", "fc_ranks", "collective_minutes",
+    "compile", "compile_mode", "pad_channels", "fuse", "parallel", "fc_ranks", "collective_minutes",
     "lost_seconds", "weights", "init_from", "wandb", "profile_memory", "inspect", "dry_run",
 }  # fmt: skip
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
@@ -66,9 +66,10 @@ def open_checkpoint(config: Config, ranks: Ranks, lock: FolderLock | None) -> Ch
     if ranks.is_main:
         say(f"going on from {path}: step {checkpoint.steps:,}, {checkpoint.samples_seen:,} images seen")
         then = to_dict(Config()) | checkpoint.config  # a flag that there was not did what its default does
+        of_a_pass = {"micro_batch"} if config.mixes or config.batch_norm else set()  # not only rounding depends on it
         for setting, value in to_dict(config).items():
             before = then[setting]
-            if setting not in _FREE_SETTINGS and before != value:
+            if setting not in _FREE_SETTINGS - of_a_pass and before != value:
                 say(f"  note: {setting} was {before} until now and is {value} from here on")
         if checkpoint.world_size != ranks.world_size:
             changes = "rounding and which images are mixed do" if config.mixes else "rounding does"

@@ -176,6 +176,8 @@ class Trainer:
         """Validate, save, and only then show the result: beside the writing, unless the run ends here."""
         with self._clock.evaluating():
             accuracy, confusion = self._validate()
+        if self._decoder_share:
+            self._decoder_share.after_pause()
         is_best = accuracy is not None and accuracy.top1 > self._best_top1
         if accuracy and is_best:
             self._best_top1 = accuracy.top1
@@ -375,7 +377,7 @@ class Trainer:
         has a part of what is written. in_background: from a copy, while the training goes on; else the file is there now.
         """
         self._last_save, self._saved_steps = time.monotonic(), self._steps
-        if self._decoder_share:
+        if self._decoder_share and not in_background:
             self._decoder_share.after_pause()
         self._finish_write()
         model, optimizer = self._model.state_dict(), state_of(self._optimizer, self._model)

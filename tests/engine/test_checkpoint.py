@@ -332,6 +332,14 @@ def test_a_file_that_is_not_there(tmp_path):
         load(tmp_path / "none.pt")
 
 
+def test_replacing_what_has_no_name_is_an_error_of_the_file(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("."), tmp_path):
+        with pytest.raises(OSError, match=r"\[Errno"), replacing(path) as file:
+            file.write(b"new")
+    assert not any(tmp_path.iterdir())
+
+
 def test_replacing_keeps_the_old_file_on_an_exception(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")

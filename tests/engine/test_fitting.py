@@ -116,6 +116,15 @@ def test_where_not_even_one_image_fits_nothing_is_touched(tmp_path, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
+def test_images_that_are_mixed_need_another_in_their_pass(tmp_path, monkeypatch, capsys):
+    limits = limit_networks(monkeypatch, 2)
+    assert train.main([*SMALL, "--mixup", "0.2", "--out", str(tmp_path / "out")]) == 1
+    assert limits[0].sizes == [12, 6, 3]
+    said = capsys.readouterr().err
+    assert "the GPU's memory is too small for 3 images at a time, and --mixup and --cutmix need two or more" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_errors_are_no_lack_of_memory(tmp_path, monkeypatch):
     limit_networks(monkeypatch, 0, RuntimeError("CUDA error: an illegal memory access was encountered"))
     with pytest.raises(RuntimeError, match="illegal"):

@@ -1,5 +1,6 @@
 """train.py --profile-memory, with a made-up record: torch's own needs a GPU."""
 
+import dataclasses
 import pickle
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from engine.config import parse_args
 from engine.monitoring import memory_profile
 from engine.monitoring.memory_profile import record_memory
 from engine.monitoring.runlog import RunLog
+from tests.engine.test_accuracy import RANKS
 from tests.support.launch import SMALL
 
 
@@ -30,7 +32,12 @@ def open_log(out: Path, *flags: str) -> RunLog:
 
 
 def test_the_record_is_written_after_three_steps_and_then_ends(tmp_path, recording, capsys):
-    record_memory(torch.device("cuda", 0))
+    of_rank = {
+        rank: dataclasses.replace(RANKS, rank=rank, world_size=2, device=torch.device("cuda", 0)) for rank in (0, 1)
+    }
+    record_memory(of_rank[1])
+    assert not recording, "nobody would write that"
+    record_memory(of_rank[0])
     assert [settings.get("enabled", "all") for settings in recording] == ["all"]
     path = tmp_path / "memory.pickle"
     with open_log(tmp_path, "--profile-memory") as log:

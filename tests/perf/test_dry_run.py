@@ -56,6 +56,10 @@ def test_it_tells_what_the_run_then_does_and_writes_nothing(tmp_path, monkeypatc
     assert "from the checkpoint at step 1" in captured.err
     assert train.main([*flags, "--arch", "B", "--dry-run"]) == 2, "as the run would"
     assert "was trained with --arch A" in capsys.readouterr().err
+    other = [*flags[:-2], "--out", "other", "--arch", "B", "--weights", "out/last.pt", "--dry-run"]
+    assert train.main(other) == 2, "of another network"
+    assert "these are the weights of A" in capsys.readouterr().err
+    assert not Path("other").exists()
 
 
 def test_time_and_memory_on_eight_h100(monkeypatch, capsys):

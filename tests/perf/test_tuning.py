@@ -237,6 +237,20 @@ def test_deterministic_runs_keep_kernels_that_are_not_chosen_by_their_speed():
     assert compilation.changes(GIVEN) == [{"compile": "off"}, {"compile": "on", "compile_mode": "default"}]
 
 
+def test_passes_of_mixed_images_stay_as_they_are_and_have_two_at_least():
+    steps = coordinates(job(), Config(mixup=0.2))["step"]
+    assert "micro_batch" not in {one.name for one in steps}
+
+    def speed(stage, settings):
+        if settings["micro_batch"] > 1:
+            return Outcome(failure="CUDA out of memory", out_of_memory=True)
+        return 1.0
+
+    assert search(job(device="cuda", share=3), speed)[0].needed == {"micro_batch": 1}
+    with pytest.raises(TrainingError, match="does not run"):
+        search(dataclasses.replace(job(device="cuda", share=3), least_micro_batch=2), speed)
+
+
 @pytest.mark.parametrize(("config", "tried"), [(Config(), ["none", "pool", "conv"]), (Config(batch_norm=True), [])])
 def test_batch_norm_leaves_nothing_to_join(config, tried):
     steps = [one for one in coordinates(job(), config)["step"] if one.name == "fuse"]

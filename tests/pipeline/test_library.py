@@ -280,6 +280,11 @@ def test_after_an_error_the_loader_goes_on_at_its_state(folder):
         ({"scale": (64, 36)}, r"scale \(64, 36\): must not fall"),
         ({"device": "meta"}, "device meta: must be cpu or cuda"),
         ({"decoder": "gpu"}, "decoder 'gpu': needs a GPU as device"),
+        ({"decoder": "split"}, "decoder 'split': must be auto, gpu or cpu"),
+        ({"std_rgb": (1.0, 0.0, 1.0)}, r"std_rgb \(1.0, 0.0, 1.0\): must be above 0"),
+        ({"prefetch": 0}, "prefetch 0: must be at least 1"),
+        ({"hw_decoder_load": 2.0}, r"hw_decoder_load 2.0: must be in \[0, 1\]"),
+        ({"random_resized": RandomResized(area=(0.5, 0.1))}, r"random_resized .*: area must be in \(0, 1\]"),
         ({"half": True}, "half: needs a GPU as device"),
     ],
 )
@@ -312,7 +317,8 @@ def test_prepared_data_serve_too(folder, tmp_path, kind):
 
 def test_the_std_divides_and_other_crops_are_the_plans(folder):
     std, crops = (2.0, 50.0, 127.5), RandomResized(area=(0.2, 0.5))
-    for loader, arguments in ((train_loader, {"random_resized": crops}), (val_loader, {})):
+    without_scale = {"random_resized": crops, "scale": (1, 1)}  # which has no meaning then
+    for loader, arguments in ((train_loader, without_scale), (val_loader, {})):
         (plain,), (divided,) = (
             list(itertools.islice(loader(folder, 7, **arguments, **of), 1)) for of in ({}, {"std_rgb": std})
         )
