@@ -61,7 +61,7 @@ def training_transform(config: Config, mean_rgb: Sequence[float], colour_shift: 
 
 
 def validation_transform(config: Config, mean_rgb: Sequence[float]) -> v2.Compose:
-    """The same without anything random: rescaled to the validation scale, the centre crop, the mean subtracted."""
+    """The same without anything random: rescaled to the validation scale, the centre crop, the mean and the std taken out."""
     return v2.Compose(
         [
             v2.Resize(config.test_scale),

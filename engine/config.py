@@ -277,7 +277,7 @@ class Config(RunFlags, NetworkFlags, ImageFlags, TrainingFlags, ComputingFlags, 
         range."""
         if self.validation_scale is not None:
             return self.validation_scale
-        return usual_test_scale(self.crop) if self.crop_mode == "random-resized" else sum(self.scale) // 2
+        return usual_test_scale(self.crop) if self.crop_mode == "random-resized" else middle(self.scale)
 
     @property
     def crops(self) -> str:
@@ -327,6 +327,11 @@ def parse_range(text: str) -> tuple[float, float]:
 
     lowest, _, highest = text.partition("-")
     return number(lowest), number(highest or lowest)
+
+
+def middle(scale: tuple[int, int]) -> int:
+    """The paper's one test scale Q for training scales S from the lowest to the highest (section 4.1): S, or their middle."""
+    return sum(scale) // 2
 
 
 def usual_test_scale(crop: int) -> int:

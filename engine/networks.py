@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.progress import printable, say
 from engine import checkpoint as checkpoints
 from engine.checkpoint import Checkpoint
-from engine.config import Config, parse_scale, usual_test_scale
+from engine.config import Config, middle, parse_scale, usual_test_scale
 from model.vgg import VGG
 from model.weights import (
     NOT_DIVIDED,
@@ -69,7 +69,7 @@ class Network:
         """Q in pixels where nobody asks for another: that of its training's validations, as far as it is known."""
         if self.validation_scale:
             return self.validation_scale
-        return sum(self.train_scale) // 2 if self.train_scale else usual_test_scale(self.crop)
+        return middle(self.train_scale) if self.train_scale else usual_test_scale(self.crop)
 
     @property
     def outputs(self) -> int:

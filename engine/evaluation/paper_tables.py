@@ -6,6 +6,8 @@ Scales are the paper's at a crop of 224 pixels; for another crop they are the pa
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from engine.config import middle
+
 Scale = tuple[int, int]
 """Lowest and highest training scale S in pixels; the same number twice for a fixed one."""
 Trained = tuple[str, Scale]
@@ -110,18 +112,13 @@ def train_scale(scale: Scale, crop: int) -> Scale:
     return at_crop(scale[0], crop), at_crop(scale[1], crop)
 
 
-def scale_to_test(scale: Scale) -> int:
-    """The single test scale Q of a network trained at this scale: S, or the middle of its range (section 4.1)."""
-    return sum(scale) // 2
-
-
 def scales_to_test(scale: Scale, crop: int, *, several: bool) -> tuple[int, ...]:
     """Q of a network trained at this scale: a single one, or S − 32, S, S + 32, or the ends and middle of its range (4.2)."""
     lowest, highest = scale
     if not several:
-        return (scale_to_test(scale),)
+        return (middle(scale),)
     if lowest < highest:
-        return lowest, scale_to_test(scale), highest
+        return lowest, middle(scale), highest
     step = at_crop(_SCALE_STEP, crop)
     return lowest - step, lowest, lowest + step
 

@@ -57,7 +57,6 @@ def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch:
     compiled = compile_as_asked(model)
     if average and compiled:
         compile_as_asked(average.model)  # for the validation
-    mixing = Mixing(mixup=config.mixup, cutmix=config.cutmix, seed=config.seed)
     passes = share // micro_batch
     optimizer = sgd(model, config)
     scaler = precision.grad_scaler()
@@ -69,7 +68,7 @@ def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch:
         precision=precision,
         passes=passes,
         label_smoothing=config.label_smoothing,
-        mixing=mixing if config.mixes else None,
+        mixing=Mixing(mixup=config.mixup, cutmix=config.cutmix, seed=config.seed) if config.mixes else None,
         average=average,
         shared=shared,
         dropout=dropout,
