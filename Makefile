@@ -18,8 +18,9 @@ test: $(VENV)/installed-dev
 quick: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not processes and not seconds" -n auto --maxprocesses 4 --dist loadfile $(QUICK)
 
-# What measures time, or takes all cores by itself, runs alone; the rest, half an hour of it on two cores, two at a time.
-ALONE = tests/benchmarks tests/perf tests/repository $(addprefix tests/runs/test_,planted.py profile.py lost_peers.py slurm.py)
+# What asserts something of measured times runs alone, a quarter of an hour; the rest two at a time: SLURM's tests wait
+# for its clocks for half an hour, while the documentation's commands run.
+ALONE = tests/benchmarks tests/perf $(addprefix tests/runs/test_,planted.py profile.py lost_peers.py)
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow $(ALONE)
