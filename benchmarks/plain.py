@@ -1,6 +1,7 @@
 """What everyone writes with torchvision and PyTorch, to compare with: transforms, and a training. Of this project it has only
 the network."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -94,8 +96,15 @@ def usual_step(
 
 def sgd(network: nn.Module, config: Config, *, fused: bool | None = None) -> torch.optim.SGD:
     """fused: None leaves torch its default, which on a GPU updates many tensors at a time; False would forbid that, too."""
+    groups: list[dict] = [{"params": list(network.parameters())}]
+    if config.weight_decay_on == "weights":
+        layers = list(network.modules())
+        decaying = [layer.weight for layer in layers if isinstance(layer, nn.Conv2d | nn.Linear)]
+        others = [layer.bias for layer in layers if isinstance(layer, nn.Conv2d | nn.Linear)]
+        others += [weight for layer in layers if isinstance(layer, nn.BatchNorm2d) for weight in layer.parameters()]
+        groups = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.SGD(
-        network.parameters(),
+        groups,
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -103,11 +112,21 @@ def sgd(network: nn.Module, config: Config, *, fused: bool | None = None) -> tor
     )
 
 
+def mixing_transform(config: Config, classes: int) -> Callable[[list], tuple[torch.Tensor, torch.Tensor]]:
+    """What makes a batch of a list of samples: with torchvision's MixUp, CutMix or either, where the configuration says so."""
+    wanted = ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
+    kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in wanted if alpha]
+    if not kinds:
+        return default_collate
+    mix = v2.RandomChoice(kinds)
+    return lambda samples: mix(*default_collate(samples))
+
+
 def train_plainly(config: Config, mean_rgb: Sequence[float], colour_shift: Matrix) -> list[dict]:
     """Train with the configuration's hyper-parameters in float32, the cosine schedule. Returns the validations' results.
 
     As build() initialises it, the network begins with the weights that train.py's begins with. An epoch leaves out the images
-    that do not fill a batch. mean_rgb, colour_shift: as training_transform() takes them.
+    that do not fill a batch. With --ema, its average is validated. mean_rgb, colour_shift: as training_transform() takes them.
     Each result: {"epoch", "loss" (mean cross-entropy, nats), "top1" (0–1)}.
     """
     torch.manual_seed(config.seed)
@@ -116,11 +135,21 @@ def train_plainly(config: Config, mean_rgb: Sequence[float], colour_shift: Matri
     training_set = ImageFolder(data / "train", training_transform(config, mean_rgb, colour_shift))
     validation_set = ImageFolder(data / "val", validation_transform(config, mean_rgb))
     training = DataLoader(
-        training_set, batch_size, shuffle=True, drop_last=True, num_workers=_WORKERS, persistent_workers=True
+        training_set,
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=_WORKERS,
+        persistent_workers=True,
+        multiprocessing_context="fork",
+        collate_fn=mixing_transform(config, len(training_set.classes)),
     )
     validation = DataLoader(validation_set, batch_size, num_workers=_WORKERS)
 
     model = network_of(config, classes=len(training_set.classes), device=device)
+    validated: nn.Module = model
+    if config.ema:
+        validated = average = AveragedModel(model, avg_fn=functools.partial(_average, config.ema), use_buffers=True)
     optimizer = sgd(model, config)
     warm_up, steps = round(config.warmup_epochs * len(training)), config.epochs * len(training)
 
@@ -134,20 +163,28 @@ def train_plainly(config: Config, mean_rgb: Sequence[float], colour_shift: Matri
     for epoch in range(1, config.epochs + 1):
         model.train()
         for images, labels in training:
-            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+            loss = F.cross_entropy(model(images.to(device)), labels.to(device), label_smoothing=config.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.step()
+            if config.ema:
+                average.update_parameters(model)
 
-        model.eval()
+        validated.eval()
         loss_sum, correct = 0.0, 0
         with torch.no_grad():
             for images, labels in validation:
-                logits, labels = model(images.to(device)), labels.to(device)
+                logits, labels = validated(images.to(device)), labels.to(device)
                 loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
                 correct += int((logits.argmax(dim=1) == labels).sum())
         count = len(validation_set)
         history.append({"epoch": epoch, "loss": loss_sum / count, "top1": correct / count})
         say(f"plain loop, epoch {epoch}: validation top-1 {correct / count:.2%}  loss {loss_sum / count:.3f}")
     return history
+
+
+def _average(decay: float, average: torch.Tensor, weights: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """As train.py's --ema forgets the initial weights."""
+    decay = min(decay, (1 + int(steps)) / (10 + int(steps)))
+    return decay * average + (1 - decay) * weights

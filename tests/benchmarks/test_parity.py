@@ -1,16 +1,20 @@
 """benchmarks/parity.py: what it reports, what it keeps, what it refuses."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from torch import nn
 
 from benchmarks.parity import OURS, PLAIN, compare, difference_interval, main
-from benchmarks.plain import sgd
+from benchmarks.plain import mixing_transform, sgd
+from common.flat_yaml import read_flat_yaml
 from engine.config import Config
+from engine.training.assembly import network_of
 from tests.support.images import photo_folder
 
 
@@ -19,6 +23,37 @@ def test_what_others_would_write_is_not_slowed_down():
     (group,) = sgd(nn.Linear(1, 1), Config()).param_groups
     assert (group["fused"], group["foreach"]) == (None, None)
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (Config.lr, Config.momentum, Config.weight_decay)
+
+
+def test_plain_loop_leaves_out_the_decay_that_the_recipe_leaves_out():
+    config = Config(arch="A", crop=32, batch_norm=True, weight_decay=0.1, weight_decay_on="weights")
+    model = network_of(config, classes=10, device=torch.device("cpu"))
+    decaying, others = sgd(model, config).param_groups
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert all(weight.ndim > 1 for weight in decaying["params"])
+    assert all(weight.ndim == 1 for weight in others["params"])
+    assert len(decaying["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "targets"),
+    [
+        ({}, "labels"),
+        ({"mixup": 0.2}, "shares"),
+        ({"cutmix": 1.0}, "shares"),
+        ({"mixup": 0.2, "cutmix": 1.0}, "shares"),
+    ],
+)
+def test_plain_loop_mixes_what_the_recipe_mixes(flags, targets):
+    samples = [(torch.rand(3, 32, 32), label) for label in range(4)]
+    images, labels = mixing_transform(Config(**flags), classes=10)(samples)
+    assert images.shape == (4, 3, 32, 32)
+    if targets == "labels":
+        assert torch.equal(images, torch.stack([image for image, _ in samples]))
+        assert labels.tolist() == [0, 1, 2, 3]
+    else:
+        assert labels.shape == (4, 10)
+        assert torch.allclose(labels.sum(dim=1), torch.ones(4))
 
 
 def test_welch_interval_is_scipys():
@@ -40,6 +75,19 @@ def test_equal_within_the_spread(ours, equal):
     assert result["top1"]["difference"] == pytest.approx(np.mean(ours) - 0.51)
     assert result["loss"]["equal_within_spread"]  # all the same
     assert result["top1_by_epoch"][OURS] == [[0.1, value] for value in ours]
+
+
+@pytest.mark.slow
+def test_modern_recipe(tmp_path, capsys):
+    data = photo_folder(tmp_path / "photos", train=24, val=8)
+    flags = ["--modern", "--data", str(data), "--out", str(tmp_path / "out"), "--seeds", "2", "--batch-size", "8"]
+    flags += ["--epochs", "2", "--mixup", "0.2", "--cutmix", "1"]
+    assert main(flags) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all(math.isfinite(value) for name in (OURS, PLAIN) for value in result["loss"][name]["runs"])
+    written = read_flat_yaml(tmp_path / "out/ours-0/config.yaml")
+    asked_for = {"batch_norm": True, "crop_mode": "random-resized", "weight_decay_on": "weights", "ema": 0.99}
+    assert {name: written[name].value for name in asked_for} == asked_for
 
 
 @pytest.mark.slow
@@ -67,7 +115,14 @@ def test_parity_run_is_kept(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--seeds", "1"], "--seeds 1: must be"), (["--nonsense"], "nonsense"), (["--lr", "x"], "--lr")],
+    [
+        (["--seeds", "1"], "--seeds 1: must be"),
+        (["--nonsense"], "nonsense"),
+        (["--lr", "x"], "--lr"),
+        (["--steps", "20"], "--steps: the plain loop"),
+        (["--head-lr-factor", "10"], "--head-lr-factor: the plain loop"),
+        (["--modern", "--train-scale", "36"], "--train-scale 36: --crop-mode random-resized"),
+    ],
 )
 def test_wrong_flags_are_said_at_once(flags, message, tmp_path, capsys):
     assert main(["--data", "x", "--out", str(tmp_path / "out"), *flags]) == 2
