@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 from common.errors import EXIT_INTERRUPTED, EXIT_STOPPED, LostRankError, TrainingError, UserError
 from common.start import end_at_once
 
+MOST_THREADS = 1024
+"""That a flag may ask for: far more only take long to start, or are refused by the kernel."""
 _SECONDS_FOR_RANK_0 = 5.0
 """From its error to its end, and for torchrun to notice; a busy machine has needed more than one."""
 _SECONDS_TO_UNWIND = 10.0

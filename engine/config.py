@@ -18,10 +18,12 @@ from common.errors import UserError
 from common.files import replacing
 from common.flags import FlagParser, expand_switch, parse_dataclass
 from common.flat_yaml import read_flat_yaml
+from common.process import MOST_THREADS
 from common.progress import printable
 from pipeline.dataset.digits import DIGITS
 
 SYNTHETIC = "synthetic"
+_MOST_BATCHES_AHEAD = 1024  # DALI takes memory for all of them at the start
 _PROG = "train.py"
 _FROZEN_BLOCKS = {"none": 0, "block1": 1, "block2": 2, "block3": 3, "block4": 4, "features": 5}
 
@@ -431,7 +433,7 @@ def _is_installed(package: str) -> bool:
 
 def check(config: Config) -> None:
     """Raise UserError for values that no world size and no machine could make good."""
-    check_integers(config)
+    check_numbers(config)
     try:
         lowest, highest = config.scale
     except ValueError:
@@ -499,8 +501,10 @@ def check(config: Config) -> None:
             config.fuse == "none" or not config.batch_norm
         ),
         f"--fc-ranks {config.fc_ranks}: must be at least 1": config.fc_ranks is None or config.fc_ranks >= 1,
-        f"--collective-minutes {config.collective_minutes}: must be above 0": config.collective_minutes > 0,
-        f"--lost-seconds {config.lost_seconds}: must be at least 1": config.lost_seconds >= 1,
+        f"--collective-minutes {config.collective_minutes}: must be in (0, 100000]": 0
+        < config.collective_minutes
+        <= 1e5,
+        f"--lost-seconds {config.lost_seconds}: must be in [1, 100000]": 1 <= config.lost_seconds <= 1e5,
         "--weights and --init-from: give one of them": not (config.weights and config.init_from),
         "--freeze and --head-epochs keep layers as a run starts with them; say with --weights what it starts with": (
             config.weights is not None or not (config.frozen_blocks or config.head_epochs)
@@ -523,22 +527,31 @@ def check(config: Config) -> None:
     check_loading(config, config.max_bad_images)
 
 
-def check_integers(flags: object) -> None:
-    """Raise UserError where one of a dataclass of flags is too large for 64 bits, which most of them become; --seed says so
-    itself."""
+def check_numbers(flags: object) -> None:
+    """Raise UserError where one of a dataclass of flags is too large for 64 bits, which most of them become, or not finite.
+
+    --seed says so itself; --checkpoint-minutes may be inf: none within an epoch.
+    """
     for name, value in vars(flags).items():
+        flag = f"--{name.replace('_', '-')}"
         if isinstance(value, int) and abs(value) >= 2**63 and name != "seed":
-            raise UserError(f"--{name.replace('_', '-')}: must be in (-2^63, 2^63)")
+            raise UserError(f"{flag}: must be in (-2^63, 2^63)")
+        if isinstance(value, float) and not math.isfinite(value) and (name, value) != ("checkpoint_minutes", math.inf):
+            raise UserError(f"{flag} {value}: must be a finite number")
 
 
 def check_loading(loading: LoadingFlags, max_bad_images: int | None) -> None:
     """Raise UserError for values that no machine could make good."""
-    read_threads = loading.read_threads
+    threads, read_threads = loading.threads, loading.read_threads
     checks = {
-        f"--threads {loading.threads}: must be at least 1": loading.threads is None or loading.threads >= 1,
-        f"--prefetch {loading.prefetch}: must be at least 1": loading.prefetch >= 1,
+        f"--threads {threads}: must be in [1, {MOST_THREADS}]": threads is None or 1 <= threads <= MOST_THREADS,
+        f"--prefetch {loading.prefetch}: must be in [1, {_MOST_BATCHES_AHEAD}]": (
+            1 <= loading.prefetch <= _MOST_BATCHES_AHEAD
+        ),
         f"--hw-decoder-load {loading.hw_decoder_load}: must be in [0, 1]": 0 <= loading.hw_decoder_load <= 1,
-        f"--read-threads {read_threads}: must be at least 1": read_threads is None or read_threads >= 1,
+        f"--read-threads {read_threads}: must be in [1, {MOST_THREADS}]": (
+            read_threads is None or 1 <= read_threads <= MOST_THREADS
+        ),
         f"--read-ahead {loading.read_ahead}: must be at least 1": loading.read_ahead >= 1,
         f"--max-bad-images {max_bad_images}: must not be negative": max_bad_images is None or max_bad_images >= 0,
     }

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.data import TrainingData
-from engine.training.shared_layers import FC6, FC7, number_dropout
+from engine.training.shared_layers import FC6, FC7
 from model.vgg import VGG, Convolution, LocalResponseNorm, PoolThenBias
 from perf.peaks import peaks_of
 from pipeline.plan.samples import rescaled_sizes, source_windows
@@ -287,45 +287,6 @@ def peak_seconds_an_image(job: Job, device: torch.device) -> float | None:
         return None
     flops = job.passes * sum(layer.forward.flops + layer.backward.flops for layer in job.layers())
     return flops / job.batch / (job.ranks * peaks.flops_per_second)
-
-
-def frozen_parameters(job: Job, frozen_blocks: int) -> int:
-    """Elements of the weights and biases of so many blocks of convolutions."""
-    return sum(weight.numel() for weight in _on_meta(job, frozen_blocks).parameters() if not weight.requires_grad)
-
-
-def _on_meta(job: Job, frozen_blocks: int) -> VGG:
-    with torch.device("meta"):
-        model = VGG(job.arch, classes=job.classes, crop=job.crop, batch_norm=job.batch_norm, fuse=job.fuse)
-    model.freeze(frozen_blocks)
-    return model
-
-
-def saved_bytes(job: Job, frozen_blocks: int = 0) -> int:
-    """Bytes that autograd keeps of one forward pass for the backward pass, weights apart: activations, indices, masks, and the
-    weights' copies in half precision.
-
-    They are counted while the eager network runs on the meta device. What torch.compile keeps is not known before it compiles.
-    """
-    model = _on_meta(job, frozen_blocks)
-    images = torch.empty(job.batch // job.passes, 3, job.crop, job.crop, device="meta")
-    is_half = job.precision != "fp32"
-    if is_half:  # there is no autocast on the meta device
-        model, images = model.to(torch.bfloat16), images.to(torch.bfloat16)
-    number_dropout(model.modules(), seed=0, device=images.device, shared=None, share=job.batch)
-    kept: dict[int, Tensor] = {}  # by storage, each held, so that no other gets its number
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = model(images.to(memory_format=torch.channels_last))
-    if not is_half:
-        for parameter in model.parameters():
-            kept.pop(parameter.untyped_storage()._cdata, None)
-    del logits
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def optimizer_bytes(parameters: int, precision: str) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from common.progress import clock, printable, say
 from engine.checkpoint import Checkpoint
@@ -10,8 +11,10 @@ from engine.config import Config
 from engine.data import TrainingData
 from engine.training import schedule
 from engine.training.assembly import ranks_that_share
+from engine.training.shared_layers import number_dropout
 from engine.training.trainer import samples_of_other_data
-from perf.costs import Job, frozen_parameters, saved_bytes
+from model.vgg import VGG
+from perf.costs import Job
 from perf.hybrid import least_step_seconds
 from perf.peaks import peaks_of
 
@@ -79,6 +82,45 @@ def dry_run(config: Config, data: TrainingData, job: Job, checkpoint: Checkpoint
 def _parameters(job: Job, sharing: int) -> int:
     """Of one rank, when so many share FC6 and FC7."""
     return sum(sum(layer.parameters) for layer in replace(job, sharing=sharing).layers())
+
+
+def frozen_parameters(job: Job, frozen_blocks: int) -> int:
+    """Elements of the weights and biases of so many blocks of convolutions."""
+    return sum(weight.numel() for weight in _on_meta(job, frozen_blocks).parameters() if not weight.requires_grad)
+
+
+def _on_meta(job: Job, frozen_blocks: int) -> VGG:
+    with torch.device("meta"):
+        model = VGG(job.arch, classes=job.classes, crop=job.crop, batch_norm=job.batch_norm, fuse=job.fuse)
+    model.freeze(frozen_blocks)
+    return model
+
+
+def saved_bytes(job: Job, frozen_blocks: int = 0) -> int:
+    """Bytes that autograd keeps of one forward pass for the backward pass, weights apart: activations, indices, masks, and the
+    weights' copies in half precision.
+
+    They are counted while the eager network runs on the meta device. What torch.compile keeps is not known before it compiles.
+    """
+    model = _on_meta(job, frozen_blocks)
+    images = torch.empty(job.batch // job.passes, 3, job.crop, job.crop, device="meta")
+    is_half = job.precision != "fp32"
+    if is_half:  # there is no autocast on the meta device
+        model, images = model.to(torch.bfloat16), images.to(torch.bfloat16)
+    number_dropout(model.modules(), seed=0, device=images.device, shared=None, share=job.batch)
+    kept: dict[int, Tensor] = {}  # by storage, each held, so that no other gets its number
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(images.to(memory_format=torch.channels_last))
+    if not is_half:
+        for parameter in model.parameters():
+            kept.pop(parameter.untyped_storage()._cdata, None)
+    del logits
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def _lines(config: Config, results: dict) -> list[str]:

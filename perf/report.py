@@ -168,8 +168,7 @@ class FloorSeconds(Record):
 
 
 class Layer(Record):
-    """Forward and backward of one step together. Unfused: bias, ReLU and dropout each read and write their values, as in an
-    eager step; otherwise they are part of the layer."""
+    """Forward and backward of one step together. Unfused: bias, ReLU and dropout are kernels of their own, as in eager mode."""
 
     name: str
     kind: str
@@ -321,8 +320,7 @@ def read_report(path: Path) -> Report:
         raise UserError(f"{path}: not a report; give the report.json that {_WRITER} wrote")
     if found.get("format") != FORMAT:
         raise UserError(
-            f"{path}: a report of format {found.get('format')}, and this program reads format {FORMAT}; "
-            "show it with the revision that wrote it"
+            f"{path}: of format {found.get('format')}, not {FORMAT}; show it with the revision that wrote it"
         )
     try:
         report = msgspec.convert(found, Report)

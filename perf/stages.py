@@ -9,7 +9,6 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, record_function
 
 from common.progress import say
 from common.ranks import Ranks
@@ -37,11 +35,11 @@ from perf.laps import Laps, MarkedBatches, MarkedPrecision
 from perf.layers import layer_seconds
 from perf.report import Trace
 from perf.timing import Limits, Timing, measure
-from perf.trace import summarise_trace
+from perf.trace import traced
 from pipeline.dali.loader import Batch, DaliLoader, SyntheticLoader
 
 ALL_REDUCE, WITHOUT_ALL_REDUCE = "the all-reduce", "the step without its all-reduce"
-_HOST_STEPS, _TRACED_STEPS = 5, 3
+_HOST_STEPS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,37 +140,13 @@ def run_stages(bench: Bench, trace: Path | None) -> Findings:
         timings["training"] = time_training(bench, step)
     if ranks.device.type == "cuda":
         found.reserved_bytes = torch.cuda.max_memory_reserved(ranks.device)
-    found.trace = _traced(step, ranks, trace)
+    found.trace = traced(step, ranks, trace)
     del step, assembly, model  # their memory is the next network's
     # Eager, one layer after the other, of a network of its own: DDP's and the compiler's hooks are of the whole.
     found.layer_seconds = layer_seconds(
         build_model(bench), next(bench.data.resident_batches()), precision=bench.precision, device=ranks.device
     )
     return found
-
-
-def _traced(step: Callable[[], object], ranks: Ranks, path: Path | None) -> Trace | None:
-    """A few steps of rank 0 under torch.profiler; every rank must call this. path: of a file for ui.perfetto.dev.
-
-    None on the other ranks, and where the profiler sees no kernels: on some machines only root may.
-    """
-    on_gpu = ranks.device.type == "cuda"
-    profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu])
-    with profiler if ranks.is_main else nullcontext():
-        for _ in range(_TRACED_STEPS):
-            with record_function("step"):  # else the trace would begin after the first wait for a batch
-                step()
-        if on_gpu:
-            torch.cuda.synchronize(ranks.device)
-    if not ranks.is_main:
-        return None
-    if path:
-        profiler.export_chrome_trace(str(path))
-    try:
-        return summarise_trace(profiler, steps=_TRACED_STEPS, on_gpu=on_gpu)
-    except ValueError as error:
-        say(f"warning: no kernels in the report: {error}")
-        return None
 
 
 def open_bench(config: Config, ranks: Ranks, limits: Limits) -> Bench:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, record_function
 
+from common.progress import say
+from common.ranks import Ranks
 from perf.report import Kernel, Trace
 
 if TYPE_CHECKING:
@@ -14,7 +21,32 @@ if TYPE_CHECKING:
     from torch.profiler import profile
 
 _MOST = 10
+_TRACED_STEPS = 3
 _MICRO = 1e-6  # torch.profiler counts microseconds
+
+
+def traced(step: Callable[[], object], ranks: Ranks, path: Path | None) -> Trace | None:
+    """A few steps of rank 0 under torch.profiler; every rank must call this. path: of a file for ui.perfetto.dev.
+
+    None on the other ranks, and where the profiler sees no kernels: on some machines only root may.
+    """
+    on_gpu = ranks.device.type == "cuda"
+    profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu])
+    with profiler if ranks.is_main else nullcontext():
+        for _ in range(_TRACED_STEPS):
+            with record_function("step"):  # else the trace would begin after the first wait for a batch
+                step()
+        if on_gpu:
+            torch.cuda.synchronize(ranks.device)
+    if not ranks.is_main:
+        return None
+    if path:
+        profiler.export_chrome_trace(str(path))
+    try:
+        return summarise_trace(profiler, steps=_TRACED_STEPS, on_gpu=on_gpu)
+    except ValueError as error:
+        say(f"warning: no kernels in the report: {error}")
+        return None
 
 
 def summarise_trace(profiler: profile, *, steps: int, on_gpu: bool) -> Trace:

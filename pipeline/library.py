@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.process import usable_cores
+from common.process import MOST_THREADS, usable_cores
 from pipeline.dali.graph import GraphOptions
 from pipeline.dali.loader import Batch, DaliLoader
 from pipeline.dali.lost_images import LostImages
@@ -74,6 +74,8 @@ class _Loader:
         _check(self.decoder in ("auto", "gpu", "cpu"), f"decoder {self.decoder!r}: must be auto, gpu or cpu")
         _check(0 <= self.hw_decoder_load <= 1, f"hw_decoder_load {self.hw_decoder_load}: must be in [0, 1]")
         _check(self.prefetch >= 1, f"prefetch {self.prefetch}: must be at least 1")
+        threads_fit = self.threads is None or 1 <= self.threads <= MOST_THREADS
+        _check(threads_fit, f"threads {self.threads}: must be in [1, {MOST_THREADS}]")
         _check(all(std > 0 for std in self.std_rgb), f"std_rgb {self.std_rgb}: must be above 0")
         _check(on_gpu or self.decoder != "gpu", "decoder 'gpu': needs a GPU as device")
         _check(on_gpu or not self.half, "half: needs a GPU as device")

@@ -10,7 +10,7 @@ from typing import Literal
 
 from common.errors import UserError
 from common.flags import expand_switch, parse_dataclass
-from engine.config import SYNTHETIC, LoadingFlags, check_integers, check_loading, default_data
+from engine.config import SYNTHETIC, LoadingFlags, check_loading, check_numbers, default_data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def _expanded(argv: list[str] | None) -> list[str]:
 def _check(flags: InputFlags) -> None:
     if flags.data == SYNTHETIC:
         raise UserError(f"--data {SYNTHETIC}: has no images to test on; give a folder, or digits")
-    check_integers(flags)
+    check_numbers(flags)
     if flags.batch_size < 1:
         raise UserError(f"--batch-size {flags.batch_size}: must be at least 1")
     check_loading(flags.loading, flags.max_bad_images)

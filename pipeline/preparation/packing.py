@@ -35,7 +35,7 @@ from common.errors import TrainingError, UserError
 from common.files import DAMAGED_FILE, half_written, remove_own, replacing
 from common.flags import FlagParser
 from common.lock import FolderLock
-from common.process import is_of_a_name, run_program
+from common.process import MOST_THREADS, is_of_a_name, run_program
 from common.progress import printable, say, track
 from common.ranks import Ranks, on_rank_0, ranks_of_this_run, wait_for_all
 from pipeline.dali.decoding import decode_whole, each_in_order
@@ -375,8 +375,8 @@ def _check(arguments: argparse.Namespace) -> Settings:
         raise UserError(f"--quality {quality}: must be in 1–95")
     if settings.shard_images < 1:
         raise UserError(f"--shard-images {settings.shard_images}: must be at least 1")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise UserError(f"--threads {arguments.threads}: must be at least 1")
+    if arguments.threads is not None and not 1 <= arguments.threads <= MOST_THREADS:
+        raise UserError(f"--threads {arguments.threads}: must be in [1, {MOST_THREADS}]")
     if str(arguments.destination).startswith(S3_SCHEME.rstrip("/")):
         raise UserError(f"{arguments.destination}: prepare into a folder, then copy it to the bucket")
     return settings

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from common.errors import UserError
-from engine.config import Config, parse_args, read_recipe, save_config
+from engine.config import Config, check_numbers, parse_args, read_recipe, save_config
+from engine.evaluation.flags import FeatureFlags
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,7 +147,7 @@ def test_without_a_training_scale_validation_keeps_torchvisions_share_of_the_ima
         (["--crop", "100"], "--crop 100: must be a multiple of 32"),
         (["--crop", "0"], "multiple of 32"),
         (["--lr", "fast"], "--lr"),
-        (["--lr", "nan"], "--lr nan: must be above 0"),
+        (["--lr", "nan"], "--lr nan: must be a finite number"),
         (["--epochs", "9" * 400], r"--epochs: must be in \(-2\^63, 2\^63\)"),
         (["--learning-rate", "1"], "Unrecognized options: --learning-rate"),
         (["--train-scale", "large"], "--train-scale large: give one number"),
@@ -178,8 +179,8 @@ def test_without_a_training_scale_validation_keeps_torchvisions_share_of_the_ima
         (["--dropout", "1"], r"in \[0, 1\)"),
         (["--label-smoothing", "1"], r"--label-smoothing 1.0: must be in \[0, 1\)"),
         (["--mixup", "-0.1"], r"--mixup -0.1: must be in \[0, 100\]"),
-        (["--mixup", "nan"], r"--mixup nan: must be in \[0, 100\]"),
-        (["--cutmix", "inf"], r"--cutmix inf: must be in \[0, 100\]"),
+        (["--mixup", "101"], r"--mixup 101.0: must be in \[0, 100\]"),
+        (["--cutmix", "101"], r"--cutmix 101.0: must be in \[0, 100\]"),
         (["--ema", "1"], r"--ema 1.0: must be in \[0, 1\)"),
         (["--weights", "a.pt", "--init-from", "b.pt"], "--weights and --init-from: give one of them"),
         (["--inspect", "4", "--dry-run"], "--inspect and --dry-run: give one of them"),
@@ -192,6 +193,11 @@ def test_without_a_training_scale_validation_keeps_torchvisions_share_of_the_ima
         (["--head-epochs", "-1", "--weights", "a.pt"], "--head-epochs -1.0: must not be negative"),
         (["--head-lr-factor", "0"], "--head-lr-factor 0.0: must be above 0"),
         (["--seed", "-1"], "--seed"),
+        (["--threads", "1000000"], r"--threads 1000000: must be in \[1, 1024\]"),
+        (["--read-threads", "1000000"], r"--read-threads 1000000: must be in \[1, 1024\]"),
+        (["--prefetch", "100000000"], r"--prefetch 100000000: must be in \[1, 1024\]"),
+        (["--collective-minutes", "1e300"], r"--collective-minutes 1e\+300: must be in \(0, 100000\]"),
+        (["--lost-seconds", "1e300"], r"--lost-seconds 1e\+300: must be in \[1, 100000\]"),
         (["--hw-decoder-load", "1.5"], r"--hw-decoder-load 1.5: must be in \[0, 1\]"),
         (["--recipe", "none.yaml"], "--recipe none.yaml: cannot be read"),
     ],
@@ -200,6 +206,23 @@ def test_wrong_flags_are_named_in_one_sentence(flags, message):
     with pytest.raises(UserError, match=message) as caught:
         parse_args(flags)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    "flags", [Config(), FeatureFlags(checkpoint="x", data="x", output=Path("x"))], ids=["train", "features"]
+)
+def test_numbers_are_finite(flags, value):
+    """Of all flags, whatever their other limits are; but --checkpoint-minutes inf is none within an epoch."""
+    numbers = [field.name for field in dataclasses.fields(flags) if isinstance(getattr(flags, field.name), float)]
+    assert numbers
+    for name in numbers:
+        changed = dataclasses.replace(flags, **{name: float(value)})
+        if (name, value) == ("checkpoint_minutes", "inf"):
+            check_numbers(changed)
+        else:
+            with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: must be a finite number"):
+                check_numbers(changed)
 
 
 def test_recipe_gives_defaults_that_flags_override(elsewhere):

@@ -11,7 +11,8 @@ from engine.data import open_training_data
 from engine.precision import Precision
 from engine.training.assembly import network_of
 from engine.training.fitting import halve_until_it_fits
-from perf.costs import Job, saved_bytes
+from perf.costs import Job
+from perf.dry_run import saved_bytes
 from tests.gpu.device import DEVICE
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.training.shared_layers import number_dropout
 from model.vgg import CONFIGURATIONS, FUSIONS, VGG, Convolution, LocalResponseNorm
 from perf.costs import (
     Job,
@@ -22,7 +21,6 @@ from perf.costs import (
     layer_costs,
     optimizer_bytes,
     peak_seconds_an_image,
-    saved_bytes,
 )
 from pipeline.plan.random_numbers import PURPOSE_GEOMETRY, uniforms
 from pipeline.plan.samples import rescaled_sizes, source_windows
@@ -315,33 +313,3 @@ def test_the_mfu_of_a_rate_of_images(monkeypatch):
     assert peak_seconds_an_image(tf32, device) == pytest.approx(92.65e9 / 494.7e12, rel=1e-3)
     assert peak_seconds_an_image(job, device) is None, "a slice of a GPU is another device"
     assert peak_seconds_an_image(job, torch.device("cpu")) is None
-
-
-@pytest.mark.seconds
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    ("arch", "batch_norm", "fuse"),
-    [("A", False, "none"), ("A-LRN", False, "none"), ("D", True, "none"), ("B", False, "pool"), ("B", False, "conv")],
-)
-def test_saved_bytes_are_what_autograd_saves(arch, batch_norm, fuse, precision):
-    """On the CPU, with autocast, of tensors with values: each storage once, and no weights."""
-    job = Job(
-        arch=arch, classes=10, crop=64, batch=12, micro_batch=6, precision=precision, batch_norm=batch_norm, fuse=fuse
-    )
-    model = VGG(arch, classes=10, crop=64, batch_norm=batch_norm, fuse=fuse)
-    number_dropout(model.modules(), seed=1, device=torch.device("cpu"), shared=None, share=12)
-    saved = {}
-
-    def keep(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(torch.randn(6, 3, 64, 64))
-        loss = F.cross_entropy(logits.float(), torch.zeros(6, dtype=torch.int64))
-    for parameter in model.parameters():
-        saved.pop(parameter.untyped_storage().data_ptr(), None)
-    total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    assert loss.requires_grad
-    assert saved_bytes(job) == pytest.approx(total, rel=0.01)

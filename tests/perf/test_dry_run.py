@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train
 from engine.checkpoint import load
@@ -13,8 +14,10 @@ from engine.config import parse_args
 from engine.data import open_training_data
 from engine.monitoring import runlog
 from engine.precision import Precision
-from perf.costs import Job, saved_bytes
-from perf.dry_run import dry_run
+from engine.training.shared_layers import number_dropout
+from model.vgg import VGG
+from perf.costs import Job
+from perf.dry_run import dry_run, saved_bytes
 from perf.peaks import peaks_of
 from perf.roofline import roofline
 from perf.scaling import links_from, no_link_flags
@@ -119,3 +122,33 @@ def test_frozen_blocks_have_no_gradients_no_momentum_and_no_floor(monkeypatch, c
     assert told["checkpoint_bytes"] == 8 * D_PARAMETERS - 4 * 14_714_688
     assert told["floor_seconds"] is None
     assert "time: unknown: the floor is that of training all layers\n" in capsys.readouterr().err
+
+
+@pytest.mark.seconds
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("arch", "batch_norm", "fuse"),
+    [("A", False, "none"), ("A-LRN", False, "none"), ("D", True, "none"), ("B", False, "pool"), ("B", False, "conv")],
+)
+def test_saved_bytes_are_what_autograd_saves(arch, batch_norm, fuse, precision):
+    """On the CPU, with autocast, of tensors with values: each storage once, and no weights."""
+    job = Job(
+        arch=arch, classes=10, crop=64, batch=12, micro_batch=6, precision=precision, batch_norm=batch_norm, fuse=fuse
+    )
+    model = VGG(arch, classes=10, crop=64, batch_norm=batch_norm, fuse=fuse)
+    number_dropout(model.modules(), seed=1, device=torch.device("cpu"), shared=None, share=12)
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(torch.randn(6, 3, 64, 64))
+        loss = F.cross_entropy(logits.float(), torch.zeros(6, dtype=torch.int64))
+    for parameter in model.parameters():
+        saved.pop(parameter.untyped_storage().data_ptr(), None)
+    total = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    assert loss.requires_grad
+    assert saved_bytes(job) == pytest.approx(total, rel=0.01)

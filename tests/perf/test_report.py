@@ -271,7 +271,7 @@ MFU = f'"mfu":{cpu_report().roofline.mfu}'.encode()
         (b"[" * 100_000, "not JSON"),
         (b"[1]", "not a report"),
         (b'{"program": "roofline", "format": 2}', "not a report"),
-        (b'{"program": "throughput", "format": 1}', "a report of format 1, and this program reads format 2"),
+        (b'{"program": "throughput", "format": 1}', "of format 1, not 2; show it with the revision that wrote it"),
         (without(cpu_report(), "stages", "step", "interval"), "missing required field `interval` - at `$.stages.step`"),
         (without(cpu_report(), "verdict"), "missing required field `verdict`"),
         (replaced(cpu_report(), stages=[1]), "Expected `object`, got `array` - at `$.stages`"),

@@ -283,6 +283,8 @@ def test_after_an_error_the_loader_goes_on_at_its_state(folder):
         ({"decoder": "split"}, "decoder 'split': must be auto, gpu or cpu"),
         ({"std_rgb": (1.0, 0.0, 1.0)}, r"std_rgb \(1.0, 0.0, 1.0\): must be above 0"),
         ({"prefetch": 0}, "prefetch 0: must be at least 1"),
+        ({"threads": 0}, r"threads 0: must be in \[1, 1024\]"),
+        ({"threads": 10**6}, r"threads 1000000: must be in \[1, 1024\]"),
         ({"hw_decoder_load": 2.0}, r"hw_decoder_load 2.0: must be in \[0, 1\]"),
         ({"random_resized": RandomResized(area=(0.5, 0.1))}, r"random_resized .*: area must be in \(0, 1\]"),
         ({"half": True}, "half: needs a GPU as device"),

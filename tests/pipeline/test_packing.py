@@ -195,6 +195,7 @@ WRONG = {
     "no pixels": (["{source}", "{new}", "--short-side", "0"], "--short-side 0: give a number of pixels"),
     "quality": (["{source}", "{new}", "--quality", "100"], "--quality 100: must be in 1–95"),
     "no images in a shard": (["{source}", "{new}", "--shard-images", "0"], "--shard-images 0: must be at least 1"),
+    "a million threads": (["{source}", "{new}", "--threads", "1000000"], "--threads 1000000: must be in [1, 1024]"),
     "a bucket": (["{source}", "s3://bucket/x"], "prepare into a folder"),
 }
 
