@@ -17,6 +17,7 @@ from time import perf_counter
 from benchmarks import flag_parser, program
 from benchmarks.turns import finish, spread
 from common.errors import UserError
+from common.flags import whole_above_zero
 from common.memory import share_one_heap
 from common.process import end
 from common.progress import say
@@ -35,7 +36,7 @@ def main(argv: list[str] | None) -> dict:
     parser = flag_parser(
         "checkpoints", "Measure how long a training waits for a checkpoint. Other flags are train.py's."
     )
-    parser.add_argument("--rounds", type=int, default=5, help="checkpoints of each kind that are counted")
+    parser.add_argument("--rounds", type=whole_above_zero, default=5, help="checkpoints of each kind that are counted")
     options, flags = parser.parse_known_args(argv)
     config = parse_args(["--arch", "D", "--batch-size", "2", *flags, "--data", SYNTHETIC])
     share_one_heap()  # as train.py does

@@ -16,6 +16,7 @@ from benchmarks import flag_parser, program
 from benchmarks.photographs import check_photographs, photograph_folder
 from benchmarks.turns import OURS, compare_calls
 from common.files import cache_folder
+from common.flags import whole_above_zero
 from common.memory import share_one_heap
 from common.process import end, usable_cores
 from common.ranks import ranks_of_this_run
@@ -37,9 +38,9 @@ def main(argv: list[str] | None) -> dict:
     parser = flag_parser("evaluation", "Compare ways of evaluating: images/s. Other flags are train.py's.")
     parser.add_argument("--data", type=Path, help="folder with train/ and val/ (default: made from two photographs)")
     parser.add_argument(
-        "--dense-crop", type=int, default=32, help="crop of the dense pass in pixels; --crop: the other's"
+        "--dense-crop", type=whole_above_zero, default=32, help="crop of the dense pass in pixels; --crop: the other's"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
+    parser.add_argument("--rounds", type=whole_above_zero, default=5, help="turns of each")
     share_one_heap()  # as evaluate.py does
     options, flags = parser.parse_known_args(argv)
     folder = options.data or photograph_folder(cache_folder() / "photographs-val-96", train=2, val=96)

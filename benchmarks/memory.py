@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks import flag_parser, program
 from common.files import replacing
+from common.flags import whole_above_zero
 from common.memory import share_one_heap
 from common.process import end
 from common.progress import say
@@ -21,7 +22,7 @@ from perf.plot_style import new_figure, png
 @program
 def main(argv: list[str] | None) -> dict:
     parser = flag_parser("memory", "The loader's resident memory over epochs. Other flags are train.py's.")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs to load (%(default)s)")
+    parser.add_argument("--epochs", type=whole_above_zero, default=20, help="epochs to load (%(default)s)")
     parser.add_argument("--plot", type=Path, help="PNG to write")
     arguments, flags = parser.parse_known_args(argv)
     share_one_heap()  # as train.py does

@@ -57,8 +57,8 @@ def main(argv: list[str] | None) -> dict:
     parser.add_argument("--rounds", type=int, default=20, help="turns of each that are counted, at least 3")
     parser.add_argument("--interval-ms", type=float, default=100.0, help="milliseconds between two samples of a GPU")
     arguments, flags = parser.parse_known_args(argv)
-    if not arguments.interval_ms >= 1:
-        raise UserError(f"--interval-ms is {arguments.interval_ms:g}: give it at least 1")
+    if not 1 <= arguments.interval_ms <= 3_600_000:
+        raise UserError(f"--interval-ms is {arguments.interval_ms:g}: give it at least 1 and at most an hour")
     if arguments.rounds < 3:
         raise UserError(f"--rounds is {arguments.rounds}: a confidence interval needs 3")
     with tempfile.TemporaryDirectory() as out:

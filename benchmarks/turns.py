@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from common.flags import FlagParser
+from common.flags import FlagParser, whole_above_zero
 from common.memory import present_objects_frozen
 from common.progress import say
 
@@ -25,8 +25,10 @@ _LEAST_FOR_QUANTILE = 9
 
 
 def add_turn_flags(parser: FlagParser) -> None:
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each competitor")
-    parser.add_argument("--batches", type=int, default=20, help="batches or steps that are counted in a turn")
+    parser.add_argument("--rounds", type=whole_above_zero, default=5, help="turns of each competitor")
+    parser.add_argument(
+        "--batches", type=whole_above_zero, default=20, help="batches or steps that are counted in a turn"
+    )
 
 
 def take_turns(turns: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks import turns
-from benchmarks.turns import compare_calls, interval, ratio_text, summarise, table, take_turns
+from benchmarks import flag_parser, turns
+from benchmarks.turns import add_turn_flags, compare_calls, interval, ratio_text, summarise, table, take_turns
+from common.errors import UserError
 
 
 def test_every_other_round_goes_the_other_way_round():
@@ -73,6 +74,14 @@ def test_interval_covers(rounds):
     found = [interval(values.tolist()) for values in tries]
     covered = sum(low <= 1.5 <= high for low, high in filter(None, found)) / len(tries)
     assert 0.92 < covered < 0.995
+
+
+@pytest.mark.parametrize("flag", ["--rounds", "--batches"])
+def test_nothing_cannot_be_measured(flag):
+    parser = flag_parser("loaders", "")
+    add_turn_flags(parser)
+    with pytest.raises(UserError, match=f"argument {flag}: 0 is not a whole number above 0"):
+        parser.parse_args([flag, "0"])
 
 
 def test_two_rounds_have_no_interval():
