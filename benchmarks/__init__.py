@@ -8,7 +8,10 @@ if sys.argv[0] == "-m":  # as it is until NAME has been found: Ctrl-C ends the i
     begin()
 
 import json
+import signal
 from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
 
 from common.flags import FlagParser
 from common.process import run_program
@@ -24,9 +27,18 @@ def program(run: Callable[[list[str] | None], dict]) -> Callable[..., int]:
 
     def main(argv: list[str] | None = None) -> int:
         def print_figures() -> int:
-            print(json.dumps(run(argv)))
+            before = signal.signal(signal.SIGTERM, _leave)
+            try:
+                print(json.dumps(run(argv)))
+            finally:
+                signal.signal(signal.SIGTERM, before)
             return 0
 
         return run_program(print_figures)
 
     return main
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """Not at once: network namespaces and copies of data sets are to be removed."""
+    raise SystemExit(128 + number)
