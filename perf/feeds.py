@@ -111,11 +111,12 @@ def decoding_alone(data: TrainingData, start: int) -> Callable[[], tuple]:
 
     @_pipeline(data, device_id=device.index if on_gpu else None)
     def decoding():
-        dtypes = [types.UINT8, types.INT32, types.INT32, types.BOOL]
-        encoded, begin, shape, by_cpu = fn.external_source(
-            lambda: next(inputs), num_outputs=len(dtypes), batch=True, dtype=dtypes, no_copy=True
+        is_split = data.train_options.decoder == "split"
+        dtypes = [types.UINT8, types.INT32, types.INT32, *[types.BOOL] * is_split]  # DALI warns of what nobody uses
+        encoded, begin, shape, *by_cpu = fn.external_source(
+            lambda: next(inputs)[: len(dtypes)], num_outputs=len(dtypes), batch=True, dtype=dtypes, no_copy=True
         )
-        return decode_windows(encoded, begin, shape, data.train_options, by_cpu=by_cpu)
+        return decode_windows(encoded, begin, shape, data.train_options, by_cpu=by_cpu[0] if is_split else None)
 
     pipeline = decoding()
 

@@ -82,8 +82,11 @@ def test_shards_are_read_in_the_plans_order(shards):
                 assert row[:length].tobytes() == file.read(length)
 
 
-@pytest.mark.parametrize("kind", ["photos", "shards"])
-def test_windows_are_decoded_as_pil_does_and_nothing_more(kind, request, tmp_path):
+@pytest.mark.parametrize(("kind", "shared"), [("photos", False), ("shards", False), ("photos", True)])
+def test_windows_are_decoded_as_pil_does_and_nothing_more(kind, shared, request, tmp_path, monkeypatch):
+    """shared: as --decoder split has it, both of its decoders being the CPU's here."""
+    if shared:
+        monkeypatch.setattr(TrainingData, "decoder", "split")
     folder = request.getfixturevalue(kind)
     data = data_of(folder)
     decode = decoding_alone(data, start=2)
