@@ -501,9 +501,9 @@ def check(config: Config) -> None:
             config.fuse == "none" or not config.batch_norm
         ),
         f"--fc-ranks {config.fc_ranks}: must be at least 1": config.fc_ranks is None or config.fc_ranks >= 1,
-        f"--collective-minutes {config.collective_minutes}: must be in (0, 100000]": 0
-        < config.collective_minutes
-        <= 1e5,
+        f"--collective-minutes {config.collective_minutes}: must be in (0, 100000]": (
+            0 < config.collective_minutes <= 1e5
+        ),
         f"--lost-seconds {config.lost_seconds}: must be in [1, 100000]": 1 <= config.lost_seconds <= 1e5,
         "--weights and --init-from: give one of them": not (config.weights and config.init_from),
         "--freeze and --head-epochs keep layers as a run starts with them; say with --weights what it starts with": (
