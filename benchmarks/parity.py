@@ -47,7 +47,7 @@ _PAPER = ["--train-scale", "36", "--lr", "0.015"]
 _MODERN = ["--recipe", str(ROOT / "recipes/modern/A.yaml"), "--lr", "0.02", "--ema", "0.99"]
 # What the plain loop has no other of.
 _FIXED_FLAGS = ["--schedule", "cosine", "--precision", "fp32", "--no-compile"]
-_NOT_PLAIN = ("steps", "weights", "init_from", "head_lr_factor", "grad_compression")
+_NOT_PLAIN = ("steps", "weights", "init_from", "head_lr_factor", "micro_batch", "grad_compression")
 
 
 @program
@@ -143,8 +143,12 @@ def run_trainer(out: Path, flags: list[str]) -> dict:
     last = ""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
-        for last in process.stderr:
-            sys.stderr.write(last)
+        try:
+            for last in process.stderr:
+                sys.stderr.write(last)
+        except BaseException:  # else its end would be waited for
+            process.terminate()
+            raise
     diverged = re.search(r"after step (\d+): the training diverged", last)
     if process.returncode and not diverged:
         kind = UserError if process.returncode == UserError.exit_code else TrainingError

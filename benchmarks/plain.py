@@ -98,11 +98,9 @@ def sgd(network: nn.Module, config: Config, *, fused: bool | None = None) -> tor
     """fused: None leaves torch its default, which on a GPU updates many tensors at a time; False would forbid that, too."""
     groups: list[dict] = [{"params": list(network.parameters())}]
     if config.weight_decay_on == "weights":
-        layers = list(network.modules())
-        decaying = [layer.weight for layer in layers if isinstance(layer, nn.Conv2d | nn.Linear)]
-        others = [layer.bias for layer in layers if isinstance(layer, nn.Conv2d | nn.Linear)]
-        others += [weight for layer in layers if isinstance(layer, nn.BatchNorm2d) for weight in layer.parameters()]
-        groups = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
+        decaying = {layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+        others = [weight for weight in network.parameters() if weight not in decaying]
+        groups = [{"params": list(decaying)}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.SGD(
         groups,
         lr=config.lr,
@@ -147,9 +145,10 @@ def train_plainly(config: Config, mean_rgb: Sequence[float], colour_shift: Matri
     validation = DataLoader(validation_set, batch_size, num_workers=_WORKERS)
 
     model = network_of(config, classes=len(training_set.classes), device=device)
-    validated: nn.Module = model
+    average = None
     if config.ema:
-        validated = average = AveragedModel(model, avg_fn=functools.partial(_average, config.ema), use_buffers=True)
+        average = AveragedModel(model, avg_fn=functools.partial(_average, config.ema), use_buffers=True)
+    validated = average or model
     optimizer = sgd(model, config)
     warm_up, steps = round(config.warmup_epochs * len(training)), config.epochs * len(training)
 
@@ -168,7 +167,7 @@ def train_plainly(config: Config, mean_rgb: Sequence[float], colour_shift: Matri
             loss.backward()
             optimizer.step()
             scheduler.step()
-            if config.ema:
+            if average:
                 average.update_parameters(model)
 
         validated.eval()

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from benchmarks import parity
 from benchmarks.parity import OURS, PLAIN, compare, difference_interval, main
 from benchmarks.plain import mixing_transform, sgd
 from common.flat_yaml import read_flat_yaml
@@ -77,6 +81,26 @@ def test_equal_within_the_spread(ours, equal):
     assert result["top1_by_epoch"][OURS] == [[0.1, value] for value in ours]
 
 
+def test_whoever_stops_it_does_not_wait_for_the_training(tmp_path, monkeypatch):
+    """The training is stopped, too, and goes on when it is started again."""
+    program = "import os, sys, time\nprint(os.getpid(), file=sys.stderr, flush=True)\ntime.sleep(100)\n"
+    (tmp_path / "train.py").write_text(program)
+    monkeypatch.setattr(parity, "ROOT", tmp_path)
+    told = []
+
+    def stop(line):
+        told.append(int(line))
+        raise SystemExit(143)
+
+    monkeypatch.setattr(parity.sys, "stderr", SimpleNamespace(write=stop))
+    began = time.monotonic()
+    with pytest.raises(SystemExit):
+        parity.run_trainer(tmp_path / "out", [])
+    assert time.monotonic() - began < 50
+    with pytest.raises(ProcessLookupError):
+        os.kill(told[0], 0)
+
+
 @pytest.mark.slow
 def test_modern_recipe(tmp_path, capsys):
     data = photo_folder(tmp_path / "photos", train=24, val=8)
@@ -120,6 +144,7 @@ def test_parity_run_is_kept(tmp_path, capsys):
         (["--nonsense"], "nonsense"),
         (["--lr", "x"], "--lr"),
         (["--steps", "20"], "--steps: the plain loop"),
+        (["--micro-batch", "10"], "--micro-batch: the plain loop"),
         (["--head-lr-factor", "10"], "--head-lr-factor: the plain loop"),
         (["--modern", "--train-scale", "36"], "--train-scale 36: --crop-mode random-resized"),
     ],
