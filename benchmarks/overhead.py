@@ -37,6 +37,7 @@ from engine.training.assembly import network_of
 from engine.training.preemption import StopRequests
 from engine.training.trainer import Trainer
 from model.vgg import VGG
+from perf.nvml_sampler import add_interval_flag, check_interval
 from perf.telemetry import NvmlSampler, uuids_of
 from pipeline.dali.loader import Batch
 
@@ -55,10 +56,9 @@ def main(argv: list[str] | None) -> dict:
     parser = flag_parser("overhead", "Measure what is done beside the bare training step. Other flags are train.py's.")
     parser.add_argument("of", choices=("trainer", "sampler"), help="the training loop, or the sampler of NVML")
     parser.add_argument("--rounds", type=int, default=20, help="turns of each that are counted, at least 3")
-    parser.add_argument("--interval-ms", type=float, default=100.0, help="milliseconds between two samples of a GPU")
+    add_interval_flag(parser)
     arguments, flags = parser.parse_known_args(argv)
-    if not 1 <= arguments.interval_ms <= 3_600_000:
-        raise UserError(f"--interval-ms is {arguments.interval_ms:g}: give it at least 1 and at most an hour")
+    check_interval(arguments.interval_ms)
     if arguments.rounds < 3:
         raise UserError(f"--rounds is {arguments.rounds}: a confidence interval needs 3")
     with tempfile.TemporaryDirectory() as out:

@@ -50,6 +50,16 @@ def _write(report: str, out: Path | None) -> None:
         say(f"{out} cannot be written ({error.strerror}). The report: {report}")
 
 
+def add_interval_flag(parser: FlagParser) -> None:
+    parser.add_argument("--interval-ms", type=float, default=100.0, help="milliseconds between two samples of a GPU")
+
+
+def check_interval(interval_ms: float) -> None:
+    """Raises UserError."""
+    if not 1 <= interval_ms <= 3_600_000:
+        raise UserError(f"--interval-ms is {interval_ms:g}: give it at least 1 and at most an hour")
+
+
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the command behind "--". Raises UserError."""
     parser = FlagParser(
@@ -57,14 +67,13 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         usage="%(prog)s [--interval-ms MS] [--out FILE.json] -- COMMAND…",
         description="Sample the GPUs while a command runs.",
     )
-    parser.add_argument("--interval-ms", type=float, default=100.0, help="milliseconds between two samples of a GPU")
+    add_interval_flag(parser)
     parser.add_argument("--out", type=Path, help="file for the report, instead of the last line of stdout")
     split = argv.index("--") if "--" in argv else len(argv)
     options, command = parser.parse_args(argv[:split]), argv[split + 1 :]
     if not command:
         raise UserError("there is no command: give it behind --, as in -- python train.py")
-    if not 1 <= options.interval_ms <= 3_600_000:
-        raise UserError(f"--interval-ms is {options.interval_ms:g}: give it at least 1 and at most an hour")
+    check_interval(options.interval_ms)
     if options.out is not None and (options.out.is_dir() or not options.out.absolute().parent.is_dir()):
         raise UserError(f"--out {options.out} cannot be written: give a file in a folder that is there")
     return options, command
