@@ -33,7 +33,8 @@ launch=("$PYTHON")
 [ "$RANKS" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node="$RANKS")
 
 child='' stopped=''
-trap 'stopped=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' INT TERM
+stop() { stopped=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true; }
+trap stop INT TERM
 
 # NAME COMMAND…: run it, unless its result is there already.
 stage() {
@@ -52,12 +53,10 @@ stage() {
     mkdir -p "$folder"
     "${@:2}" >"$folder/stdout.txt" &
     child=$!
+    [ -z "$stopped" ] || stop  # the signal came before the child had its name
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done  # a wait ends with each signal
     local status=0
     wait "$child" || status=$?
-    while kill -0 "$child" 2>/dev/null; do  # the wait ended with a signal to this script: the program saves its state
-        status=0
-        wait "$child" || status=$?
-    done
     child=
     if [ "$status" != 0 ]; then
         echo "$1: ended with exit code $status; the same command goes on from there" >&2

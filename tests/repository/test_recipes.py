@@ -19,7 +19,7 @@ from engine.config import parse_args
 from engine.evaluation.flags import parse_evaluate
 from engine.evaluation.paper_tables import PAPER_CROP, TABLES, scales_to_test
 from model.weights import TORCHVISION_STD_RGB
-from tests.support.launch import ROOT
+from tests.support.launch import ROOT, signal_before
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
 MODERN = {path.stem: path for path in sorted((ROOT / "recipes/modern").glob("*.yaml"))}
@@ -190,16 +190,31 @@ def test_each_stage_is_run_once(tmp_path):
     assert calls.read_text().split() == stages
 
 
+def saving_stub(folder: Path) -> tuple[dict[str, str], Path]:
+    """Variables with which the script runs a stage that saves and leaves with 75 at SIGTERM; and the file there once it can."""
+    ready = folder / "ready"
+    action = f"trap 'echo saved > {folder}/state; exit 75' TERM; touch {ready}; while :; do sleep 0.1; done"
+    python, _ = stub(folder, action)
+    return {**os.environ, "PYTHON": str(python), "OUT": str(folder)}, ready
+
+
 def test_a_signal_is_passed_on(tmp_path):
     """The program saves its state and leaves with 75, and so does the script."""
-    python, calls = stub(tmp_path, f"trap 'echo saved > {tmp_path}/state; exit 75' TERM; while :; do sleep 0.1; done")
-    script = subprocess.Popen(
-        [ROOT / "recipes/reproduce.sh"], env={**os.environ, "PYTHON": str(python), "OUT": str(tmp_path)}
-    )
-    while not calls.exists():
+    variables, ready = saving_stub(tmp_path)
+    script = subprocess.Popen([ROOT / "recipes/reproduce.sh"], env=variables)
+    while not ready.exists():
         time.sleep(0.05)
-    time.sleep(0.2)  # until the trap is set
     script.send_signal(signal.SIGTERM)
     assert script.wait(timeout=20) == 75
     assert (tmp_path / "state").read_text() == "saved\n"
-    assert calls.read_text().split() == ["A-256"]
+    assert (tmp_path / "calls").read_text().split() == ["A-256"]
+
+
+@pytest.mark.parametrize("before", ['"${@:2}" > "$folder/stdout.txt"', "child=$!"])
+def test_a_signal_that_comes_as_a_stage_starts_is_passed_on(tmp_path, before):
+    variables, _ = saving_stub(tmp_path)
+    variables |= signal_before(before, "TERM", tmp_path)
+    done = subprocess.run([ROOT / "recipes/reproduce.sh"], env=variables, timeout=20, check=False)
+    assert (tmp_path / "signal_sent").exists()
+    assert done.returncode in (75, 128 + signal.SIGTERM)  # the stage may end before it has its trap
+    assert not (tmp_path / "A-256/result.json").exists()

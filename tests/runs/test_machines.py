@@ -15,7 +15,16 @@ import pytest
 
 from common.errors import TrainingError
 from common.ranks import ranks_of_this_run
-from tests.support.launch import ROOT, SMALL, environment, free_port, kill_all, results_of_output, wait_for
+from tests.support.launch import (
+    ROOT,
+    SMALL,
+    environment,
+    free_port,
+    kill_all,
+    results_of_output,
+    signal_before,
+    wait_for,
+)
 from tests.support.used import read_used
 
 NAMES = ("vgg-test-a", "vgg-test-b")
@@ -139,6 +148,17 @@ def test_slurm_requeues_what_it_stopped(tmp_path):
         "saved, given 100 s",
         "scontrol requeue 7",
     ]
+
+
+@pytest.mark.parametrize("before", ['srun --kill-on-bad-exit=1 sweeps/two_machines.sh "$@"', "job=$!"])
+def test_slurm_keeps_a_signal_that_comes_as_its_step_starts(tmp_path, before):
+    variables = fake_slurm(tmp_path, "trap 'exit 1' TERM; echo $$ > srun.pid; while :; do sleep 0.1; done")
+    (tmp_path / "scancel").write_text('until [ -s srun.pid ]; do sleep 0.1; done; kill -TERM "$(cat srun.pid)"\n')
+    variables |= signal_before(before, "USR1", tmp_path)
+    done = subprocess.run(["bash", str(ROOT / "sweeps/slurm.sbatch")], env=variables, timeout=20, check=False)
+    assert (tmp_path / "signal_sent").exists()
+    assert done.returncode == 75
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "scontrol requeue 7"
 
 
 @pytest.mark.parametrize("code", [0, 1])

@@ -23,7 +23,7 @@ from perf.show import main as report
 from perf.sweep import RESULTS, cause_in, results_in
 from perf.sweep_plot import Point, efficiency, independent, plot_sweep, points_of, sweep_table, varying
 from perf.sweep_table import add_row, find_row, read_rows
-from tests.support.launch import ROOT, environment
+from tests.support.launch import ROOT, environment, signal_before
 from tests.support.made_up_report import gpu_report
 
 # Stands for Python in the runs alone. Learning rate 0.5 fails; 0.7 goes on until there is a file "go", or SIGTERM comes.
@@ -324,9 +324,8 @@ def test_slurm_array(folder):
     assert sorted(row["lr"] for row in read_rows(folder / "lr.csv")) == ["0.01", "0.7"]
 
 
-@pytest.mark.parametrize("by", [signal.SIGUSR1, signal.SIGTERM])
-def test_slurm_array_waits_until_its_task_has_saved(folder, by):
-    """TERM comes from SLURM, which queues a job that gives way again by itself, and kills what a script has left behind."""
+def array_task(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """A task of a SLURM array, as a command and its environment; its sweep saves when it gets TERM, which takes half a second."""
     scripts = {
         "scontrol": f'echo "scontrol $*" >> {folder}/slurm',
         "sweep": f"""
@@ -339,13 +338,31 @@ def test_slurm_array_waits_until_its_task_has_saved(folder, by):
         (folder / name).chmod(0o755)
     env = {**variables(folder), "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(folder)}
     env |= {"SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "2"}
-    task = subprocess.Popen(["bash", str(ROOT / "sweeps/slurm_array.sbatch"), "./sweep", "--arch", "A"], env=env)
+    return ["bash", str(ROOT / "sweeps/slurm_array.sbatch"), "./sweep", "--arch", "A"], env
+
+
+@pytest.mark.parametrize("by", [signal.SIGUSR1, signal.SIGTERM])
+def test_slurm_array_waits_until_its_task_has_saved(folder, by):
+    """TERM comes from SLURM, which queues a job that gives way again by itself, and kills what a script has left behind."""
+    command, env = array_task(folder)
+    task = subprocess.Popen(command, env=env)
     wait_until((folder / "slurm").exists)
     task.send_signal(by)
+    time.sleep(0.2)
+    task.send_signal(by)  # sent again, it does not end the wait
     assert task.wait(timeout=30) == 75
     requeued = ["scontrol requeue 8_2"] if by == signal.SIGUSR1 else []
     said = ["--run 2 --arch A", "saved, given 100 s", *requeued]
     assert (folder / "slurm").read_text().splitlines() == said
+
+
+@pytest.mark.parametrize("before", ['"$1" --run "$SLURM_ARRAY_TASK_ID" "${@:2}"', "task=$!"])
+def test_slurm_array_keeps_a_signal_that_comes_as_its_task_starts(folder, before):
+    command, env = array_task(folder)
+    done = subprocess.run(command, env=env | signal_before(before, "USR1", folder), timeout=30, check=False)
+    assert (folder / "signal_sent").exists()
+    assert done.returncode in (75, 128 + signal.SIGTERM)  # it may end before it has its trap
+    assert (folder / "slurm").read_text().splitlines()[-1] == "scontrol requeue 8_2"
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -116,6 +117,22 @@ def one_machine(ranks: int, *, restarts: int = 0) -> list[str]:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def signal_before(command: str, signal_name: str, folder: Path) -> dict[str, str]:
+    """Variables with which bash sends itself a signal just before a command of a script, which is given as it stands there."""
+    code, sent = folder / "signal_before", folder / "signal_sent"
+    code.write_text(
+        f"""set -T
+before() {{
+    [ "$1" = {shlex.quote(command)} ] && [ ! -e {shlex.quote(str(sent))} ] || return 0
+    touch {shlex.quote(str(sent))}
+    kill -{signal_name} $$
+}}
+trap 'before "$BASH_COMMAND"' DEBUG
+"""
+    )
+    return {"BASH_ENV": str(code)}
 
 
 def wait_for(process: subprocess.Popen, beginning: str) -> None:
