@@ -18,13 +18,17 @@ test: $(VENV)/installed-dev
 quick: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not processes and not seconds" -n auto --maxprocesses 4 --dist loadfile $(QUICK)
 
-# What asserts something of measured times runs alone, twenty minutes; the rest two at a time: SLURM's tests wait for its
-# clocks for half an hour, while the documentation's commands run. The rest runs even if a test of the first part has failed.
-ALONE = tests/benchmarks tests/perf $(addprefix tests/runs/test_,planted.py profile.py lost_peers.py)
+# What asserts something of measured times runs alone, twenty minutes; the rest two at a time, each file and each page of the
+# documentation by itself, even if a test of the first part has failed. SLURM's tests come first: they wait for its clocks for
+# half an hour.
+TESTS = $(wildcard tests/test_*.py tests/*/test_*.py)
+ALONE = $(filter tests/benchmarks/% tests/perf/% $(addprefix tests/runs/test_,planted.py profile.py lost_peers.py),$(TESTS))
+FIRST = tests/runs/test_slurm.py $(filter tests/repository/%,$(TESTS))
 
 test-slow: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m slow $(ALONE); alone=$$?; \
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE)) && exit $$alone
+	@$(BIN)/python -m pytest -m slow $(ALONE); alone=$$?; \
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --no-loadscope-reorder $(FIRST) $(filter-out $(FIRST) $(ALONE),$(TESTS)) \
+		&& exit $$alone
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -39,7 +39,9 @@ def _parameters() -> list:
         ]
         shown.update(_without_comment(command) for command in run if command.takes)
         if run:
-            marks = [pytest.mark.slow] if any(command.takes for command in run) else []
+            marks = [pytest.mark.xdist_group(block.page)]
+            if any(command.takes for command in run):
+                marks.append(pytest.mark.slow)
             parameters.append(pytest.param(run, id=name, marks=marks))
         for reason in sorted({f"{name}: {reason}" for reason in reasons if reason}):
             parameters.append(pytest.param([], id=f"{name}-rest", marks=pytest.mark.skip(reason=reason)))
@@ -48,7 +50,7 @@ def _parameters() -> list:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """One for all blocks: a reader goes on where the block before has ended."""
+    """One for all blocks: a reader goes on where the block before has ended. Pages need nothing of each other's."""
     return copy_of_the_project(tmp_path_factory.mktemp("documented"))
 
 
