@@ -45,9 +45,11 @@ _DEFAULT_FLAGS += ["--checkpoint-minutes", "1", "--keep", "1"]
 _PAPER = ["--train-scale", "36", "--lr", "0.015"]
 # The recipe's rate is for batches of 256, its average for 200,000 steps; here an epoch is a hundred steps.
 _MODERN = ["--recipe", str(ROOT / "recipes/modern/A.yaml"), "--lr", "0.02", "--ema", "0.99"]
-# What the plain loop has no other of.
-_FIXED_FLAGS = ["--schedule", "cosine", "--precision", "fp32", "--no-compile"]
-_NOT_PLAIN = ("steps", "weights", "init_from", "head_lr_factor", "micro_batch", "grad_compression")
+# What the plain loop has no other of: as it is here, or by default.
+_CHOSEN = {"schedule": "cosine", "precision": "fp32", "compile": "off"}
+_CHOSEN_FLAGS = [f"--{name}={value}" for name, value in _CHOSEN.items()]
+_LEFT_OUT = ("steps", "weights", "init_from", "head_lr_factor", "micro_batch", "grad_compression")
+_FIXED = {**_CHOSEN, **{name: getattr(Config, name) for name in _LEFT_OUT}}
 
 
 @program
@@ -64,7 +66,7 @@ def main(argv: list[str] | None) -> dict:
     if arguments.seeds < 2:
         raise UserError(f"--seeds {arguments.seeds}: must be at least 2, or there is no spread")
     defaults = [*_DEFAULT_FLAGS, *(_MODERN if arguments.modern else _PAPER)]
-    flags = [*defaults, *flags, "--data", str(arguments.data), *_FIXED_FLAGS]
+    flags = [*defaults, *_CHOSEN_FLAGS, *flags, "--data", str(arguments.data)]
     check(parse_args(flags))  # what is wrong is said before hours have passed
     histories: dict[str, list[list[dict]]] = {OURS: [], PLAIN: []}
     for seed in range(arguments.seeds):
@@ -83,9 +85,11 @@ def main(argv: list[str] | None) -> dict:
 
 def check(config: Config) -> None:
     """Raises UserError: the plain loop does not do what these flags ask for."""
-    for name in _NOT_PLAIN:
-        if getattr(config, name) != getattr(Config, name):
+    for name, value in _FIXED.items():
+        if getattr(config, name) != value:
             raise UserError(f"--{name.replace('_', '-')}: the plain loop has nothing like it; leave it out")
+    if config.seed != Config.seed:
+        raise UserError("--seed: the seeds are 0, 1, 2, …; say how many with --seeds")
 
 
 def train_both(out: Path, flags: list[str], seed: int) -> dict[str, dict]:

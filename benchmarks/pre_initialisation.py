@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import flag_parser, program
 from benchmarks.parity import add_run_flags, kept, run_trainer
+from common.errors import UserError
 from common.files import replacing
 from common.process import end
 from engine import checkpoint
@@ -30,7 +31,10 @@ from model.weights import NOT_DIVIDED, to_torchvision
 _ARCH: Final = "E"
 _DEFAULT_FLAGS = ["--crop", "32", "--train-scale", "36", "--batch-size", "50", "--epochs", "5", "--schedule", "cosine"]
 _DEFAULT_FLAGS += ["--warmup-epochs", "1", "--checkpoint-minutes", "1", "--keep", "1"]
-_FIXED_FLAGS = ["--arch", _ARCH, "--log-every", "1"]  # to know the step in which a loss is no number any more
+# Each step is logged, to know the one in which a loss is no number any more.
+_DEFAULT_FLAGS += ["--arch", _ARCH, "--log-every", "1"]
+# What the runs differ in, or are about.
+_FIXED = {"arch": _ARCH, "batch_norm": False, "weights": None, "init": Config.init}
 _SMALL_NORMAL = "random, normal of standard deviation 0.01"
 
 
@@ -42,8 +46,11 @@ def main(argv: list[str] | None) -> dict:
     add_run_flags(parser, picture="pre-initialisation.png")
     parser.add_argument("--init-from", type=Path, required=True, help="checkpoint of A, trained on the same data")
     arguments, flags = parser.parse_known_args(argv)
-    flags = [*_DEFAULT_FLAGS, *flags, "--data", str(arguments.data), *_FIXED_FLAGS]
+    flags = [*_DEFAULT_FLAGS, *flags, "--data", str(arguments.data)]
     config = parse_args(flags)  # what is wrong is said before hours have passed
+    for name, value in _FIXED.items():
+        if getattr(config, name) != value:
+            raise UserError(f"--{name.replace('_', '-')}: the experiment chooses it; leave it out")
     classes = checkpoint.load(arguments.init_from).classes
     arguments.out.mkdir(parents=True, exist_ok=True)
     weights = arguments.out / "normal-0.01.pth"
@@ -78,8 +85,7 @@ def write_small_normal(config: Config, classes: int, path: Path) -> None:
 
     train.py has no --init for it: it reads this with --weights. The weights are a tenth of those of --init normal.
     """
-    config = replace(config, arch=_ARCH, init="normal", batch_norm=False)
-    model = network_of(config, classes=classes, device=torch.device("cpu"))
+    model = network_of(replace(config, init="normal"), classes=classes, device=torch.device("cpu"))
     small = {name: weight / 10 for name, weight in model.state_dict().items()}
     state, _ = to_torchvision(small, (0.0, 0.0, 0.0), NOT_DIVIDED)
     with replacing(path) as file:

@@ -146,6 +146,10 @@ def test_parity_run_is_kept(tmp_path, capsys):
         (["--steps", "20"], "--steps: the plain loop"),
         (["--micro-batch", "10"], "--micro-batch: the plain loop"),
         (["--head-lr-factor", "10"], "--head-lr-factor: the plain loop"),
+        (["--schedule", "step"], "--schedule: the plain loop"),
+        (["--precision", "bf16"], "--precision: the plain loop"),
+        (["--compile"], "--compile: the plain loop"),
+        (["--seed", "3"], "say how many with --seeds"),
         (["--modern", "--train-scale", "36"], "--train-scale 36: --crop-mode random-resized"),
     ],
 )

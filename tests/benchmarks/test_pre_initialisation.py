@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from scipy import stats
 
 from benchmarks import pre_initialisation
@@ -45,6 +46,16 @@ def test_the_starts_are_flags_of_train_py(tmp_path):
     for name, flags in starts(tmp_path / "a.pt", tmp_path / "normal.pth").items():
         config = parse_args(["--data", "digits", *flags])
         assert bool(config.init_from) == name.startswith("A's layers")
+
+
+@pytest.mark.parametrize(
+    "flags", [["--arch", "A"], ["--batch-norm"], ["--weights", "a.pt"], ["--init", "kaiming"]], ids=" ".join
+)
+def test_what_the_experiment_chooses_is_not_a_flag_of_its_own(tmp_path, capsys, flags):
+    given = ["--data", "digits", "--init-from", str(tmp_path / "a.pt"), "--out", str(tmp_path / "out"), *flags]
+    assert pre_initialisation.main(given) == 2
+    assert f"{flags[0]}: the experiment chooses it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def entries(*top1: float) -> list[dict]:
