@@ -9,17 +9,33 @@ if sys.argv[0] == "-m":  # as it is until NAME has been found: Ctrl-C ends the i
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from common.errors import UserError
 from common.flags import FlagParser
 from common.process import run_program
+from engine.config import Config, parse_args
 
 
 def flag_parser(name: str, purpose: str) -> FlagParser:
     """Of benchmarks.NAME; what it does not know may be a flag of train.py."""
     return FlagParser(prog=f"python -m benchmarks.{name}", description=purpose, allow_abbrev=False)
+
+
+def train_config(flags: Sequence[str], *, defaults: Sequence[str] = (), chosen: Sequence[str]) -> Config:
+    """train.py's configuration from `flags`, with other defaults. Raises UserError: a flag is one that is `chosen` already.
+
+    chosen: what the benchmark is about, each as "--flag=value".
+    """
+    ours, all_flags = parse_args([*defaults, *chosen]), parse_args([*defaults, *chosen, *flags])
+    for flag in chosen:
+        name = flag.partition("=")[0].removeprefix("--").removeprefix("no-")
+        field = name.replace("-", "_")
+        if getattr(ours, field) != getattr(all_flags, field):
+            raise UserError(f"--{name}: the benchmark chooses it; leave it out")
+    return all_flags
 
 
 def program(run: Callable[[list[str] | None], dict]) -> Callable[..., int]:

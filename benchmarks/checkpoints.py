@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from time import perf_counter
 
-from benchmarks import flag_parser, program
+from benchmarks import flag_parser, program, train_config
 from benchmarks.turns import finish, spread
 from common.errors import UserError
 from common.flags import whole_above_zero
@@ -24,7 +24,7 @@ from common.progress import say
 from common.ranks import ranks_of_this_run
 from engine import checkpoint as checkpoints
 from engine.checkpoint import Checkpoint
-from engine.config import SYNTHETIC, parse_args, to_dict
+from engine.config import SYNTHETIC, to_dict
 from engine.data import TrainingData, open_training_data
 from engine.precision import choose_precision, set_numerics
 from engine.training.assembly import assemble, network_of
@@ -38,7 +38,7 @@ def main(argv: list[str] | None) -> dict:
     )
     parser.add_argument("--rounds", type=whole_above_zero, default=5, help="checkpoints of each kind that are counted")
     options, flags = parser.parse_known_args(argv)
-    config = parse_args(["--arch", "D", "--batch-size", "2", *flags, "--data", SYNTHETIC])
+    config = train_config(flags, defaults=["--arch=D", "--batch-size=2"], chosen=[f"--data={SYNTHETIC}"])
     share_one_heap()  # as train.py does
     set_numerics(deterministic=config.deterministic)
     with ranks_of_this_run(config.device) as ranks, tempfile.TemporaryDirectory() as work:

@@ -20,7 +20,6 @@ import functools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 
-from benchmarks import flag_parser, program
+from benchmarks import flag_parser, program, train_config
 from benchmarks.ffcv import ffcv_loader
 from benchmarks.photographs import check_photographs, prepared_copy
 from benchmarks.plain import COLOUR_SHIFT_SIGMA, training_transform
@@ -39,7 +38,6 @@ from common.memory import share_one_heap
 from common.process import end, usable_cores
 from common.progress import say
 from common.ranks import ranks_of_this_run
-from engine.config import parse_args
 from engine.data import TrainingData, open_training_data
 from engine.precision import choose_precision
 from pipeline.plan.samples import IMAGENET_MEAN_RGB
@@ -50,6 +48,7 @@ _SCALES = {"S=256": "256", "S in [256;512]": "256-512"}
 """As train.py's --train-scale has them."""
 _DEFAULT_FLAGS = ["--device", "cpu", "--batch-size", "256", "--prefetch", "2"]
 _DEFAULT_FLAGS += ["--threads", str(usable_cores() + 1)]  # each waits now and then
+_CHOSEN = ("--crop-mode=paper", "--precision=fp32")
 _PAUSE_SECONDS = 4.0
 
 
@@ -58,15 +57,17 @@ def main(argv: list[str] | None) -> dict:
     parser = flag_parser("loaders", "Compare image loaders: images per second. Other flags are train.py's.")
     add_turn_flags(parser)
     options, flags = parser.parse_known_args(argv)
-    config = parse_args([*_DEFAULT_FLAGS, *flags])
+    configs = {
+        name: train_config(flags, defaults=_DEFAULT_FLAGS, chosen=[f"--train-scale={scale}", *_CHOSEN])
+        for name, scale in _SCALES.items()
+    }
+    config = next(iter(configs.values()))
     check_photographs(config)
     share_one_heap()  # as train.py does
     scales = {}
     with ranks_of_this_run(config.device) as ranks:
-        for name, scale in _SCALES.items():
-            data = open_training_data(
-                replace(config, train_scale=scale, crop_mode="paper"), ranks, choose_precision("fp32", ranks.device)
-            )
+        for name, at_scale in configs.items():
+            data = open_training_data(at_scale, ranks, choose_precision(at_scale.precision, ranks.device))
             with tempfile.TemporaryDirectory() as work:
                 scales[name] = compare_calls(
                     name,

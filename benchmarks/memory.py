@@ -6,14 +6,13 @@ epoch; the first one fills DALI's pools, so growth is counted from the second on
 
 from pathlib import Path
 
-from benchmarks import flag_parser, program
+from benchmarks import flag_parser, program, train_config
 from common.files import replacing
 from common.flags import whole_above_zero
 from common.memory import share_one_heap
 from common.process import end
 from common.progress import say
 from common.ranks import ranks_of_this_run
-from engine.config import parse_args
 from engine.data import open_training_data
 from engine.precision import choose_precision
 from perf.plot_style import new_figure, png
@@ -26,7 +25,7 @@ def main(argv: list[str] | None) -> dict:
     parser.add_argument("--plot", type=Path, help="PNG to write")
     arguments, flags = parser.parse_known_args(argv)
     share_one_heap()  # as train.py does
-    config = parse_args([*flags, "--device", "cpu"])
+    config = train_config(flags, chosen=["--device=cpu", "--precision=fp32"])
     resident, seen = [], 0
     with ranks_of_this_run("cpu") as ranks:
         data = open_training_data(config, ranks, choose_precision("fp32", ranks.device))

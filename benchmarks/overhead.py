@@ -23,13 +23,13 @@ from time import clock_gettime, perf_counter, pthread_getcpuclockid
 
 import torch
 
-from benchmarks import flag_parser, program
+from benchmarks import flag_parser, program, train_config
 from benchmarks.plain import usual_step
 from benchmarks.turns import finish, interval, spread, take_turns
 from common.errors import UserError
 from common.process import end
 from common.ranks import ranks_of_this_run
-from engine.config import SYNTHETIC, parse_args, save_config
+from engine.config import SYNTHETIC, save_config
 from engine.data import TrainingData, open_training_data
 from engine.monitoring.run_files import CONFIG
 from engine.precision import choose_precision, set_numerics
@@ -63,8 +63,9 @@ def main(argv: list[str] | None) -> dict:
         raise UserError(f"--rounds is {arguments.rounds}: a confidence interval needs 3")
     with tempfile.TemporaryDirectory() as out:
         # One step more than whole turns: the trainer's last turn ends when the next batch is asked for.
-        steps = str(_STEPS_A_TURN * (arguments.rounds + 1) + 1)
-        config = parse_args([*_DEFAULT_FLAGS, *flags, "--data", SYNTHETIC, "--out", out, "--steps", steps])
+        steps = _STEPS_A_TURN * (arguments.rounds + 1) + 1
+        chosen = [f"--data={SYNTHETIC}", f"--out={out}", f"--steps={steps}"]
+        config = train_config(flags, defaults=_DEFAULT_FLAGS, chosen=chosen)
         set_numerics(deterministic=config.deterministic)
         with ranks_of_this_run(config.device) as ranks:
             data = open_training_data(config, ranks, choose_precision(config.precision, ranks.device))

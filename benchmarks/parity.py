@@ -22,7 +22,7 @@ from pathlib import Path
 
 from scipy import stats
 
-from benchmarks import flag_parser, program
+from benchmarks import flag_parser, program, train_config
 from benchmarks.plain import train_plainly
 from common.errors import TrainingError, UserError
 from common.files import DAMAGED_FILE, replacing
@@ -45,11 +45,9 @@ _DEFAULT_FLAGS += ["--checkpoint-minutes", "1", "--keep", "1"]
 _PAPER = ["--train-scale", "36", "--lr", "0.015"]
 # The recipe's rate is for batches of 256, its average for 200,000 steps; here an epoch is a hundred steps.
 _MODERN = ["--recipe", str(ROOT / "recipes/modern/A.yaml"), "--lr", "0.02", "--ema", "0.99"]
-# What the plain loop has no other of: as it is here, or by default.
-_CHOSEN = {"schedule": "cosine", "precision": "fp32", "compile": "off"}
-_CHOSEN_FLAGS = [f"--{name}={value}" for name, value in _CHOSEN.items()]
-_LEFT_OUT = ("steps", "weights", "init_from", "head_lr_factor", "micro_batch", "grad_compression")
-_FIXED = {**_CHOSEN, **{name: getattr(Config, name) for name in _LEFT_OUT}}
+# What the plain loop has no other of.
+_CHOSEN = ["--schedule=cosine", "--precision=fp32", "--compile=off", f"--seed={Config.seed}"]
+_NOT_PLAIN = ("steps", "weights", "init_from", "head_lr_factor", "micro_batch", "grad_compression")
 
 
 @program
@@ -66,8 +64,9 @@ def main(argv: list[str] | None) -> dict:
     if arguments.seeds < 2:
         raise UserError(f"--seeds {arguments.seeds}: must be at least 2, or there is no spread")
     defaults = [*_DEFAULT_FLAGS, *(_MODERN if arguments.modern else _PAPER)]
-    flags = [*defaults, *_CHOSEN_FLAGS, *flags, "--data", str(arguments.data)]
-    check(parse_args(flags))  # what is wrong is said before hours have passed
+    flags += ["--data", str(arguments.data)]
+    check(train_config(flags, defaults=defaults, chosen=_CHOSEN))  # what is wrong is said before hours have passed
+    flags = [*defaults, *_CHOSEN, *flags]
     histories: dict[str, list[list[dict]]] = {OURS: [], PLAIN: []}
     for seed in range(arguments.seeds):
         for name, run in train_both(arguments.out, [*flags, "--seed", str(seed)], seed).items():
@@ -85,11 +84,9 @@ def main(argv: list[str] | None) -> dict:
 
 def check(config: Config) -> None:
     """Raises UserError: the plain loop does not do what these flags ask for."""
-    for name, value in _FIXED.items():
-        if getattr(config, name) != value:
+    for name in _NOT_PLAIN:
+        if getattr(config, name) != getattr(Config, name):
             raise UserError(f"--{name.replace('_', '-')}: the plain loop has nothing like it; leave it out")
-    if config.seed != Config.seed:
-        raise UserError("--seed: the seeds are 0, 1, 2, …; say how many with --seeds")
 
 
 def train_both(out: Path, flags: list[str], seed: int) -> dict[str, dict]:

@@ -16,13 +16,12 @@ from typing import Final
 
 import torch
 
-from benchmarks import flag_parser, program
+from benchmarks import flag_parser, program, train_config
 from benchmarks.parity import add_run_flags, kept, run_trainer
-from common.errors import UserError
 from common.files import replacing
 from common.process import end
 from engine import checkpoint
-from engine.config import Config, parse_args
+from engine.config import Config
 from engine.monitoring.curves import draw_runs
 from engine.monitoring.run_files import read_run
 from engine.training.assembly import network_of
@@ -32,9 +31,7 @@ _ARCH: Final = "E"
 _DEFAULT_FLAGS = ["--crop", "32", "--train-scale", "36", "--batch-size", "50", "--epochs", "5", "--schedule", "cosine"]
 _DEFAULT_FLAGS += ["--warmup-epochs", "1", "--checkpoint-minutes", "1", "--keep", "1"]
 # Each step is logged, to know the one in which a loss is no number any more.
-_DEFAULT_FLAGS += ["--arch", _ARCH, "--log-every", "1"]
-# What the runs differ in, or are about.
-_FIXED = {"arch": _ARCH, "batch_norm": False, "weights": None, "init": Config.init}
+_CHOSEN = [f"--arch={_ARCH}", "--no-batch-norm", f"--init={Config.init}", "--weights=None", "--log-every=1"]
 _SMALL_NORMAL = "random, normal of standard deviation 0.01"
 
 
@@ -46,11 +43,11 @@ def main(argv: list[str] | None) -> dict:
     add_run_flags(parser, picture="pre-initialisation.png")
     parser.add_argument("--init-from", type=Path, required=True, help="checkpoint of A, trained on the same data")
     arguments, flags = parser.parse_known_args(argv)
-    flags = [*_DEFAULT_FLAGS, *flags, "--data", str(arguments.data)]
-    config = parse_args(flags)  # what is wrong is said before hours have passed
-    for name, value in _FIXED.items():
-        if getattr(config, name) != value:
-            raise UserError(f"--{name.replace('_', '-')}: the experiment chooses it; leave it out")
+    flags += ["--data", str(arguments.data)]
+    config = train_config(
+        flags, defaults=_DEFAULT_FLAGS, chosen=_CHOSEN
+    )  # what is wrong is said before hours have passed
+    flags = [*_DEFAULT_FLAGS, *_CHOSEN, *flags]
     classes = checkpoint.load(arguments.init_from).classes
     arguments.out.mkdir(parents=True, exist_ok=True)
     weights = arguments.out / "normal-0.01.pth"

@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks import flag_parser, program
+from benchmarks import flag_parser, program, train_config
 from benchmarks.inputs import training_step
 from benchmarks.plain import usual_step
 from benchmarks.turns import OURS, add_turn_flags, compare_calls
@@ -23,7 +23,7 @@ from common.errors import TrainingError, UserError
 from common.process import end
 from common.progress import say
 from common.ranks import ranks_of_this_run
-from engine.config import SYNTHETIC, Config, parse_args
+from engine.config import SYNTHETIC, Config
 from engine.data import TrainingData, open_training_data
 from engine.precision import choose_precision, set_numerics
 from perf.tuning import offered
@@ -41,7 +41,7 @@ def main(argv: list[str] | None) -> dict:
     add_turn_flags(parser)
     options, flags = parser.parse_known_args(argv)
     turns = {name: value for name, value in vars(options).items() if name != "variants"}
-    config = parse_args(["--batch-size", "128", *flags, "--data", SYNTHETIC])
+    config = train_config(flags, defaults=["--batch-size=128"], chosen=[f"--data={SYNTHETIC}", "--no-deterministic"])
     if config.arch not in _NAMES:
         raise UserError(f"--arch {config.arch}: nobody else has it; take one of {', '.join(_NAMES)}")
     set_numerics(deterministic=False)

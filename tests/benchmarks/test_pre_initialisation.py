@@ -54,7 +54,7 @@ def test_the_starts_are_flags_of_train_py(tmp_path):
 def test_what_the_experiment_chooses_is_not_a_flag_of_its_own(tmp_path, capsys, flags):
     given = ["--data", "digits", "--init-from", str(tmp_path / "a.pt"), "--out", str(tmp_path / "out"), *flags]
     assert pre_initialisation.main(given) == 2
-    assert f"{flags[0]}: the experiment chooses it" in capsys.readouterr().err
+    assert f"{flags[0]}: the benchmark chooses it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
