@@ -18,9 +18,8 @@ test: $(VENV)/installed-dev
 quick: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not processes and not seconds" -n auto --maxprocesses 4 --dist loadfile $(QUICK)
 
-# What asserts something of measured times runs alone, twenty minutes; the rest two at a time, each file and each page of the
-# documentation by itself, even if a test of the first part has failed. SLURM's tests come first: they wait for its clocks for
-# half an hour.
+# What asserts something of measured times runs alone, twenty minutes; the rest two at a time, even if a test of the first part
+# has failed. SLURM's tests come first, since they mostly wait. Blocks of one page of the documentation go on from one another.
 TESTS = $(wildcard tests/test_*.py tests/*/test_*.py)
 ALONE = $(filter tests/benchmarks/% tests/perf/% $(addprefix tests/runs/test_,planted.py profile.py lost_peers.py),$(TESTS))
 FIRST = tests/runs/test_slurm.py $(filter tests/repository/%,$(TESTS))
