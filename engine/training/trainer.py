@@ -83,6 +83,10 @@ class Trainer:
             self._history = list(checkpoint.history)
             if checkpoint.fingerprint != data.fingerprint:
                 self._samples_seen = samples_of_other_data(checkpoint, data.train_images)
+                # In epochs of the same data as samples_seen: they may change once more before the next validation.
+                self._history = [
+                    entry | {"samples_seen": entry["epoch"] * data.train_images} for entry in self._history
+                ]
         if self._average:
             self._average.steps = self._steps
         self._decoder_share: DecoderShare | None = None
@@ -470,13 +474,16 @@ def samples_of_other_data(checkpoint: Checkpoint, train_images: int) -> int:
     """
     last = checkpoint.history[-1] if checkpoint.history else {"epoch": 0, "samples_seen": 0}
     seen_since = checkpoint.samples_seen - last.get("samples_seen", checkpoint.samples_seen)
-    return last["epoch"] * train_images + min(seen_since, train_images)
+    return last["epoch"] * train_images + max(0, min(seen_since, train_images))
 
 
 def _top1_of_the_best(path: Path) -> float:
-    """What best.pt has reached; less than anything where there is none, or none that can be read. Its weights are not read."""
+    """What best.pt has reached; less than anything where there is none, or none that can be read. Its weights are not read.
+
+    It was saved after the last validation that it knows of. One before may have been better, of a run that lies elsewhere.
+    """
     try:
         content: Any = checkpoints.read_file(path, else_is="a checkpoint")
-        return max(entry["top1"] for entry in content["history"])
+        return content["history"][-1]["top1"]
     except (ValueError, LookupError, TypeError):
         return -1.0

@@ -594,6 +594,7 @@ def test_a_signal_while_the_last_curves_are_drawn_changes_nothing(folder, tmp_pa
         (1050, [{"epoch": 10}], 200, 2000),  # of an earlier version
         (30, [], 200, 30),
         (30, [], 20, 20),
+        (220, [{"epoch": 10, "samples_seen": 1000}], 100, 1000),  # of a version that mixed up two changes
     ],
 )
 def test_samples_counted_in_another_data_set(seen, history, images, expected):
@@ -604,10 +605,19 @@ def test_samples_counted_in_another_data_set(seen, history, images, expected):
 
 @pytest.mark.usefixtures("unseen")
 @pytest.mark.seconds
-def test_data_that_grow_and_shrink_are_validated_after_each_epoch(tmp_path):
+@pytest.mark.parametrize(
+    ("images_and_steps", "at", "epochs"),
+    [
+        # Of each of two classes: an epoch of 4, 20 and 8 images.
+        ([(2, 5), (10, 15), (4, 20)], [1, 2, 3, 4, 5, 10, 15, 17, 19], 9),
+        # 20, then 16 and 14 while the second epoch lasts: 8 images of it were seen at the first change, 12 at the second.
+        ([(10, 7), (8, 8), (7, 9)], [5, 9], 2),
+    ],
+)
+def test_data_that_grow_and_shrink_are_validated_after_each_epoch(tmp_path, images_and_steps, at, epochs):
     folder, out = tmp_path / "data", tmp_path / "out"
     flags = flags_of(folder, out, "--allow-changed-data", "--epochs", "20")
-    for images, steps in ((2, 5), (10, 15), (4, 20)):  # of each of two classes: an epoch of 4, 20 and 8 images
+    for images, steps in images_and_steps:
         write_images(folder, ["one", "two"], images)
         for path in folder.glob("train/*/*.png"):
             if int(path.stem) >= images:
@@ -618,8 +628,8 @@ def test_data_that_grow_and_shrink_are_validated_after_each_epoch(tmp_path):
         for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
         if record["kind"] == "validation"
     ]
-    assert validated == [1, 2, 3, 4, 5, 10, 15, 17, 19]
-    assert [entry["epoch"] for entry in load(out / "last.pt").history] == list(range(1, 10))
+    assert validated == at
+    assert [entry["epoch"] for entry in load(out / "last.pt").history] == list(range(1, epochs + 1))
 
 
 @pytest.mark.usefixtures("unseen")
@@ -649,6 +659,22 @@ def test_best_stays_the_best_when_a_run_goes_back(folder, tmp_path, monkeypatch)
     assert load(tmp_path / "best.pt").history[-1]["top1"] == 0.9, "not 0.7 or 0.8, which are better than 0.5"
     assert train.main([*flags, "--epochs", "4"]) == 0
     assert load(tmp_path / "best.pt").history[-1]["top1"] == 0.95
+
+
+@pytest.mark.usefixtures("unseen")
+def test_best_of_a_run_that_began_with_anothers_weights_is_its_own(folder, tmp_path, monkeypatch):
+    """Stopped and resumed in between: what the other run has reached lies in the other's folder."""
+    top1 = iter([0.9, 0.5, 0.6, 0.7])
+    monkeypatch.setattr(
+        trainer, "evaluate", lambda *_, **__: Accuracy(loss=1.0, top1=next(top1), top5=1.0, images=4, lost=0)
+    )
+    other, own = tmp_path / "other", tmp_path / "own"
+    assert train.main([*flags_of(folder, other), "--epochs", "1"]) == 0
+    flags = flags_of(folder, own)
+    assert train.main([*flags, "--epochs", "2", "--resume", str(other / "last.pt")]) == 0
+    for epochs, best in (("3", 0.6), ("4", 0.7)):
+        assert train.main([*flags, "--epochs", epochs]) == 0
+        assert load(own / "best.pt").history[-1]["top1"] == best
 
 
 @pytest.mark.usefixtures("unseen")
