@@ -111,7 +111,7 @@ def open_prepared(data: str, *, check_shards: bool = True) -> Prepared:
             rows,
             shard_images=images,
             shard_bytes=sizes,
-            classes=len(description["classes"]),
+            classes=description["classes"],
             is_raw=description["format"] == RAW_FORMAT,
         )
     return Prepared(

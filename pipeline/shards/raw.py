@@ -8,16 +8,21 @@ the pixels, row by row, three bytes each. Only the image's size varies in the he
     255
 
 The index has the sizes, so it is known where each row lies before anything is read. The header is read with the rows all the
-same: where it is another one, these are not the pixels that the index means.
+same, and tar's header in front of it, which begins with the image's name, <class>/…: where either is another one, these are not
+the pixels that the index means. Images of one size make shards of one length, which nothing else would tell apart.
 """
 
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.shards.storage import Storage
+
+TAR_BLOCK = 512
+_NAME_BYTES = 100  # of a member, with which every tar format's header begins
 
 
 class Pixels(NamedTuple):
@@ -32,8 +37,10 @@ class Pixels(NamedTuple):
 class PixelReader:
     """Reads windows of the images in shards, from any number of threads."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, classes: Sequence[str]) -> None:
+        """classes: names in label order."""
         self._storage = storage
+        self._beginnings = [f"{name}/".encode("utf-8", "surrogateescape")[:_NAME_BYTES] for name in classes]
         self._free: list[np.ndarray] = []
         self._of_thread = threading.local()
 
@@ -54,7 +61,7 @@ class PixelReader:
     def read(self, name: str, source: np.ndarray, start: np.ndarray, targets: list[tuple[Pixels, int]]) -> None:
         """Read windows of the images of shard `name`. Raises DataSourceError.
 
-        source: int64 [n, 4], as ShardTable has it; offsets ascend. start: int [n, 2], first pixel (y, x) of each window, which
+        source: int64 [n, 5], as ShardTable has it; offsets ascend. start: int [n, 2], first pixel (y, x) of each window, which
         lies within its image. targets: the batch of each window, and its index there.
         """
         windows = [pixels.windows[index] for pixels, index in targets]
@@ -62,7 +69,7 @@ class PixelReader:
         most = 3 * sum(len(window) * width for window, width in zip(windows, source[:, 3].tolist(), strict=True))
         scratch, used = self._scratch(most), 0
         offsets, memory, expected, parts = [], [], [], []
-        for window, (_, offset, height, width), (top, left) in zip(
+        for window, (_, offset, height, width, label), (top, left) in zip(
             windows, source.tolist(), start.tolist(), strict=True
         ):
             rows, columns, _ = window.shape
@@ -71,17 +78,20 @@ class PixelReader:
                 whole = scratch[used : used + 3 * rows * width].reshape(rows, width, 3)
                 used += whole.size
                 parts.append((window, whole[:, left : left + columns]))
-            expected.append(_header(height, width))
-            offsets += [offset, offset + len(expected[-1]) + 3 * width * top]
-            memory += [memoryview(bytearray(len(expected[-1]))), whole.reshape(-1).data]
+            header = _header(height, width)
+            expected.append((self._beginnings[label], header))
+            offsets += [offset - TAR_BLOCK, offset + len(header) + 3 * width * top]
+            memory += [memoryview(bytearray(TAR_BLOCK + len(header))), whole.reshape(-1).data]
         beyond = self._storage.read(name, offsets, memory)
         for window, part in parts:
             window[:] = part
         for n, (pixels, index) in enumerate(targets):
             if not beyond.isdisjoint((2 * n, 2 * n + 1)):
                 pixels.damaged[index] = "beyond the end of its shard"
-            elif memory[2 * n] != expected[n]:
+            elif memory[2 * n][TAR_BLOCK:] != expected[n][1]:
                 pixels.damaged[index] = "not the PPM file that the index says"
+            elif memory[2 * n][: len(expected[n][0])] != expected[n][0]:
+                pixels.damaged[index] = "of another class than the index says: this is another shard"
 
     def _scratch(self, length: int) -> np.ndarray:
         """Memory of this thread, uint8 [length or more]."""

@@ -49,7 +49,7 @@ class ShardReader:
         """threads: None for as many as suit the storage. batches_ahead: how many batches are under way at a time, at least."""
         self._table, self._batches_ahead = table, batches_ahead
         self._threads = threads or table.storage.threads
-        self._pixel_reader = PixelReader(table.storage)
+        self._pixel_reader = PixelReader(table.storage, table.classes)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="shard reader")
 
     def fetch(self, batches: Iterator[B], group: Callable[[B], int] | None = None) -> Iterator[Fetched[B]]:

@@ -1,10 +1,12 @@
 """Tables of images in shards."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from common.errors import UserError
 from pipeline.dataset.table import Rows, TableRows, image_sizes
-from pipeline.shards.raw import ppm_bytes
+from pipeline.shards.raw import TAR_BLOCK, ppm_bytes
 from pipeline.shards.storage import Storage
 
 SHARD_ROW = np.dtype(
@@ -15,7 +17,6 @@ SHARD_ROW = np.dtype(
 SHARD_NAMES = r"(?:train|val)-\d{6,}\.tar"
 """A regular expression for the names of shards."""
 
-_TAR_BLOCK = 512
 LONGEST_SIDE = 65_535
 """In pixels; no JPEG has a longer one."""
 
@@ -24,9 +25,10 @@ class ShardTable:
     """Images packed into shards, the tar files that pipeline.prepare writes.
 
     storage: where the shards lie. rows: SHARD_ROW, in the order in which they lie in the shards. shard_images, shard_bytes:
-    int64 [shards], the images in each and its size; classes: how many there are. is_raw: whether images are kept as pixels
+    int64 [shards], the images in each and its size; classes: names in label order. is_raw: whether images are kept as pixels
     (raw.py), and not as JPEGs.
-    A source is (shard, offset, bytes), int64 [3]; where images are kept as pixels, (shard, offset, height, width), int64 [4].
+    A source is (shard, offset, bytes), int64 [3]; where images are kept as pixels, (shard, offset, height, width, label),
+    int64 [5].
     """
 
     def __init__(
@@ -37,11 +39,11 @@ class ShardTable:
         *,
         shard_images: np.ndarray,
         shard_bytes: np.ndarray,
-        classes: int,
+        classes: Sequence[str],
         is_raw: bool,
     ) -> None:
         self.storage, self.split, self.shard_images, self.is_raw = storage, split, shard_images, is_raw
-        self._shard_bytes, self._classes = shard_bytes, classes
+        self.classes, self._shard_bytes = classes, shard_bytes
         self._rows = Rows(rows)
 
     def __len__(self) -> int:
@@ -50,18 +52,18 @@ class ShardTable:
     def read(self, rows: np.ndarray) -> TableRows:
         """Raises UserError where a row cannot be: nobody has looked at all of them."""
         chosen = self._rows.take(rows)
-        if wrong := what_is_wrong(chosen, shard_bytes=self._shard_bytes, classes=self._classes, is_raw=self.is_raw):
+        if wrong := what_is_wrong(chosen, shard_bytes=self._shard_bytes, classes=len(self.classes), is_raw=self.is_raw):
             raise UserError(
                 f"--data {self.storage.url}: its index is damaged ({self.split}: {wrong}); prepare or copy the data set anew"
             )
-        fields = ("shard", "offset", "height", "width") if self.is_raw else ("shard", "offset", "bytes")
+        fields = ("shard", "offset", "height", "width", "label") if self.is_raw else ("shard", "offset", "bytes")
         source = np.stack([chosen[field].astype(np.int64) for field in fields], axis=1)
         return TableRows(source=source, labels=chosen["label"].astype(np.int64), sizes=image_sizes(chosen))
 
     def name(self, source: np.ndarray) -> str:
         shard, offset = source[:2].tolist()
-        header = bytearray(_TAR_BLOCK)
-        self.storage.read(self.shard_name(shard), [offset - _TAR_BLOCK], [memoryview(header)])
+        header = bytearray(TAR_BLOCK)
+        self.storage.read(self.shard_name(shard), [offset - TAR_BLOCK], [memoryview(header)])
         member = header[:100].rstrip(b"\0").decode("utf-8", "replace")  # the field "name" of every tar format
         return f"{self.storage.url}/{self.shard_name(shard)}: {member}"
 
@@ -81,7 +83,7 @@ def what_is_wrong(rows: np.ndarray, *, shard_bytes: np.ndarray, classes: int, is
     shard, offset = rows["shard"], rows["offset"]
     if shard.min() < 0 or shard.max() >= len(shard_bytes):
         return "an image in a shard that is not there"
-    if rows["bytes"].min() < 1 or offset.min() < _TAR_BLOCK or (offset > shard_bytes[shard] - rows["bytes"]).any():
+    if rows["bytes"].min() < 1 or offset.min() < TAR_BLOCK or (offset > shard_bytes[shard] - rows["bytes"]).any():
         return "an image that does not lie within its shard"
     if rows["label"].min() < 0 or rows["label"].max() >= classes:
         return f"a label beyond the {classes:,} classes"

@@ -29,7 +29,7 @@ from pipeline.preparation import packing, statistics
 from pipeline.preparation.statistics import compute_statistics
 from pipeline.shards import reader, storage
 from pipeline.shards.index import FORMAT, open_prepared
-from pipeline.shards.raw import Pixels, ppm, ppm_bytes
+from pipeline.shards.raw import TAR_BLOCK, Pixels, ppm, ppm_bytes
 from pipeline.shards.reader import ShardReader
 from pipeline.shards.shard_table import ShardTable
 from tests.support.images import photo_folder, photographs
@@ -256,7 +256,7 @@ def test_batches_that_are_held_stay_as_they_are(folder):
 
 
 def test_only_the_rows_of_windows_are_read(folder, monkeypatch):
-    """And the headers; what is narrower than its image goes through memory of its own, what is not does not."""
+    """And the headers, tar's too; what is narrower than its image goes through memory of its own, what is not does not."""
     asked: list[int] = []
     real = storage.FolderStorage.read
 
@@ -270,7 +270,7 @@ def test_only_the_rows_of_windows_are_read(folder, monkeypatch):
     source = ShardReader(table, threads=2, batches_ahead=1)
     samples, _ = next(source.fetch(itertools.islice(training(plan), 1), plan.read_group))
     sizes = table.read(samples.rows).sizes
-    headers = ppm_bytes(sizes) - 3 * sizes.prod(axis=1)
+    headers = TAR_BLOCK + ppm_bytes(sizes) - 3 * sizes.prod(axis=1)
     assert sum(asked) == (headers + 3 * samples.shape[:, 0] * sizes[:, 1]).sum()
 
 
@@ -407,10 +407,48 @@ def test_an_image_with_another_header_is_replaced_and_named(own_copy, header):
         assert torch.equal(labels, late_labels)
 
 
+@pytest.fixture(params=[("cat", "dog"), ("ä" * 100, "ö" * 100)], ids=["short", "long"])
+def uniform(request, tmp_path) -> Path:
+    """Two shards of ten training images, all of one size and so of one length; of long class names tar cuts off the end."""
+    for split, number in itertools.product(("train", "val"), range(20)):
+        name = request.param[number % len(request.param)]
+        folder = tmp_path / "uniform" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 40, 3), number, dtype=np.uint8)).save(folder / f"{number}.png")
+    flags = ["--short-side", "40", "--shard-images", "10", "--format", "raw"]
+    assert packing.main([str(tmp_path / "uniform"), str(tmp_path / "out"), *flags]) == 0
+    return tmp_path / "out"
+
+
+def damaged_of(table: ShardTable) -> dict[int, str]:
+    """By row, of all the table's images."""
+    plan = train_plan(table, batch_size=20)
+    source = ShardReader(table, threads=1, batches_ahead=1)
+    samples, pixels = next(source.fetch(itertools.islice(training(plan), 1), plan.read_group))
+    assert isinstance(pixels, Pixels)
+    return {int(samples.rows[index]): reason for index, reason in pixels.damaged.items()}
+
+
+def test_images_of_another_shard_are_not_taken_for_those_of_the_index(uniform):
+    table = table_of(uniform)
+    assert damaged_of(table) == {}
+    first, second = (uniform / f"train-00000{number}.tar" for number in range(2))
+    content = first.read_bytes(), second.read_bytes()
+    assert len(content[0]) == len(content[1])
+    second.write_bytes(content[0])
+    first.write_bytes(content[1])
+    names = [table.classes[label] for label in table.read(np.arange(20)).labels]
+    others = names[10:] + names[:10]
+    found = damaged_of(table_of(uniform))
+    assert set(found) == {row for row in range(20) if names[row] != others[row]}
+    assert len(found) >= 4
+    assert set(found.values()) == {"of another class than the index says: this is another shard"}
+
+
 def test_a_shard_that_lost_its_end_costs_the_windows_that_were_there(own_copy, capsys):
     """What lies beyond the end is not shown as black; windows that are still there are shown."""
     table = table_of(own_copy)
-    shard, offset, _, width = table.read(np.array([5])).source[0].tolist()
+    shard, offset, _, width, _ = table.read(np.array([5])).source[0].tolist()
     os.truncate(own_copy / table.shard_name(shard), offset + 20 + 3 * width * 50)  # a few rows are gone
     plan = train_plan(table)
     lost: list[tuple[int, int]] = []
