@@ -7,7 +7,8 @@
 #
 # Each stage has its folder, OUT/<stage>, and is finished when its result.json is there: the last line of its program. Stopped
 # (Ctrl-C, SIGTERM) or killed at any moment, the same command goes on: finished stages are skipped, the one that was under
-# way continues from its last checkpoint. Remove a stage's folder to have it made again.
+# way continues from its last checkpoint. Remove a stage's folder to have it made again. OUT/data.txt names DATA: other data need
+# another OUT.
 set -euo pipefail
 
 . "$(dirname -- "$0")/../sweeps/common.sh"
@@ -28,6 +29,16 @@ if [ "$RANKS" != gpu ] && { ! is_whole "$RANKS" || [ "$RANKS" = 0 ]; }; then
     refuse RANKS "give a number of processes, or gpu for one on each GPU"
 fi
 cd -- "$(dirname -- "$0")/.."
+data=$DATA
+[ "$DATA" = digits ] || [ ! -e "$DATA" ] || data=$(realpath -- "$DATA")
+if [ -s "$OUT/data.txt" ] && [ "$(<"$OUT/data.txt")" != "$data" ]; then
+    refuse OUT "$(printf 'holds trainings on %q, and DATA is %q; choose another OUT' "$(<"$OUT/data.txt")" "$data")"
+fi
+if [ -z "$dry_run" ]; then
+    command -v -- "$PYTHON" >/dev/null || refuse PYTHON "no such program; name a Python that has the requirements"
+    mkdir -p -- "$OUT" 2>/dev/null && [ -w "$OUT" ] || refuse OUT "cannot be made, or not be written to; choose another OUT"
+    [ -s "$OUT/data.txt" ] || printf '%s\n' "$data" >"$OUT/data.txt"
+fi
 
 launch=("$PYTHON")
 [ "$RANKS" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node="$RANKS")

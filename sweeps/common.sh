@@ -112,7 +112,11 @@ sweep() {
             --dry-run) options+=("$1") dry_run=yes ;;
             --retry-failed) options+=("$1") ;;
             --count) count=yes ;;
-            --run) only=${2:?--run: give the number of a run}; shift ;;
+            --run)
+                [ -n "${2:-}" ] || { echo "error: --run: give the number of a run" >&2; exit 2; }
+                only=$2
+                shift
+                ;;
             --help) sed -n '2,/^[^#]/s/^#\( \|$\)//p' "sweeps/$NAME.sh"; exit ;;
             *) break ;;
         esac

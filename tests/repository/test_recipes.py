@@ -190,6 +190,39 @@ def test_each_stage_is_run_once(tmp_path):
     assert calls.read_text().split() == stages
 
 
+def test_results_on_other_data_are_not_taken_for_those_of_these(tmp_path):
+    """After a trial on the digits, with OUT's default, say."""
+    python, calls = stub(tmp_path, ":")
+    variables = {"PYTHON": str(python), "OUT": str(tmp_path / "out")}
+    assert reproduce(**variables).returncode == 0
+    (tmp_path / "images").mkdir()
+    ran = calls.read_text()
+    for flags in ((), ("--dry-run",)):
+        done = reproduce(*flags, DATA=str(tmp_path / "images"), **variables)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == (
+            f"error: OUT={tmp_path}/out: holds trainings on digits, and DATA is {tmp_path}/images; choose another OUT\n"
+        )
+    assert calls.read_text() == ran
+
+
+@pytest.mark.parametrize(
+    ("variables", "error"),
+    [
+        ({"PYTHON": "/nonexistent/python"}, "PYTHON=/nonexistent/python: no such program"),
+        ({"OUT": "/proc/nothing"}, "OUT=/proc/nothing: cannot be made"),
+        ({"OUT": "/dev/null"}, "OUT=/dev/null: cannot be made"),
+    ],
+)
+def test_what_cannot_be_used_is_said_before_anything_begins(tmp_path, variables, error):
+    python, calls = stub(tmp_path, ":")
+    done = reproduce(**{"PYTHON": str(python), "OUT": str(tmp_path / "out"), **variables})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {error}")
+    assert done.stderr.count("\n") == 1
+    assert not calls.exists()
+
+
 def saving_stub(folder: Path) -> tuple[dict[str, str], Path]:
     """Variables with which the script runs a stage that saves and leaves with 75 at SIGTERM; and the file there once it can."""
     ready = folder / "ready"

@@ -169,6 +169,8 @@ def test_ctrl_c_ends_the_sweep_without_a_row(folder):
         (["--arch", "X"], {}, "invalid choice 'X'"),
         (["--out", "here"], {}, "a sweep gives each run a folder of its own"),
         (["--run", "4"], {}, "--run 4: there are runs 1 to 3"),
+        (["--run"], {}, "--run: give the number of a run"),
+        (["--run", ""], {}, "--run: give the number of a run"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_first_run(flags, others, words, folder):
