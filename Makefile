@@ -20,13 +20,14 @@ quick: $(VENV)/installed-dev
 
 # What asserts something of measured times runs alone, twenty minutes; the rest two at a time, even if a test of the first part
 # has failed. SLURM's tests come first, since they mostly wait. Blocks of one page of the documentation go on from one another.
+# One thread for each of its processes: two cores have no more to give.
 TESTS = $(wildcard tests/test_*.py tests/*/test_*.py)
 ALONE = $(filter tests/benchmarks/% tests/perf/% $(addprefix tests/runs/test_,planted.py profile.py lost_peers.py),$(TESTS))
 FIRST = tests/runs/test_slurm.py $(filter tests/repository/%,$(TESTS))
 
 test-slow: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -m slow $(ALONE); alone=$$?; \
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --no-loadscope-reorder $(FIRST) $(filter-out $(FIRST) $(ALONE),$(TESTS)) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --no-loadscope-reorder $(FIRST) $(filter-out $(FIRST) $(ALONE),$(TESTS)) \
 		&& exit $$alone
 
 lint: $(VENV)/installed-dev
