@@ -320,6 +320,7 @@ def _is_result(value: object) -> bool:
     return (
         isinstance(value, dict)
         and _is_count(value.get("epoch"))
+        and _is_count(value.get("samples_seen", 0))
         and isinstance(value.get("loss"), float | int)  # NaN, where nothing could be decoded
         and all(_is_number(value.get(name)) and 0 <= value[name] <= 1 for name in ("top1", "top5"))
     )

@@ -484,6 +484,6 @@ def _top1_of_the_best(path: Path) -> float:
     """
     try:
         content: Any = checkpoints.read_file(path, else_is="a checkpoint")
-        return content["history"][-1]["top1"]
+        return float(content["history"][-1]["top1"])
     except (ValueError, LookupError, TypeError):
         return -1.0

@@ -261,6 +261,11 @@ def test_of_a_runs_folder_the_file_to_give_is_named(tmp_path):
         ),
         ("history", [{"epoch": "1", "loss": 1.0, "top1": 0.5, "top5": 1.0}], "its entry history is not a list"),
         ("history", [{"epoch": 1, "loss": 1.0, "top1": 50.0, "top5": 1.0}], "its entry history is not a list"),
+        (
+            "history",
+            [{"epoch": 1, "samples_seen": "9", "loss": 1.0, "top1": 0.5, "top5": 1.0}],
+            "its entry history is not a list",
+        ),
         ("fingerprint", 3, "its entry fingerprint is not a text"),
         ("config", ["--lr"], "its entry config is not a table of flags"),
         ("world_size", 0, "its entry world_size is not a number from 1 on"),

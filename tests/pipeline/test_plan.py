@@ -1,13 +1,17 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from model.weights import TORCHVISION_MEAN
 from pipeline.dataset.table import FileTable
 from pipeline.plan.samples import IMAGENET_MEAN_RGB, LOST_LABEL, PADDING_LABEL, rescaled_sizes
 from pipeline.plan.training import IMAGENET_COLOUR_SHIFT, RandomResized, TrainPlan
 from pipeline.plan.validation import ValidationPlan
+from pipeline.shards.shard_table import SHARD_ROW, ShardTable
+from pipeline.shards.storage import open_storage
 
 
 def make_table(length: int, seed: int = 0) -> FileTable:
@@ -249,6 +253,44 @@ def test_a_rank_that_learns_of_losses_one_by_one_ends_up_with_the_same_substitut
     assert np.array_equal(learning.samples(np.arange(101)).rows, knowing.samples(np.arange(101)).rows)
 
 
+def test_a_dead_image_is_replaced_everywhere_and_one_that_failed_once_in_that_sample_alone():
+    plan = make_plan(20, batch_size=4)
+    before = plan.samples(np.arange(60))
+    plan.lose(plan.samples(np.array([3, 7])), np.array([True, False]))
+    after = plan.samples(np.arange(60))
+    dead, failed = before.rows[[3, 7]].tolist()
+    assert np.flatnonzero(after.rows != before.rows).tolist() == sorted({*np.flatnonzero(before.rows == dead), 7})
+    assert (after.rows == failed).sum() >= 2, "in the two other epochs"
+    assert dead not in after.rows
+
+
+def test_batches_of_one_window_of_shards_are_read_together():
+    """Of a global order, none: each batch takes its images from anywhere."""
+    assert make_plan(20, batch_size=4).read_group is None
+    rows = np.zeros(20, dtype=SHARD_ROW)
+    rows[:] = (0, 100, 512, 0, 300, 300)
+    table = ShardTable(
+        open_storage("/nowhere"),
+        "train",
+        rows,
+        shard_images=np.array([4, 4, 4, 4, 4]),
+        shard_bytes=np.full(5, 10_000),
+        classes=["one"],
+        is_raw=False,
+    )
+    plan = TrainPlan(table=table, batch_size=2, crop=224, scale=(256, 256), seed=0, window_shards=2)
+    group = plan.read_group
+    assert group
+    groups = [group(plan.samples(np.arange(first, first + 2))) for first in range(0, 40, 2)]
+    lengths = [len(list(members)) for _, members in itertools.groupby(groups)]
+    assert sorted(lengths) == [2, 2, 4, 4, 4, 4], "windows of 4 or 8 images, in each of two epochs"
+
+
+def test_means_are_those_of_imagenet():
+    """As torchvision has them, to half a grey level, which is how far the paper's authors' are from them."""
+    assert np.abs(np.array(IMAGENET_MEAN_RGB) - 255 * np.array(TORCHVISION_MEAN)).max() < 0.51
+
+
 @pytest.mark.parametrize("skip", [0, 1, 5, 6, 7, 1000])
 def test_skipped_batches_are_the_ones_before(skip):
     plan = make_plan(1009, batch_size=24)
@@ -263,7 +305,8 @@ def test_skipped_batches_are_the_ones_before(skip):
 
 def test_lost_validation_images_keep_their_place_under_a_label_of_their_own():
     table = make_table(21)
-    plan = ValidationPlan(table=table, crop=224, scale=256, lost_rows={4, 5, 20})
+    plan = ValidationPlan(table=table, crop=224, scale=256, lost_rows={20})
+    plan.lose(plan.samples(np.array([4, 5])), dead=np.array([True, False]))
     batches = plan.batches(rank=0, world_size=1, batch_size=8)
     labels = np.concatenate([next(batches).labels for _ in range(3)])
     expected = np.append(np.arange(21), [PADDING_LABEL] * 3)
