@@ -38,7 +38,7 @@ TESTS = {
     "engine/training/mixing.py": ["tests/engine/test_mixing.py"],
     "engine/training/schedule.py": ["tests/engine/test_schedule.py"],
     "engine/training/optimizer.py": ["tests/engine/test_optimizer.py"],
-    "engine/training/step.py": ["tests/engine/test_step.py"],
+    "engine/training/step.py": ["tests/engine/test_step.py", "tests/engine/test_mixing.py"],
     "engine/checkpoint.py": ["tests/engine/test_checkpoint.py"],
     "engine/evaluation/accuracy.py": ["tests/engine/test_accuracy.py"],
     "engine/evaluation/posteriors.py": ["tests/engine/test_protocols.py"],

@@ -266,6 +266,7 @@ def test_of_a_runs_folder_the_file_to_give_is_named(tmp_path):
             [{"epoch": 1, "samples_seen": "9", "loss": 1.0, "top1": 0.5, "top5": 1.0}],
             "its entry history is not a list",
         ),
+        ("std_rgb", [255.5, 1.0, 1.0], "its entry std_rgb is not a list of three numbers in 1–255"),
         ("fingerprint", 3, "its entry fingerprint is not a text"),
         ("config", ["--lr"], "its entry config is not a table of flags"),
         ("world_size", 0, "its entry world_size is not a number from 1 on"),

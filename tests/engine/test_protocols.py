@@ -16,7 +16,7 @@ from common.ranks import Ranks
 from engine.config import LoadingFlags
 from engine.data import Data, Viewing, open_data
 from engine.evaluation.inference import answers
-from engine.evaluation.posteriors import LOST, Weighted, count, digest, open_posteriors
+from engine.evaluation.posteriors import LOST, POSTERIOR_SCALE, Weighted, count, digest, open_posteriors, pack
 from engine.evaluation.protocols import PROTOCOLS, grid_corners, grid_crops, mean_over_views, parts_of, whole_image
 from engine.evaluation.trials import posteriors_of
 from engine.networks import Network
@@ -158,11 +158,21 @@ class Linear(nn.Module):
         return images[:, :, 0, 0]
 
 
-@pytest.mark.parametrize("pixels", [1, 10**4])
+@pytest.mark.parametrize("views_together", [1, 2, 3])
 @pytest.mark.parametrize("flip", [False, True])
-def test_posteriors_are_averaged_and_not_logits(flip, pixels):
+def test_posteriors_are_averaged_and_not_logits(flip, views_together):
     images = torch.randn(5, 3, 40, 44)
-    ours = mean_over_views(posteriors_of(Linear(), FP32), grid_crops(images, 32), flip=flip, pixels=pixels)
+    posteriors, together = posteriors_of(Linear(), FP32), []
+
+    def compute(batch):
+        together.append(len(batch) // 5)
+        return posteriors(batch)
+
+    pixels = views_together * 5 * 32 * 32 + 5
+    ours = mean_over_views(compute, grid_crops(images, 32), flip=flip, pixels=pixels)
+    *others, last = together
+    assert set(others) == {views_together}
+    assert 1 <= last <= views_together
     seen = []
     for y in grid_corners(40, 32):
         for x in grid_corners(44, 32):
@@ -246,6 +256,16 @@ def network_of(classes: int) -> Network:
     return Network(
         name="some", arch="A", batch_norm=False, crop=CROP, classes=names, mean_rgb=MEAN, train_scale=None, state={}
     )
+
+
+def test_packed_posteriors_are_those_of_float16():
+    """To half of its last bit; of a sure network, the other classes are told apart down to 2·10⁻¹²."""
+    posteriors = torch.tensor([[1.0, 0.75, 1 / 3, 1e-4, 1e-9, 4e-12, 2e-12, 0.0]])
+    packed = pack(posteriors)
+    assert packed.dtype == torch.float16
+    again = packed.double() / POSTERIOR_SCALE
+    assert torch.allclose(again, posteriors.double(), rtol=2**-11, atol=1e-12)
+    assert (again.diff() < 0).all()
 
 
 def test_every_image_is_counted_of_however_many_there_are():

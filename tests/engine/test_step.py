@@ -3,6 +3,7 @@ import dataclasses
 import itertools
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from engine.precision import Precision, choose_precision
 from engine.training.assembly import assemble
 from engine.training.data_parallel import average_over_ranks, data_parallel
 from engine.training.step import TrainStep, compile_model
+from model.dropout import Dropout
 from model.vgg import build
 from tests.support.networks import Noting
 
@@ -24,11 +26,20 @@ CPU = torch.device("cpu")
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 
 
-def make(precision: Precision, *, passes: int = 1, **network):
-    model = build("A", classes=10, crop=32, dropout=0.0, init="xavier", device=CPU, seed=3, **network)
+def make(precision: Precision, *, passes: int = 1, dropout: float = 0.0, shared=None, **network):
+    model = build("A", classes=10, crop=32, dropout=dropout, init="xavier", device=CPU, seed=3, **network)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
+    numbered = [module for module in model.modules() if isinstance(module, Dropout) and dropout]
+    for number, layer in enumerate(numbered):
+        layer.number_samples(f"layer {number}", device=CPU)
     return model, TrainStep(
-        model, optimizer=optimizer, scaler=precision.grad_scaler(), precision=precision, passes=passes
+        model,
+        optimizer=optimizer,
+        scaler=precision.grad_scaler(),
+        precision=precision,
+        passes=passes,
+        shared=shared,
+        dropout=numbered,
     )
 
 
@@ -75,6 +86,17 @@ def test_a_step_that_is_given_up_leaves_nothing_behind():
     assert all(weight.grad is None for weight in model.parameters())
 
 
+def test_a_step_that_fails_in_its_last_backward_pass_is_given_up():
+    model, step = make(FP32)
+    before = [weight.clone() for weight in model.parameters()]
+    next(model.parameters()).register_hook(lambda gradient: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        step(iter([make_batch(2)]))
+    assert step.give_up()
+    assert all(weight.grad is None for weight in model.parameters())
+    assert all(torch.equal(weight, value) for weight, value in zip(model.parameters(), before, strict=True))
+
+
 def test_accumulated_passes_equal_one_large_pass():
     images, labels = make_batch(8)
     whole_model, whole = make(FP32)
@@ -84,6 +106,27 @@ def test_accumulated_passes_equal_one_large_pass():
     assert accumulated_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     for one, other in zip(whole_model.parameters(), parts_model.parameters(), strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_that_of_the_sample_however_many_passes_a_step_has():
+    images, labels = make_batch(8)
+    losses = {}
+    for passes, first_sample in ((1, 40), (4, 40), (1, 48)):
+        _, step = make(FP32, passes=passes, dropout=0.5)
+        parts = zip(images.chunk(passes), labels.chunk(passes), strict=True)
+        losses[passes, first_sample] = step(parts, first_sample=first_sample).item()
+    assert losses[4, 40] == pytest.approx(losses[1, 40], rel=1e-5)
+    assert losses[1, 48] != pytest.approx(losses[1, 40], rel=1e-3)
+
+
+def test_shared_layers_know_the_last_pass_whose_gradients_travel():
+    seen: list[object] = []
+    shared = SimpleNamespace(last_pass=None, finish_gradients=lambda *, scaled: seen.append("finished"))
+    model, step = make(FP32, passes=3, shared=shared)
+    model.register_forward_hook(lambda *_: seen.append(shared.last_pass))
+    images, labels = make_batch(3)
+    step(zip(images.chunk(3), labels.chunk(3), strict=True))
+    assert seen == [False, False, True, "finished"]
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
