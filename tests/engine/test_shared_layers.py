@@ -16,7 +16,9 @@ HYBRID = ["--parallel", "hybrid"]
 def train(folder: Path, jobs: list[dict], ranks: int) -> list[dict]:
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    run(str(folder), ranks=ranks, script=WORKER)
+    run(
+        str(folder), ranks=ranks, script=WORKER, limit_seconds=3000
+    )  # of pytest, a slow test has an hour, another 300 s
     return [torch.load(folder / f"{number}.pt") for number in range(len(jobs))]
 
 

@@ -27,14 +27,16 @@ _LIMIT_SECONDS = 280
 SMALL = ["--arch", "A", "--data", "digits", "--batch-size", "12", "--schedule", "step", "--log-every", "1"]
 
 
-def run(*flags: str, ranks: int = 0, script: str = "train.py", check: bool = True) -> subprocess.CompletedProcess:
+def run(
+    *flags: str, ranks: int = 0, script: str = "train.py", check: bool = True, limit_seconds: float = _LIMIT_SECONDS
+) -> subprocess.CompletedProcess:
     """Run train.py in the repository: as python does (ranks=0), or as so many ranks on this machine."""
     environments = [environment()]
     if Path("/dev/nvidiactl").exists():  # CUDA does not survive a fork
         launcher = [sys.executable, *(one_machine(ranks) if ranks else [])]
         command = [*launcher, script, *flags]
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env=environments[0], timeout=_LIMIT_SECONDS, check=False
+            command, cwd=ROOT, capture_output=True, text=True, env=environments[0], timeout=limit_seconds, check=False
         )
         assert not check or done.returncode == 0, done.stderr
         return done
@@ -44,7 +46,7 @@ def run(*flags: str, ranks: int = 0, script: str = "train.py", check: bool = Tru
         environments = [
             {**environment(), **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)
         ]
-    done = _warm().run(script, flags, environments)
+    done = _warm().run(script, flags, environments, limit_seconds)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -64,7 +66,7 @@ class _Warm:
         atexit.register(self._end)
 
     def run(
-        self, program: str, flags: Sequence[str], environments: Sequence[dict[str, str]]
+        self, program: str, flags: Sequence[str], environments: Sequence[dict[str, str]], limit_seconds: float
     ) -> subprocess.CompletedProcess:
         assert self._process.stdin
         assert self._process.stdout
@@ -78,10 +80,10 @@ class _Warm:
                 "stderr": stderr.name,
             }
             print(json.dumps(request), file=self._process.stdin, flush=True)
-            if not select.select([self._process.stdout], [], [], _LIMIT_SECONDS)[0]:
+            if not select.select([self._process.stdout], [], [], limit_seconds)[0]:
                 self._end()
                 _warm.cache_clear()
-                raise AssertionError(f"not done after {_LIMIT_SECONDS} s:\n{stderr.read()}")
+                raise AssertionError(f"not done after {limit_seconds:.0f} s:\n{stderr.read()}")
             code = int(self._process.stdout.readline())
             return subprocess.CompletedProcess([program, *flags], code, stdout.read(), stderr.read())
 
