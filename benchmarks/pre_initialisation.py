@@ -44,9 +44,8 @@ def main(argv: list[str] | None) -> dict:
     parser.add_argument("--init-from", type=Path, required=True, help="checkpoint of A, trained on the same data")
     arguments, flags = parser.parse_known_args(argv)
     flags += ["--data", str(arguments.data)]
-    config = train_config(
-        flags, defaults=_DEFAULT_FLAGS, chosen=_CHOSEN
-    )  # what is wrong is said before hours have passed
+    # What is wrong is said before hours have passed.
+    config = train_config(flags, defaults=_DEFAULT_FLAGS, chosen=_CHOSEN)
     flags = [*_DEFAULT_FLAGS, *_CHOSEN, *flags]
     classes = checkpoint.load(arguments.init_from).classes
     arguments.out.mkdir(parents=True, exist_ok=True)

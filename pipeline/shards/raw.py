@@ -15,14 +15,12 @@ the pixels that the index means. Images of one size make shards of one length, w
 import threading
 import weakref
 from collections.abc import Sequence
+from tarfile import BLOCKSIZE, LENGTH_NAME
 from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.shards.storage import Storage
-
-TAR_BLOCK = 512
-_NAME_BYTES = 100  # of a member, with which every tar format's header begins
 
 
 class Pixels(NamedTuple):
@@ -40,7 +38,7 @@ class PixelReader:
     def __init__(self, storage: Storage, classes: Sequence[str]) -> None:
         """classes: names in label order."""
         self._storage = storage
-        self._beginnings = [f"{name}/".encode("utf-8", "surrogateescape")[:_NAME_BYTES] for name in classes]
+        self._beginnings = [f"{name}/".encode("utf-8", "surrogateescape")[:LENGTH_NAME] for name in classes]
         self._free: list[np.ndarray] = []
         self._of_thread = threading.local()
 
@@ -80,15 +78,15 @@ class PixelReader:
                 parts.append((window, whole[:, left : left + columns]))
             header = _header(height, width)
             expected.append((self._beginnings[label], header))
-            offsets += [offset - TAR_BLOCK, offset + len(header) + 3 * width * top]
-            memory += [memoryview(bytearray(TAR_BLOCK + len(header))), whole.reshape(-1).data]
+            offsets += [offset - BLOCKSIZE, offset + len(header) + 3 * width * top]
+            memory += [memoryview(bytearray(BLOCKSIZE + len(header))), whole.reshape(-1).data]
         beyond = self._storage.read(name, offsets, memory)
         for window, part in parts:
             window[:] = part
         for n, (pixels, index) in enumerate(targets):
             if not beyond.isdisjoint((2 * n, 2 * n + 1)):
                 pixels.damaged[index] = "beyond the end of its shard"
-            elif memory[2 * n][TAR_BLOCK:] != expected[n][1]:
+            elif memory[2 * n][BLOCKSIZE:] != expected[n][1]:
                 pixels.damaged[index] = "not the PPM file that the index says"
             elif memory[2 * n][: len(expected[n][0])] != expected[n][0]:
                 pixels.damaged[index] = "of another class than the index says: this is another shard"

@@ -1,12 +1,13 @@
 """Tables of images in shards."""
 
 from collections.abc import Sequence
+from tarfile import BLOCKSIZE, LENGTH_NAME
 
 import numpy as np
 
 from common.errors import UserError
 from pipeline.dataset.table import Rows, TableRows, image_sizes
-from pipeline.shards.raw import TAR_BLOCK, ppm_bytes
+from pipeline.shards.raw import ppm_bytes
 from pipeline.shards.storage import Storage
 
 SHARD_ROW = np.dtype(
@@ -62,9 +63,9 @@ class ShardTable:
 
     def name(self, source: np.ndarray) -> str:
         shard, offset = source[:2].tolist()
-        header = bytearray(TAR_BLOCK)
-        self.storage.read(self.shard_name(shard), [offset - TAR_BLOCK], [memoryview(header)])
-        member = header[:100].rstrip(b"\0").decode("utf-8", "replace")  # the field "name" of every tar format
+        header = bytearray(BLOCKSIZE)
+        self.storage.read(self.shard_name(shard), [offset - BLOCKSIZE], [memoryview(header)])
+        member = header[:LENGTH_NAME].rstrip(b"\0").decode("utf-8", "replace")  # the field "name" of every tar format
         return f"{self.storage.url}/{self.shard_name(shard)}: {member}"
 
     def shard_name(self, shard: int) -> str:
@@ -83,7 +84,7 @@ def what_is_wrong(rows: np.ndarray, *, shard_bytes: np.ndarray, classes: int, is
     shard, offset = rows["shard"], rows["offset"]
     if shard.min() < 0 or shard.max() >= len(shard_bytes):
         return "an image in a shard that is not there"
-    if rows["bytes"].min() < 1 or offset.min() < TAR_BLOCK or (offset > shard_bytes[shard] - rows["bytes"]).any():
+    if rows["bytes"].min() < 1 or offset.min() < BLOCKSIZE or (offset > shard_bytes[shard] - rows["bytes"]).any():
         return "an image that does not lie within its shard"
     if rows["label"].min() < 0 or rows["label"].max() >= classes:
         return f"a label beyond the {classes:,} classes"

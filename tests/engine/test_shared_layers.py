@@ -16,9 +16,8 @@ HYBRID = ["--parallel", "hybrid"]
 def train(folder: Path, jobs: list[dict], ranks: int) -> list[dict]:
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    run(
-        str(folder), ranks=ranks, script=WORKER, limit_seconds=3000
-    )  # of pytest, a slow test has an hour, another 300 s
+    # pytest gives a slow test an hour, and any other five minutes.
+    run(str(folder), ranks=ranks, script=WORKER, limit_seconds=3000)
     return [torch.load(folder / f"{number}.pt") for number in range(len(jobs))]
 
 

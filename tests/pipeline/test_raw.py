@@ -29,7 +29,7 @@ from pipeline.preparation import packing, statistics
 from pipeline.preparation.statistics import compute_statistics
 from pipeline.shards import reader, storage
 from pipeline.shards.index import FORMAT, open_prepared
-from pipeline.shards.raw import TAR_BLOCK, Pixels, ppm, ppm_bytes
+from pipeline.shards.raw import Pixels, ppm, ppm_bytes
 from pipeline.shards.reader import ShardReader
 from pipeline.shards.shard_table import ShardTable
 from tests.support.images import photo_folder, photographs
@@ -270,7 +270,7 @@ def test_only_the_rows_of_windows_are_read(folder, monkeypatch):
     source = ShardReader(table, threads=2, batches_ahead=1)
     samples, _ = next(source.fetch(itertools.islice(training(plan), 1), plan.read_group))
     sizes = table.read(samples.rows).sizes
-    headers = TAR_BLOCK + ppm_bytes(sizes) - 3 * sizes.prod(axis=1)
+    headers = tarfile.BLOCKSIZE + ppm_bytes(sizes) - 3 * sizes.prod(axis=1)
     assert sum(asked) == (headers + 3 * samples.shape[:, 0] * sizes[:, 1]).sum()
 
 
