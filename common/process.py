@@ -357,6 +357,11 @@ def read_launch() -> Launch | None:
         if _number("MASTER_PORT", 1) > 65535:
             raise UserError(f"MASTER_PORT={given['MASTER_PORT']}: must be in 1–65535")
         local_rank, local_world_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+        if "LOCAL_WORLD_SIZE" in given and not local_rank < local_world_size <= world_size:
+            raise UserError(
+                f"LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={local_world_size}, WORLD_SIZE={world_size}: the ranks of a machine "
+                "count from 0, and are not more than all; mend how the ranks are launched"
+            )
         return Launch(rank, world_size, local_rank, local_world_size)
     left = [name for name in given if name.endswith(("RANK", "WORLD_SIZE"))]
     if given.get("RANK", "0") != "0" or given.get("WORLD_SIZE", "1") != "1":

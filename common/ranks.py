@@ -185,6 +185,11 @@ def _own_device(device: str, local_rank: int, local_world_size: int) -> torch.de
             f"{local_world_size} processes on this machine but {torch.cuda.device_count()} GPUs; "
             "give torchrun --nproc_per_node the number of GPUs"
         )
+    if local_rank >= torch.cuda.device_count():  # of a launcher that does not say how many processes there are
+        raise UserError(
+            f"LOCAL_RANK={local_rank} but {torch.cuda.device_count()} GPUs on this machine: local ranks count from 0; mend how "
+            "the ranks are launched"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

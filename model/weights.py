@@ -271,11 +271,14 @@ def _plain_names(state: Mapping) -> dict[str, Tensor]:
 
 def _named_by_torchvision(state: State) -> dict[str, Tensor]:
     """A state of one of timm's VGGs as torchvision has it."""
-    named = {}
+    named: dict[str, Tensor] = {}
     for name, value in state.items():
         layer, _, what = name.rpartition(".")
+        own = f"{_OF_TIMM.get(layer, layer)}.{what}"
+        if own in named:
+            raise ValueError(f"it holds {printable(own)} twice, once under timm's name")
         is_convolution = layer in _OF_TIMM and isinstance(value, Tensor) and value.ndim == 4 and _is_dense(value)
-        named[f"{_OF_TIMM.get(layer, layer)}.{what}"] = value.flatten(1) if is_convolution else value
+        named[own] = value.flatten(1) if is_convolution else value
     return named
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
 
 from common.process import visible
+from engine.monitoring.pictures import without_warnings
 
 WIDTH_INCHES = 7.0
 _DOTS_PER_INCH = 160
@@ -35,6 +36,7 @@ def new_figure(height_inches: float, title: str) -> Figure:
     return figure
 
 
+@without_warnings()
 def png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=_DOTS_PER_INCH)

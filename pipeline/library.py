@@ -82,12 +82,14 @@ class _Loader:
         _check(0 <= self.rank < self.world_size, f"rank {self.rank}: must be in [0, {self.world_size})")
         share, remainder = divmod(self.batch_size, self.world_size)
         _check(share > 0 and not remainder, f"batch_size {self.batch_size}: not a multiple of {self.world_size} ranks")
+        ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or "1"  # as torchrun has it
+        is_count = ranks_here.isdecimal() and int(ranks_here) > 0
+        _check(is_count, f"LOCAL_WORLD_SIZE={ranks_here}: must be a whole number above 0")
         self._manifest = open_data_set(str(self.data))
         decoder = one_decoder(self.decoder, self._manifest, on_gpu=on_gpu)
         self._table = self._manifest.train if self._split == "train" else self._manifest.val
         self._lost = LostImages(manifest=self._manifest, split=self._split, max_bad_images=self.max_bad_images)
         self._share = share
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # as torchrun has it
         self._options = GraphOptions(
             crop=self.crop,
             std_rgb=self.std_rgb,
@@ -95,7 +97,7 @@ class _Loader:
             decoder=decoder,
             hw_decoder_load=self.hw_decoder_load,
             half=self.half,
-            threads=self.threads or default_threads(max(1, usable_cores() // ranks_here), decoder),
+            threads=self.threads or default_threads(max(1, usable_cores() // int(ranks_here)), decoder),
             prefetch=self.prefetch,
         )
 

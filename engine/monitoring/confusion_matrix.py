@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from common.progress import printable
+from engine.monitoring.pictures import without_warnings
 
 MOST_CLASSES = 50
 """Of more, the matrix cannot be read as a picture."""
@@ -12,6 +13,7 @@ _MOST_WITH_NUMBERS = 20
 _LETTERS = 16
 
 
+@without_warnings()
 def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> np.ndarray:
     """counts: int64 [classes, classes], images of each class (row) that were taken for each class (column).
 

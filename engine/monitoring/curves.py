@@ -9,6 +9,7 @@ from common.files import replacing
 from common.flags import FlagParser
 from common.process import run_program
 from common.progress import printable
+from engine.monitoring.pictures import without_warnings
 from engine.monitoring.run_files import Run, read_run
 
 _LINES_OF_LEGEND = 12
@@ -21,6 +22,7 @@ def draw_curves(out: Path) -> Path:
     return path
 
 
+@without_warnings()
 def draw_runs(runs: Sequence[Run], names: Sequence[str], path: Path) -> None:
     """Plot loss, validation top-1 and top-5, learning rate and images per second over epochs, a colour for each run.
 

@@ -1,6 +1,8 @@
-"""Network inputs as pictures that people can look at."""
+"""Network inputs as pictures that people can look at, and what all pictures here have in common."""
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -26,3 +28,13 @@ def grid(pictures: np.ndarray, columns: int) -> np.ndarray:
         y, x = index // columns * (height + 2), index % columns * (width + 2)
         sheet[y : y + height, x : x + width] = picture
     return sheet
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Around drawing, also as a decorator: what matplotlib warns of can be seen in the picture, and not in lines of its source
+    between those of a training. A letter that its font lacks is a box; zeros have no place on a logarithmic axis.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield

@@ -22,6 +22,7 @@ _FIGURES = {
 }
 """What a record of each kind has at least, all numbers; a loss may be infinite or NaN, step and epoch may not."""
 _LONGEST_LINE = 64 << 10
+_LARGEST = 1e40  # float32 ends at 3.4e38; matplotlib cannot scale axes to what is far beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,4 +138,4 @@ def _record(line: bytes) -> dict | None:
 def _is_number(value: object) -> bool:
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) < 2**63
-    return isinstance(value, float)
+    return isinstance(value, float) and not _LARGEST < abs(value) < math.inf

@@ -4,12 +4,15 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
 from engine.monitoring import compare_runs, curves
+from engine.monitoring.confusion_matrix import draw_confusion
 from engine.monitoring.run_files import drop_records_after
+from perf.plot_style import new_figure, png
 
 
 def write_run(folder: Path, *, losses: list[float], top1: list[float], cut: bool = False, **config) -> Path:
@@ -78,6 +81,8 @@ DAMAGED = {
     "epoch is infinite": json.dumps({**GOOD, "epoch": math.inf}).encode(),
     "step is true": json.dumps({**GOOD, "step": True}).encode(),
     "lr does not fit": json.dumps({**GOOD, "lr": 10**400}).encode(),
+    "loss cannot be drawn": json.dumps({**GOOD, "loss": 1.7e308}).encode(),
+    "epoch cannot be drawn": json.dumps({**GOOD, "epoch": -1.7e308}).encode(),
 }
 
 
@@ -130,6 +135,16 @@ def test_figures_that_are_not_finite_are_drawn_around(tmp_path, capsys):
     assert (figures["train_loss"], figures["best_top1"], figures["images_per_second"]) == (None, None, 101.5)
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.size == (1210, 770)
+
+
+@pytest.mark.seconds
+def test_drawing_says_nothing_of_what_its_font_lacks(tmp_path, recwarn):
+    """Nor of figures that a logarithmic axis has no place for."""
+    run = write_run(tmp_path / "花", losses=[0.0], top1=[])
+    assert curves.main([str(run)]) == 0
+    draw_confusion(np.eye(2, dtype=np.int64), ["花", "木"])
+    png(new_figure(1.0, "花"))
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])

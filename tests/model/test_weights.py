@@ -329,6 +329,10 @@ def test_timms_networks_give_equal_logits(batch_norm, place):
         ({"epoch": 3, "state": {}}, "these are not the weights of a VGG: epoch is not a tensor"),
         ({"module.a": torch.ones(1), "a": torch.ones(1)}, "it holds a twice, once wrapped by another module"),
         (
+            {"pre_logits.fc1.weight": torch.ones(1), "classifier.0.weight": torch.ones(1)},
+            "it holds classifier.0.weight twice, once under timm's name",
+        ),
+        (
             {"student.features.0.weight": torch.ones(1), "teacher.features.0.weight": torch.ones(1)},
             r"it holds 2 networks \(student\., teacher\.\); save one of them",
         ),

@@ -194,6 +194,10 @@ def test_ranks_divide_the_cores(folder, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert train_loader(folder, 4)._options.threads == 3
     assert train_loader(folder, 4, threads=7)._options.threads == 7
+    for wrong in ("0", "four"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", wrong)
+        with pytest.raises(ValueError, match=f"LOCAL_WORLD_SIZE={wrong}: must be a whole number above 0"):
+            train_loader(folder, 4)
 
 
 # ---- validation --------------------------------------------------------------------------------------------------

@@ -429,6 +429,7 @@ def given(monkeypatch, variables: dict[str, str]) -> None:
         ({}, None),
         (WHOLE, (1, 2, 0, 1)),
         ({**WHOLE, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (1, 2, 1, 2)),
+        ({**WHOLE, "LOCAL_RANK": "1"}, (1, 2, 1, 1)),
         ({"RANK": ""}, None),
         ({"RANK": "0"}, None),
         ({"WORLD_SIZE": "1"}, None),
@@ -455,6 +456,8 @@ def test_launchers_are_understood(monkeypatch, variables, launch):
         ({**WHOLE, "WORLD_SIZE": "9" * 20}, "WORLD_SIZE=99999999999999999999: must be a whole number"),
         ({**WHOLE, "WORLD_SIZE": "two"}, "WORLD_SIZE=two: must be a whole number from 1 on"),
         ({**WHOLE, "LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5: must be a whole number from 0 on"),
+        ({**WHOLE, "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "the ranks of a machine count from 0"),
+        ({**WHOLE, "LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3, WORLD_SIZE=2: the ranks of a machine"),
         ({**WHOLE, "MASTER_PORT": "70000"}, "MASTER_PORT=70000: must be in 1–65535"),
     ],
 )
@@ -472,6 +475,24 @@ def test_left_overs_of_one_process_are_ignored_with_a_warning(monkeypatch, capsy
     with ranks_of_this_run("cpu") as ranks:
         assert (ranks.rank, ranks.local_rank, ranks.world_size, ranks.cpu_share) == (0, 0, 1, usable_cores())
     assert "warning: ignoring RANK, LOCAL_RANK, LOCAL_WORLD_SIZE in the environment" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1 but 1 GPUs on this machine"),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, "2 processes on this machine but 1 GPUs"),
+    ],
+)
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch, variables, words):
+    from common.ranks import ranks_of_this_run
+
+    given(monkeypatch, WHOLE | variables)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda number: pytest.fail(f"chooses GPU {number}"))
+    with pytest.raises(UserError, match=words), ranks_of_this_run("cuda"):
+        pass
 
 
 RANK = """
