@@ -35,7 +35,7 @@ from pipeline.dataset.table import TABLE_NAMES, FileTable
 _FOLDER_NAME = ".vgg-manifest"
 _DESCRIPTION = "manifest.json"
 _SECONDS_TO_WRITE = 1.0
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)

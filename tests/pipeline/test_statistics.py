@@ -92,14 +92,14 @@ def test_images_in_strips_are_the_images_at_once_to_the_last_bit(tmp_path, monke
     image = photographs()[0].resize((151, 97))
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
-        for name in ("x.jpg", "x.png", "x.bmp", "x.ppm", "x.tif", "x.webp", "x.jp2"):
+        for name in ("x.jpg", "x.png", "x.bmp", "x.ppm", "x.tif", "x.webp"):
             image.save(tmp_path / split / "a" / name)
         image.save(tmp_path / split / "a/progressive.jpg", progressive=True)
         image.save(tmp_path / split / "a/cut.bmp")
     os.truncate(tmp_path / "train/a/cut.bmp", 20_000)
     data = open_manifest(tmp_path)
     at_once = statistics.compute_statistics(data, threads=2)
-    assert (len(data.train), at_once.images) == (9, 8)
+    assert (len(data.train), at_once.images) == (8, 7)
     monkeypatch.setattr(statistics, "_PIXELS_A_STRIP", pixels)  # 50: strips of one row
     assert statistics.compute_statistics(data, threads=2) == at_once
 

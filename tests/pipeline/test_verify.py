@@ -36,8 +36,8 @@ def folder(tmp_path):
     (folder / "train/class0/empty.jpg").write_bytes(b"")
     (folder / "val/class1/text.jpg").write_bytes(b"text")
     encoded_cut(folder / "train/class0/a\tb.bmp", "BMP")
-    encoded_cut(folder / "train/class1/cut.tif", "TIFF")
-    encoded_cut(folder / "val/class0/cut.jp2", "JPEG2000")
+    encoded_cut(folder / "train/class1/cut.ppm", "PPM")
+    encoded_cut(folder / "val/class0/cut.ppm", "PPM")
     encoded_cut(folder / "val/class0/no extension", "BMP")
     encoded_cut(folder / "val/class1/cut.bmp", "BMP")
     return folder
@@ -66,8 +66,8 @@ def test_what_cannot_be_decoded_is_left_out_and_listed_and_once_is_enough(folder
     assert {path for path, _ in read_quarantine(verified.folder)} == {
         "train/class0/empty.jpg",
         "train/class0/a\\tb.bmp",
-        "train/class1/cut.tif",
-        "val/class0/cut.jp2",
+        "train/class1/cut.ppm",
+        "val/class0/cut.ppm",
         "val/class0/no extension",
         "val/class1/cut.bmp",
         "val/class1/text.jpg",
@@ -99,7 +99,7 @@ def test_what_runs_have_added_to_the_list_is_replaced_by_what_verifying_finds(fo
     verified = verify.verify(scanned)
     listed = dict(read_quarantine(verified.folder))
     assert len(listed) == 7
-    assert listed["train/class1/cut.tif"] == "corrupt image data"
+    assert listed["train/class1/cut.ppm"] == "corrupt image data"
     assert "train/class0/000.JPEG" not in listed
 
 
@@ -252,8 +252,8 @@ def test_figures_of_the_summary(folder, capsys):
     figures = result["splits"]["train"]
     sizes = open_manifest(folder).train.read(np.arange(17)).sizes
     shorter = sizes.min(axis=1)
-    assert figures["formats"] == {"JPEG": 12, "PNG": 2, "BMP": 1, "TIFF": 1, "WEBP": 1}
+    assert figures["formats"] == {"JPEG": 12, "PNG": 2, "BMP": 1, "PPM": 1, "WEBP": 1}
     assert figures["shorter_side_px"] == [shorter.min(), int(np.median(shorter)), shorter.max()]
     assert figures["longer_side_px"][2] == sizes.max()
-    assert "JPEG 12, PNG 2, BMP 1, TIFF 1, WEBP 1" in output.err
+    assert "JPEG 12, PNG 2, BMP 1, PPM 1, WEBP 1" in output.err
     assert result["verified"] is None

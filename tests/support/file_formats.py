@@ -230,17 +230,6 @@ def jpeg(
     return head + b"".join(map(scan, scans)) + b"\xff\xd9"
 
 
-def jp2_with(data: bytes, box: bytes, content: bytes) -> bytes:
-    """A JP2 file with other content in a box of its header."""
-    header = data.index(b"jp2h") - 4
-    start = data.index(box, header) - 4
-    header_length, length = (int.from_bytes(data[at : at + 4], "big") for at in (header, start))
-    longer = 8 + len(content) - length
-    new_box = struct.pack(">I", 8 + len(content)) + box + content
-    new_header = struct.pack(">I", header_length + longer)
-    return data[:header] + new_header + data[header + 4 : start] + new_box + data[start + length :]
-
-
 def riff(*chunks: tuple[bytes, bytes]) -> bytes:
     """A WebP of these chunks."""
     body = b"WEBP" + b"".join(
