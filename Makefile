@@ -18,17 +18,16 @@ test: $(VENV)/installed-dev
 quick: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not processes and not seconds" -n auto --maxprocesses 4 --dist loadfile $(QUICK)
 
-# What asserts something of measured times runs alone, twenty minutes; the rest two at a time, even if a test of the first part
+# What measures times runs alone (tests/conftest.py says what that is); the rest two at a time, even if a test of the first part
 # has failed. SLURM's tests come first, since they mostly wait. Blocks of one page of the documentation go on from one another.
 # One thread for each of its processes: two cores have no more to give.
 TESTS = $(wildcard tests/test_*.py tests/*/test_*.py)
-ALONE = $(filter tests/benchmarks/% tests/perf/% $(addprefix tests/runs/test_,planted.py profile.py lost_peers.py),$(TESTS))
 FIRST = tests/runs/test_slurm.py $(filter tests/repository/%,$(TESTS))
 
 test-slow: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest -m slow $(ALONE); alone=$$?; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --no-loadscope-reorder $(FIRST) $(filter-out $(FIRST) $(ALONE),$(TESTS)) \
-		&& exit $$alone
+	@$(BIN)/python -m pytest -m "slow and alone"; alone=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadgroup --no-loadscope-reorder \
+		$(FIRST) $(filter-out $(FIRST),$(TESTS)) && exit $$alone
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -13,6 +13,10 @@ import pytest
 import torch
 
 _SLOW_SECONDS = 3600  # those in CI have the limit of pyproject.toml
+_MEASURES = re.compile(
+    r"tests/(benchmarks|perf)/|tests/runs/test_(planted|profile|lost_peers)\.py|\[docs/performance\.md"
+)
+"""Matches the names of tests that assert something of measured times, and of the page whose commands measure for long."""
 _MAY_BE_SKIPPED = re.compile(
     "GPU|NCCL|needs .*chromium"  # what no CI machine has
     "|^README|^[A-Z]+\\.md|^docs/"  # a documented command that says what it needs
@@ -34,6 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(_SLOW_SECONDS))
+        if _MEASURES.search(item.nodeid):
+            item.add_marker(pytest.mark.alone)
         fixtures = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
         functions = [item.function, *(last.func for *_, last in fixtures)]  # type: ignore[attr-defined]
         if any(_starts_processes(function) for function in functions):
