@@ -304,6 +304,7 @@ def _webp_fault(file: BinaryIO, image: "Image.Image") -> str:
     file.seek(12)
     kind, flags = struct.unpack("<4s4xB", file.read(9))
     has_exif, is_animated = bool(flags & 0x08), bool(flags & 0x02)
+    # Of a single picture with both, DALI's parser says that its stream ends too early.
     return "alpha and EXIF data" if kind == b"VP8X" and image.mode == "RGBA" and has_exif and not is_animated else ""
 
 
