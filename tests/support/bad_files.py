@@ -364,7 +364,7 @@ UNUSUAL = {
     ),
     "webp with an orientation": good(encoded(photo(), "WEBP", exif=exif(6))),
     "webp whose first frame is smaller": good(first_frame_smaller()),
-    "webp with alpha and a profile": good(encoded(photo(mode="RGBA"), "WEBP", icc_profile=_SRGB)),
+    "webp with alpha and a profile": good(encoded(Image.fromarray(_RGBA), "WEBP", icc_profile=_SRGB)),
     **{
         f"jpeg {name}{' apart' * (not interleaved)}": good(
             jpeg(_YCC, [sampling, (1, 1), (1, 1)], interleaved=interleaved)
