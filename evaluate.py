@@ -30,7 +30,7 @@ def evaluate(flags: EvaluateFlags) -> dict:
 
     with ranks_of_this_run(flags.device) as ranks:
         set_numerics(deterministic=False)
-        precision = choose_precision(flags.precision, ranks.device)
+        precision = choose_precision(flags.precision, ranks)
         networks = [load_network(spec) for spec in flags.checkpoint]
         data = open_data(flags.data, ranks, precision, flags.loading, max_bad_images=flags.max_bad_images)
         networks = [for_data(network, data.classes, tell=ranks.is_main) for network in networks]

@@ -37,7 +37,7 @@ def write(flags: FeatureFlags) -> dict:
         scales = flags.chosen_scales() or (network.test_scale,)
         if min(scales) < network.crop:
             raise UserError(f"--scales {min(scales)}: the network takes images of {network.crop} pixels at least")
-        precision = choose_precision(flags.precision, ranks.device)
+        precision = choose_precision(flags.precision, ranks)
         data = open_data(flags.data, ranks, precision, flags.loading, max_bad_images=flags.max_bad_images)
         assert data.manifest
         tables = {split: getattr(data.manifest, split) for split in SPLITS}

@@ -73,7 +73,7 @@ def run(flags: Flags) -> dict:
             top=flags.top,
             scale=scale,
             device=ranks.device,
-            precision=choose_precision("auto", ranks.device),
+            precision=choose_precision("auto", ranks),
             threads=ranks.cpu_share + 1,
         )
     names = class_names(network.classes) if network.classes else names_of_outputs(network.outputs)

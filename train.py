@@ -45,7 +45,7 @@ def train(config: Config, requests: StopRequests) -> dict:
     limits = {"collective_minutes": config.collective_minutes, "lost_seconds": config.lost_seconds}
     with ranks_of_this_run(config.device, **limits) as ranks, FolderLock(config.out) as lock:
         set_numerics(deterministic=config.deterministic)
-        precision = choose_precision(config.precision, ranks.device)
+        precision = choose_precision(config.precision, ranks)
         if config.profile_memory:
             record_memory(ranks)
         checkpoint = open_checkpoint(config, ranks, None if config.dry_run else lock)

@@ -44,7 +44,7 @@ def main(argv: list[str] | None) -> dict:
     with ranks_of_this_run(config.device) as ranks, tempfile.TemporaryDirectory() as work:
         if ranks.world_size > 1:
             raise UserError("benchmarks.checkpoints measures one rank; start it without torchrun")
-        data = open_training_data(config, ranks, choose_precision(config.precision, ranks.device))
+        data = open_training_data(config, ranks, choose_precision(config.precision, ranks))
         figures = measure(data, Path(work), rounds=options.rounds)
     kept = {name: getattr(config, name) for name in ("arch", "crop", "batch_size")}
     return {**kept, "device": ranks.device.type, "precision": data.precision.name, "rounds": options.rounds, **figures}

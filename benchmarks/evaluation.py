@@ -48,7 +48,7 @@ def main(argv: list[str] | None) -> dict:
     check_photographs(config)
     results = {}
     with ranks_of_this_run(config.device) as ranks:
-        data = open_training_data(config, ranks, choose_precision(config.precision, ranks.device))
+        data = open_training_data(config, ranks, choose_precision(config.precision, ranks))
         passes = {
             "dense": dense_passes(at_scale(data, options.dense_crop)),
             "multicrop": crop_passes(at_scale(data, config.crop)),

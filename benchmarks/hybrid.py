@@ -144,7 +144,7 @@ def rank(arch: str, mode: str, images: int, steps: int) -> None:
         parallel = "hybrid" if mode == "hybrid" else "data"
         flags = ["--data", "synthetic", "--arch", arch, "--parallel", parallel]
         config = parse_args([*flags, "--batch-size", str(images * of_step.world_size)])
-        laps, plain = Laps(ranks.device), choose_precision("fp32", ranks.device)
+        laps, plain = Laps(ranks.device), choose_precision("fp32", ranks)
         precision = MarkedPrecision(plain.name, plain.device_type, laps)
         model = network_of(config, classes=_CLASSES, device=ranks.device)
         parts = assemble(config, ranks=of_step, precision=precision, micro_batch=images, model=model)

@@ -58,7 +58,7 @@ def main(argv: list[str] | None) -> dict:
     with ranks_of_this_run(config.device) as ranks, tempfile.TemporaryDirectory() as work:
         if ranks.world_size > 1:
             raise UserError("benchmarks.inputs measures one rank; start it without torchrun")
-        data = open_training_data(config, ranks, choose_precision(config.precision, ranks.device))
+        data = open_training_data(config, ranks, choose_precision(config.precision, ranks))
         try:
             step = training_step(data)
             inputs = make_inputs(data, Path(work), step)

@@ -67,7 +67,7 @@ def main(argv: list[str] | None) -> dict:
     scales = {}
     with ranks_of_this_run(config.device) as ranks:
         for name, at_scale in configs.items():
-            data = open_training_data(at_scale, ranks, choose_precision(at_scale.precision, ranks.device))
+            data = open_training_data(at_scale, ranks, choose_precision(at_scale.precision, ranks))
             with tempfile.TemporaryDirectory() as work:
                 scales[name] = compare_calls(
                     name,

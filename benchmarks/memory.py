@@ -28,7 +28,7 @@ def main(argv: list[str] | None) -> dict:
     config = train_config(flags, chosen=["--device=cpu", "--precision=fp32"])
     resident, seen = [], 0
     with ranks_of_this_run("cpu") as ranks:
-        data = open_training_data(config, ranks, choose_precision(config.precision, ranks.device))
+        data = open_training_data(config, ranks, choose_precision(config.precision, ranks))
         batches = data.train_batches(0)
         for epoch in range(1, arguments.epochs + 1):
             while seen < epoch * data.train_images:

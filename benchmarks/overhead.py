@@ -68,7 +68,7 @@ def main(argv: list[str] | None) -> dict:
         config = train_config(flags, defaults=_DEFAULT_FLAGS, chosen=chosen)
         set_numerics(deterministic=config.deterministic)
         with ranks_of_this_run(config.device) as ranks:
-            data = open_training_data(config, ranks, choose_precision(config.precision, ranks.device))
+            data = open_training_data(config, ranks, choose_precision(config.precision, ranks))
             model = network_of(config, classes=len(data.classes), device=ranks.device)
             batch = next(data.train_batches(0))
             bare = bare_loop(data, model, batch)

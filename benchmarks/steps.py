@@ -46,7 +46,7 @@ def main(argv: list[str] | None) -> dict:
         raise UserError(f"--arch {config.arch}: nobody else has it; take one of {', '.join(_NAMES)}")
     set_numerics(deterministic=False)
     with ranks_of_this_run(config.device) as ranks:
-        data = open_training_data(config, ranks, choose_precision(config.precision, ranks.device))
+        data = open_training_data(config, ranks, choose_precision(config.precision, ranks))
         try:
             rows = compare_calls(  # no queue to fill, no pause
                 f"{config.arch}, {data.precision.name}",

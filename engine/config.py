@@ -173,7 +173,7 @@ class ComputingFlags:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the network runs. auto: on the GPU if there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Precision of autocast. auto: on a GPU bf16, or fp16 if it does not support bf16; on a CPU fp32."""
+    """Precision of autocast. auto: on GPUs bf16, or fp16 if one of them does not support bf16; on a CPU fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether to use torch.compile; --compile and --no-compile are short for on and off. auto: on for CUDA."""
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"

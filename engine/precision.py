@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from common.ranks import Ranks, gather
+
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -30,13 +32,22 @@ class Precision:
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
-def choose_precision(name: str, device: torch.device) -> Precision:
-    """Resolve --precision. "auto": bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU, where both are slow."""
+def choose_precision(name: str, ranks: Ranks) -> Precision:
+    """Resolve --precision; every rank must call this. "auto": what is fast on the GPUs of all ranks, so that none of them scales
+    its gradients while others do not.
+    """
     if name == "auto":
-        # including_emulation=False: GPUs before Ampere take bf16 and compute it many times slower.
-        gpu_format = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        name = "fp32" if device.type == "cpu" else gpu_format
-    return Precision(name, device.type)
+        found = gather(fast_format(ranks.device), ranks)
+        name = "bf16" if set(found) == {"bf16"} else next(each for each in found if each != "bf16")
+    return Precision(name, ranks.device.type)
+
+
+def fast_format(device: torch.device) -> str:
+    """bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU, where both are slow."""
+    if device.type == "cpu":
+        return "fp32"
+    # including_emulation=False: GPUs before Ampere take bf16 and compute it many times slower.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def set_numerics(*, deterministic: bool) -> None:

@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from common.progress import say
-from common.ranks import Ranks
+from common.ranks import Ranks, on_rank_0
 from engine.config import Config
 from model.vgg import FC_WIDTH, STRIDE
 from perf.costs import Job, gradient_bytes
@@ -115,8 +115,10 @@ def predict_hybrid(job: Job, times_of: Callable[[int], ComputeTimes], *, links: 
 
 
 def choose_parallel(config: Config, ranks: Ranks, job: Job) -> Config:
-    """The configuration with --parallel auto replaced by what it comes to here; rank 0 says so. Every rank comes to the same.
+    """The configuration with --parallel auto replaced by what it comes to on rank 0, which says so; every rank must call this.
     job: the run's.
+
+    Others may come to something else: their machine has more ranks or fewer, or other GPUs.
 
     Computing is taken to run at the rates of the table of cards, which no step reaches: the slower it is, the more of the
     all-reduce it hides, and the less there is to gain.
@@ -125,7 +127,7 @@ def choose_parallel(config: Config, ranks: Ranks, job: Job) -> Config:
         return config
     if ranks.world_size == 1:
         return replace(config, parallel="data")
-    sharing, reason = _sharing(config, ranks, job)
+    sharing, reason = on_rank_0(ranks, lambda: _sharing(config, ranks, job))
     if ranks.is_main:
         choice, other = (f"hybrid over {sharing} ranks", "data") if sharing > 1 else ("data", "hybrid")
         say(f"--parallel auto is {choice} here: {reason}; --parallel {other} is the other way")

@@ -318,10 +318,8 @@ def read_report(path: Path) -> Report:
         raise UserError(f"{path}: not JSON; give the report.json that {_WRITER} wrote") from error
     if not isinstance(found, dict) or found.get("program") != PROGRAM:
         raise UserError(f"{path}: not a report; give the report.json that {_WRITER} wrote")
-    if found.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: of format {found.get('format')}, not {FORMAT}; show it with the revision that wrote it"
-        )
+    if (number := found.get("format")) != FORMAT:
+        raise UserError(f"{path}: of format {number}, not {FORMAT}; show it with the revision that wrote it")
     try:
         report = msgspec.convert(found, Report)
         if type(size := report.config.get("batch_size")) is not int or size < 1:

@@ -10,7 +10,7 @@ import torch
 from common.errors import UserError
 from common.flags import FlagParser, above_zero, whole_above_zero
 from common.process import run_program
-from engine.precision import choose_precision, set_numerics
+from engine.precision import fast_format, set_numerics
 from model.vgg import CONFIGURATIONS, FUSIONS
 from perf.costs import Job, LayerCost, decoded_pixels, gradient_bytes, optimizer_bytes
 from perf.hybrid import communication_seconds, predict_hybrid
@@ -228,7 +228,7 @@ def _choose_peaks(arguments: argparse.Namespace) -> tuple[Peaks, str]:
     if arguments.gpu is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         set_numerics(deterministic=False)
-        precision = choose_precision(arguments.precision, device).name
+        precision = fast_format(device) if arguments.precision == "auto" else arguments.precision
         return (measure_peaks if arguments.measure else peaks_here)(device, precision), precision
     card = find_card(arguments.gpu)
     if card is None:

@@ -156,7 +156,7 @@ def open_bench(config: Config, ranks: Ranks, limits: Limits) -> Bench:
     """
     set_numerics(deterministic=config.deterministic)
     laps = Laps(ranks.device)
-    plain = choose_precision(config.precision, ranks.device)
+    plain = choose_precision(config.precision, ranks)
     precision = MarkedPrecision(plain.name, plain.device_type, laps)
     config = replace(config, lr=0.0)
     data = open_training_data(config, ranks, precision)

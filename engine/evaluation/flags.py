@@ -30,7 +30,7 @@ class InputFlags:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the network runs. auto: on the GPU if there is one."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Precision of autocast. auto: on a GPU bf16, or fp16 if it does not support bf16; on a CPU fp32."""
+    """Precision of autocast. auto: on GPUs bf16, or fp16 if one of them does not support bf16; on a CPU fp32."""
     decoder: Literal["auto", "gpu", "cpu"] = "auto"
     """Where JPEGs are decoded. auto: where the network runs."""
     threads: int | None = None

@@ -36,7 +36,7 @@ def inspect(config: Config) -> dict:
     if config.data == SYNTHETIC:
         raise UserError("--inspect: synthetic data are noise; give --data a data set")
     with ranks_of_this_run(config.device) as ranks:
-        precision = choose_precision(config.precision, ranks.device)
+        precision = choose_precision(config.precision, ranks)
         data = open_training_data(config, ranks, precision, initial=initial_network(config))
         return on_rank_0(ranks, lambda: _write(data, count, config.out))
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from common.errors import TrainingError
 from common.progress import say
-from common.ranks import Ranks
+from common.ranks import Ranks, on_rank_0
 from engine.config import Config
 from engine.precision import Precision
 from engine.training.data_parallel import data_parallel
@@ -86,14 +86,15 @@ def assemble(config: Config, *, ranks: Ranks, precision: Precision, micro_batch:
 
 
 def ranks_that_share(config: Config, ranks: Ranks) -> int:
-    """How many ranks share one set of FC6 and FC7; 1: each has its own.
+    """How many ranks share one set of FC6 and FC7; 1: each has its own. Every rank must call this.
 
     Those of one machine, where there are several machines of several ranks each; else all. But where 4096 or the ranks do not
     divide by them, nothing is shared.
     """
     if config.parallel != "hybrid":
         return 1
-    machine, world_size = ranks.local_world_size, ranks.world_size
+    # Of rank 0's machine: another one may have more ranks, or fewer.
+    machine, world_size = on_rank_0(ranks, lambda: ranks.local_world_size), ranks.world_size
     usual = machine if machine > 1 and world_size % machine == 0 else world_size
     sharing = config.fc_ranks or usual
     if world_size % sharing == 0 and FC_WIDTH % sharing == 0:

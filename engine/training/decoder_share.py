@@ -11,7 +11,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from common.ranks import gather
+from common.ranks import gather, on_rank_0
 from engine.data import TrainingData
 from engine.training.clock import TimedBatches, timing_events
 from pipeline.dali.loader import Batch, DaliLoader
@@ -95,8 +95,8 @@ class DecoderShare:
     """Measures in the training loop what a search asks for, and sets the loader's share.
 
     All ranks have the same share: they wait for each other in every step, so that each measures the rate of all, and if each
-    sought its own, none could tell what it changed itself from what the others did. They compare what they have measured where
-    the host waits for the device anyway, ten times or so in a training.
+    sought its own, none could tell what it changed itself from what the others did. They begin with rank 0's, since another
+    machine may have more cores for each rank, or fewer, and compare what they have measured ten times or so in a training.
     """
 
     def __init__(self, loader: DaliLoader, timed: TimedBatches, data: TrainingData, *, is_found: bool = False) -> None:
@@ -113,7 +113,7 @@ class DecoderShare:
         self.found: float | None = loader.share if is_found else None
         """The share that stays; None as long as batches may come that were made with another, as a resumed run would not have."""
         if not is_found:
-            self._search = ShareSearch(loader.share)
+            self._search = ShareSearch(on_rank_0(data.ranks, lambda: loader.share))
             loader.share = self._search.share
 
     @property

@@ -158,6 +158,13 @@ def test_what_all_ranks_have_measured_decides(monkeypatch):
     assert set(told) == {(12.5, True)}
 
 
+def test_ranks_begin_with_the_share_of_rank_0(monkeypatch):
+    """Another machine has other cores: with a start of its own, it would try other shares, and find one after another time."""
+    machine = Machine(cpu=1000, gpu=3000, step=1e9, share=0.9)
+    monkeypatch.setattr(decoder_share, "on_rank_0", lambda ranks, call: 0.25)
+    assert share_of(machine, monkeypatch).share == machine.share == 0.25
+
+
 def test_a_share_counts_as_found_when_no_batch_comes_any_more_that_was_made_with_another(monkeypatch):
     """It is in the checkpoint from then on, and a run that goes on with it gets the batches of one that was never stopped."""
     machine = Machine(cpu=1000, gpu=3000, step=1e9, share=0.5)

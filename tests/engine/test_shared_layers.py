@@ -40,7 +40,8 @@ JOBS = {
     "plain": job(),
     "in two passes, with an average": job("--micro-batch", "2", "--ema", "0.9", steps=2),
     "among two": job("--fc-ranks", "2", steps=2),
-    "two machines of two": job(steps=2, ranks_a_machine=2),
+    "two machines of two": job(steps=2, machines=[2, 2]),
+    "a machine of two, two of one": job(steps=2, machines=[2, 1, 1]),
     "frozen, in groups": job(
         *("--weights", "given", "--freeze", "features", "--head-lr-factor", "10", "--weight-decay-on", "weights"),
         steps=2,
@@ -97,7 +98,7 @@ def test_half_precision_compilation_batch_norm_and_compressed_gradients(tmp_path
         "bf16, compiled": job("--precision", "bf16", "--compile", precise=False),
         "batch norm": job("--batch-norm", "--label-smoothing", "0.1"),
         "mixed": job("--mixup", "0.2", "--cutmix", "1", "--micro-batch", "2"),
-        "compressed": job("--grad-compression", "bf16", ranks_a_machine=1),
+        "compressed": job("--grad-compression", "bf16", machines=[1, 1]),
         "compressed, two machines": job("--grad-compression", "bf16", "--fc-ranks", "1", steps=2),
     }
     data = train(

@@ -11,15 +11,17 @@ import torch.distributed
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import engine.precision
 import engine.training.step
 from common.ranks import Ranks
 from engine.config import Config
-from engine.precision import Precision, choose_precision
+from engine.precision import Precision, choose_precision, fast_format
 from engine.training.assembly import assemble
 from engine.training.data_parallel import average_over_ranks, data_parallel
 from engine.training.step import TrainStep, compile_model
 from model.dropout import Dropout
 from model.vgg import build
+from tests.engine.test_accuracy import RANKS
 from tests.support.networks import Noting
 
 CPU = torch.device("cpu")
@@ -167,14 +169,13 @@ def test_label_smoothing_is_a_mixture_of_two_cross_entropies():
 
 def test_a_first_step_that_the_scaler_skips_leaves_no_velocity():
     """torch.empty is made to give NaN, so that memory which nobody has written to shows."""
-    ranks = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, device=CPU, patient_group=None)
     config = Config(data="synthetic", crop=32, train_scale="32", batch_size=2, dropout=0.0)
     models = [build("A", classes=10, crop=32, dropout=0.0, init="xavier", device=CPU, seed=3) for _ in range(2)]
     images, labels = make_batch(2)
     torch.use_deterministic_algorithms(True)
     try:
         for model, batches in zip(models, ([images * torch.inf, images], [images]), strict=True):
-            parts = assemble(config, ranks=ranks, precision=Precision("fp16", "cpu"), micro_batch=2, model=model)
+            parts = assemble(config, ranks=RANKS, precision=Precision("fp16", "cpu"), micro_batch=2, model=model)
             parts.scaler.load_state_dict({**parts.scaler.state_dict(), "scale": 256.0})
             for batch in batches:
                 parts.step(iter([(batch, labels)]))
@@ -246,10 +247,21 @@ def test_on_a_cpu_compilation_is_off_unless_asked_for(choice):
 )
 def test_auto_precision(monkeypatch, device, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    precision = choose_precision("auto", torch.device(device))
-    assert precision.name == expected
+    ranks = dataclasses.replace(RANKS, device=torch.device(device))
+    precision = choose_precision("auto", ranks)
+    assert precision == Precision(expected, device)
+    assert fast_format(ranks.device) == expected
     assert precision.half_images == (device == "cuda")
-    assert choose_precision("fp32", torch.device(device)).name == "fp32"
+    assert choose_precision("fp32", ranks).name == "fp32"
+
+
+@pytest.mark.parametrize("own", ["bf16", "fp16"])
+def test_auto_precision_is_the_same_on_gpus_that_differ(monkeypatch, own):
+    """Else one would scale its loss, and DDP would add its gradients up with those that are not scaled."""
+    monkeypatch.setattr(engine.precision, "fast_format", lambda device: own)
+    monkeypatch.setattr(engine.precision, "gather", lambda own, ranks: [own, "fp16" if own == "bf16" else "bf16"])
+    assert choose_precision("auto", RANKS).name == "fp16"
+    assert choose_precision("bf16", RANKS).name == "bf16"
 
 
 @pytest.mark.parametrize(("device", "name", "half"), [

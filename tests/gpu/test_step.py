@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.ranks import Ranks
 from engine.config import Config
-from engine.precision import Precision, choose_precision, set_numerics
+from engine.precision import Precision, fast_format, set_numerics
 from engine.training.assembly import Assembly, assemble
 from model.vgg import FUSIONS, VGG, build
 from pipeline.dali.loader import Batch
@@ -76,8 +76,7 @@ def relative(one: Tensor, other: Tensor) -> float:
 
 
 def test_auto_is_what_the_gpu_has():
-    name = choose_precision("auto", DEVICE).name
-    assert name == ("bf16" if torch.cuda.get_device_capability(DEVICE) >= (8, 0) else "fp16")
+    assert fast_format(DEVICE) == ("bf16" if torch.cuda.get_device_capability(DEVICE) >= (8, 0) else "fp16")
 
 
 @pytest.mark.parametrize("fuse", FUSIONS)

@@ -183,3 +183,12 @@ def test_auto_shares_where_it_is_faster_by_a_tenth(monkeypatch, capsys, card, ba
     for asked in ("data", "hybrid"):
         given = dataclasses.replace(config, parallel=asked)
         assert choose_parallel(given, ranks, job) is given
+
+
+def test_auto_is_on_all_ranks_what_it_is_on_rank_0(monkeypatch):
+    """On another machine, with another card, the model would say something else."""
+    monkeypatch.setattr(perf.hybrid.torch.cuda, "get_device_name", lambda _: "an unknown card")
+    monkeypatch.setattr(perf.hybrid, "on_rank_0", lambda ranks, call: (8, "why"))
+    config = parse_args(["--data", "synthetic"])
+    chosen = choose_parallel(config, dataclasses.replace(RANKS, rank=3), dataclasses.replace(D, ranks=8))
+    assert (chosen.parallel, chosen.fc_ranks) == ("hybrid", 8)

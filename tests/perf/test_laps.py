@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.precision import Precision, choose_precision
+from engine.precision import Precision
 from engine.training.step import TrainStep
 from perf.laps import Laps, MarkedBatches, MarkedPrecision
 
@@ -156,6 +156,6 @@ def test_on_a_gpu_events_are_read_when_the_device_has_passed_them(monkeypatch):
 
 
 def test_precision_is_still_the_one_that_was_chosen():
-    plain = choose_precision("bf16", CPU)
+    plain = Precision("bf16", "cpu")
     marked = MarkedPrecision(plain.name, plain.device_type, Laps(CPU))
     assert (marked.half_images, marked.name) == (plain.half_images, plain.name)

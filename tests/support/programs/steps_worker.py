@@ -1,6 +1,7 @@
 """RANK=… steps_worker.py FOLDER: training steps, the network assembled as each of FOLDER/jobs.json asks; what comes of it, whole.
 
-A job: flags of train.py, and steps. FOLDER/0.pt, 1.pt … get the mean loss of each step and the states as a checkpoint has them.
+A job: flags of train.py, steps, and how many ranks each machine has. FOLDER/0.pt, 1.pt … get the mean loss of each step and the
+states as a checkpoint has them.
 """
 
 import json
@@ -36,7 +37,7 @@ def batches(first: int, share: int, micro_batch: int, crop: int) -> Iterator[Bat
 def run(ranks: Ranks, flags: list[str], steps: int, overflow: int | None, *, precise: bool) -> dict:
     """overflow: a step whose images are, on the last rank, so large that its gradients are not finite. precise: in float64."""
     config = parse_args(["--data", "synthetic", "--crop", "32", "--train-scale", "32", "--lr", "0.01", *flags])
-    precision = choose_precision(config.precision, ranks.device)
+    precision = choose_precision(config.precision, ranks)
     dtype = torch.float64 if precise else torch.float32
     model = network_of(config, classes=CLASSES, device=ranks.device).to(dtype)
     share = config.batch_size // ranks.world_size
@@ -70,8 +71,9 @@ def main() -> None:
     folder = Path(sys.argv[1])
     with ranks_of_this_run("cpu") as ranks:
         for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
-            # As if the ranks were on machines of so many each.
-            machines = replace(ranks, local_world_size=job.get("ranks_a_machine", ranks.local_world_size))
+            # As if the ranks were on machines of so many.
+            of_machines = [size for size in job.get("machines", ()) for _ in range(size)] or [ranks.world_size]
+            machines = replace(ranks, local_world_size=of_machines[ranks.rank % len(of_machines)])
             found = run(machines, job["flags"], job["steps"], job.get("overflow"), precise=job.get("precise", True))
             if ranks.is_main:
                 torch.save(found, folder / f"{number}.pt")
