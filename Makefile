@@ -18,9 +18,9 @@ test: $(VENV)/installed-dev
 quick: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not processes and not seconds" -n auto --maxprocesses 4 --dist loadfile $(QUICK)
 
-# What measures times runs alone (tests/conftest.py says what that is); the rest two at a time, even if a test of the first part
-# has failed. SLURM's tests come first, since they mostly wait. Blocks of one page of the documentation go on from one another.
-# One thread for each of its processes: two cores have no more to give.
+# What measures times, or takes all cores for long, runs alone (its mark says so); the rest two at a time, even if a test of the
+# first part has failed. SLURM's tests come first, since they mostly wait. Blocks of one page of the documentation go on from one
+# another. One thread for each of its processes: two cores have no more to give.
 TESTS = $(wildcard tests/test_*.py tests/*/test_*.py)
 FIRST = tests/runs/test_slurm.py $(filter tests/repository/%,$(TESTS))
 

@@ -42,6 +42,8 @@ def _parameters() -> list:
             marks = [pytest.mark.xdist_group(block.page)]
             if any(command.takes for command in run):
                 marks.append(pytest.mark.slow)
+            if any("hour" in command.takes for command in run):  # on all cores: beside others, more than SLOW_SECONDS
+                marks.append(pytest.mark.alone)
             parameters.append(pytest.param(run, id=name, marks=marks))
         for reason in sorted({f"{name}: {reason}" for reason in reasons if reason}):
             parameters.append(pytest.param([], id=f"{name}-rest", marks=pytest.mark.skip(reason=reason)))
