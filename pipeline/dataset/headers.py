@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
@@ -104,9 +105,11 @@ def read_header(path: Path) -> Header:
             file.seek(0)
             Image.MAX_IMAGE_PIXELS = None  # no warnings: our own limit stands below
             try:
-                with Image.open(file, formats=("JPEG",) if is_jpeg else None) as image:
-                    image_format, (width, height) = image.format, image.size
-                    why = _FAULTS[image_format](file, image) if image_format in _FAULTS else ""
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # PIL's show lines of its source; the reason is what counts
+                    with Image.open(file, formats=("JPEG",) if is_jpeg else None) as image:
+                        image_format, (width, height) = image.format, image.size
+                        why = _FAULTS[image_format](file, image) if image_format in _FAULTS else ""
             except UnidentifiedImageError:
                 if is_jpeg:
                     why = _jpeg_frame_fault(file)

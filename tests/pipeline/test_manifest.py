@@ -126,6 +126,13 @@ def test_files_of_val_that_say_they_are_images_count_as_lost(folder, capsys, con
     assert (f"({count} images of val among them count as wrong)" in capsys.readouterr().err) == bool(count)
 
 
+def test_a_damaged_header_gives_a_reason_and_no_warning_of_pil(tmp_path, recwarn):
+    path = tmp_path / "cut.tif"
+    path.write_bytes(b"II*\x00\x08\x00\x00\x00-image-")
+    assert read_header(path).reason
+    assert not [str(warning.message) for warning in recwarn]
+
+
 LITTER = (
     *("@eaDir/000.JPEG/SYNOPHOTO_THUMB_M.jpg", "#recycle/old.jpg", "$RECYCLE.BIN/$R1.jpg", ".AppleDouble/000.jpg"),
     *(
