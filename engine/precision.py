@@ -38,7 +38,7 @@ def choose_precision(name: str, ranks: Ranks) -> Precision:
     """
     if name == "auto":
         found = gather(fast_format(ranks.device), ranks)
-        name = "bf16" if set(found) == {"bf16"} else next(each for each in found if each != "bf16")
+        name = next((each for each in found if each != "bf16"), "bf16")
     return Precision(name, ranks.device.type)
 
 
