@@ -1,4 +1,5 @@
 import functools
+import gc
 import inspect
 import os
 import random
@@ -70,6 +71,14 @@ def own_cache(tmp_path_factory):
     """The user's cache folder is left alone; child processes inherit the tests' own. What is compiled is kept for all tests."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"vgg-tests-{os.getuid()}"))
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def own_warnings(recwarn):
+    """The warnings of this test, without those of files that tests before it have left to the garbage collection."""
+    gc.collect()
+    recwarn.clear()
+    return recwarn
 
 
 @pytest.fixture(autouse=True)

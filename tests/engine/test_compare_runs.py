@@ -138,13 +138,13 @@ def test_figures_that_are_not_finite_are_drawn_around(tmp_path, capsys):
 
 
 @pytest.mark.seconds
-def test_drawing_says_nothing_of_what_its_font_lacks(tmp_path, recwarn):
+def test_drawing_says_nothing_of_what_its_font_lacks(tmp_path, own_warnings):
     """Nor of figures that a logarithmic axis has no place for."""
     run = write_run(tmp_path / "花", losses=[0.0], top1=[])
     assert curves.main([str(run)]) == 0
     draw_confusion(np.eye(2, dtype=np.int64), ["花", "木"])
     png(new_figure(1.0, "花"))
-    assert [str(warning.message) for warning in recwarn] == []
+    assert [str(warning.message) for warning in own_warnings] == []
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml"])

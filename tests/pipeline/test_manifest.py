@@ -126,11 +126,11 @@ def test_files_of_val_that_say_they_are_images_count_as_lost(folder, capsys, con
     assert (f"({count} images of val among them count as wrong)" in capsys.readouterr().err) == bool(count)
 
 
-def test_a_damaged_header_gives_a_reason_and_no_warning_of_pil(tmp_path, recwarn):
+def test_a_damaged_header_gives_a_reason_and_no_warning_of_pil(tmp_path, own_warnings):
     path = tmp_path / "cut.tif"
     path.write_bytes(b"II*\x00\x08\x00\x00\x00-image-")
     assert read_header(path).reason
-    assert not [str(warning.message) for warning in recwarn]
+    assert not [str(warning.message) for warning in own_warnings]
 
 
 LITTER = (
